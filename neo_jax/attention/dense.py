@@ -1,0 +1,35 @@
+"""Attention with every logit written out: the plain implementation that others must equal."""
+
+import jax
+import jax.numpy as jnp
+
+from neo_jax.attention.mask import Mask
+from neo_jax.axes import Array, Float
+
+
+def dense(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
+    mask: Mask,
+) -> Float[Array, "B N T H"]:
+    """Returns softmax(q k^T) v over the visible keys, in float32; logits take B N T S floats.
+
+    A query that sees nothing gets the mean of all values, a finite number that nobody reads.
+    """
+    logits = _product("bnth,bnsh->bnts", q, k)
+    seen = mask.visible()[:, None]
+    logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return _product("bnts,bnsh->bnth", weights.astype(v.dtype), v)
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    # In float32 whatever the operands: XLA's CPU backend cannot run every batched bfloat16
+    # product with a float32 result, and products of two bfloat16 numbers are exact in float32.
+    return jnp.einsum(
+        equation,
+        x.astype(jnp.float32),
+        y.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+    )

@@ -1,0 +1,33 @@
+"""Which key a query sees, said by positions: one formula for prefill, decoding and training."""
+
+import dataclasses
+
+from neo_jax.axes import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A specification, not an array: kernels that skip blocks never form the array.
+
+    A key is visible iff 0 <= key position <= query position, and, in a local layer, query
+    position - key position < window: `window` keys, the query's own included. Position -1 marks
+    what is not there: padding, or an empty slot of a cache.
+    """
+
+    q_positions: Int[Array, "B T"]
+    k_positions: Int[Array, "B S"]
+    window: int | None = None
+    aligned: bool = False  # query t and key t are one token, positions run on without gaps
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        """Returns the mask as an array, True where the query sees the key."""
+        q = self.q_positions[:, :, None]
+        k = self.k_positions[:, None, :]
+        seen = (k >= 0) & (k <= q)
+        if self.window is not None:
+            seen &= q - k < self.window
+        return seen
+
+    def block(self, queries: slice, keys: slice) -> "Mask":
+        """Returns the mask of some queries and some keys."""
+        return Mask(self.q_positions[:, queries], self.k_positions[:, keys], self.window)

@@ -1,0 +1,91 @@
+"""Keys and values of the tokens so far, a `LayerCache` a layer, every leaf leading with batch.
+
+A key at position p lies in slot p modulo the number of slots. A global layer has a slot for every
+position, so its cache is linear; a local layer has window + slack slots and wraps around. Slots
+remember the position they hold, and masks are made from these: what a slot held before it was
+overwritten lies outside the window as long as one step appends no more than slack + 1 tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from neo_jax.axes import Array, Float, Int
+from neo_jax.config import ModelConfig
+
+SLACK = 16
+"""Slots of a local layer beyond its window: one step may append up to SLACK + 1 tokens."""
+
+
+class LayerCache(NamedTuple):
+    """What one layer attends to."""
+
+    k: Float[Array, "B N S H"]
+    v: Float[Array, "B N S H"]
+    positions: Int[Array, "B S"]  # absolute position of the key in each slot, -1 where empty
+
+
+Cache = tuple[LayerCache, ...]
+"""One `LayerCache` for each layer."""
+
+
+def num_slots(config: ModelConfig, layer: int, length: int) -> int:
+    """Slots that a layer needs to decode up to `length` tokens."""
+    window = config.window(layer)
+    return length if window is None else min(length, window + SLACK)
+
+
+def extend(
+    cache: LayerCache,
+    k: Float[Array, "B N T H"],
+    v: Float[Array, "B N T H"],
+    positions: Int[Array, "B T"],
+) -> LayerCache:
+    """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
+    slots = cache.positions.shape[1]
+    rows = jnp.arange(k.shape[0])[:, None]
+    index = jnp.where(positions >= 0, positions % slots, slots)
+    return LayerCache(
+        _write(cache.k, rows, index, k),
+        _write(cache.v, rows, index, v),
+        cache.positions.at[rows, index].set(positions, mode="drop"),
+    )
+
+
+def _write(slots: Array, rows: Array, index: Array, new: Array) -> Array:
+    # Two index arrays around a slice put their axes in front: [B, T, N, H].
+    new = new.astype(slots.dtype).swapaxes(1, 2)
+    return slots.at[rows, :, index].set(new, mode="drop")
+
+
+def from_sequence(
+    config: ModelConfig, sequence: Sequence[LayerCache], lengths: Int[Array, "B"], length: int
+) -> Cache:
+    """Turns the keys and values of whole prompts into a cache to go on from.
+
+    Args:
+      config: the model.
+      sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H]; token
+        t lies at index t.
+      lengths: tokens of each row to keep; what follows is padding.
+      length: tokens, prompt included, that the cache must be able to hold.
+
+    Returns:
+      A cache of `num_slots` slots a layer that holds each row's newest tokens.
+    """
+    return tuple(
+        _arrange(layer, lengths, num_slots(config, i, length)) for i, layer in enumerate(sequence)
+    )
+
+
+def _arrange(layer: LayerCache, lengths: Int[Array, "B"], slots: int) -> LayerCache:
+    # The newest position that belongs into slot s is the largest p < length with p % slots == s.
+    newest = lengths[:, None] - 1
+    positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
+    index = jnp.clip(positions, 0)[:, None, :, None]
+    return LayerCache(
+        jnp.take_along_axis(layer.k, index, axis=2, mode="clip"),
+        jnp.take_along_axis(layer.v, index, axis=2, mode="clip"),
+        jnp.where(positions >= 0, positions, -1),
+    )

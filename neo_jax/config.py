@@ -1,0 +1,246 @@
+"""What a model is: `ModelConfig`, the presets, and the way to and from Hugging Face's config.json.
+
+Sizes of the presets: README of EleutherAI/gpt-neo and its `configs/` folder.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from neo_jax.errors import NeoError, suggest
+
+AttentionType = Literal["global", "local"]
+Activation = Literal["gelu_new", "gelu", "relu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT-Neo. Hashable: it may be a static argument of `jax.jit`.
+
+    Raises:
+      NeoError: the values contradict each other; the message carries them.
+    """
+
+    num_layers: int = 12
+    embed_dim: int = 768
+    num_heads: int = 12
+    head_dim: int = 0  # 0 stands for embed_dim // num_heads
+    mlp_dim: int = 0  # 0 stands for 4 * embed_dim
+    vocab_size: int = 50257
+    max_length: int = 2048  # the context: learned positions, and the most tokens of a sequence
+    window_size: int = 256  # keys that a query of a local layer sees, itself included
+    attention_types: tuple[AttentionType, ...] = ("global", "local")  # a unit, repeated in depth
+    activation: Activation = "gelu_new"  # gelu_new is the tanh approximation
+    norm_epsilon: float = 1e-5
+    eos_token_id: int = 50256  # ends a text; -1 where the vocabulary has no such token
+
+    def __post_init__(self) -> None:
+        if self.num_heads > 0:
+            _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
+        _set(self, mlp_dim=self.mlp_dim or 4 * self.embed_dim)
+        _set(self, attention_types=_repeating_unit(tuple(self.attention_types)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name != "eos_token_id" and not _is_positive(value):
+                raise NeoError(f"{field.name} must be a positive whole number, not {value!r}.")
+        if self.num_heads * self.head_dim != self.embed_dim:
+            raise NeoError(
+                f"num_heads {self.num_heads} x head_dim {self.head_dim} is not embed_dim "
+                f"{self.embed_dim}: choose a number of heads that divides the width."
+            )
+        for kind in self.attention_types:
+            if kind not in ("global", "local"):
+                raise NeoError(
+                    f"unknown attention type {kind!r}.{suggest(str(kind), ['global', 'local'])}"
+                )
+        if not self.attention_types or self.num_layers % len(self.attention_types):
+            raise NeoError(
+                f"num_layers {self.num_layers} is not a multiple of the "
+                f"{len(self.attention_types)} attention_types {self.attention_types}: name one "
+                "type for each layer, or a unit that repeats."
+            )
+        if self.activation not in ("gelu_new", "gelu", "relu"):
+            known = ["gelu_new", "gelu", "relu"]
+            raise NeoError(
+                f"unknown activation {self.activation!r}.{suggest(str(self.activation), known)}"
+            )
+
+    @property
+    def layer_types(self) -> tuple[AttentionType, ...]:
+        """The attention type of every layer, `num_layers` of them."""
+        return self.attention_types * (self.num_layers // len(self.attention_types))
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees; None where it sees all that came before."""
+        return self.window_size if self.layer_types[layer] == "local" else None
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, the tied output head counted once."""
+        embed, mlp = self.embed_dim, self.mlp_dim
+        attention = 4 * embed * embed + embed
+        layer = attention + 2 * embed * mlp + mlp + embed + 4 * embed
+        return (self.vocab_size + self.max_length) * embed + self.num_layers * layer + 2 * embed
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the config.json that transformers' GPTNeoForCausalLM reads."""
+        units = self.num_layers // len(self.attention_types)
+        return {
+            "architectures": ["GPTNeoForCausalLM"],
+            "model_type": "gpt_neo",
+            "num_layers": self.num_layers,
+            "hidden_size": self.embed_dim,
+            "num_heads": self.num_heads,
+            "intermediate_size": self.mlp_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_length,
+            "window_size": self.window_size,
+            "attention_types": [[list(self.attention_types), units]],
+            "attention_layers": list(self.layer_types),
+            "activation_function": self.activation,
+            "layer_norm_epsilon": self.norm_epsilon,
+            "bos_token_id": self.eos_token_id if self.eos_token_id >= 0 else None,
+            "eos_token_id": self.eos_token_id if self.eos_token_id >= 0 else None,
+            "attention_dropout": 0.0,
+            "embed_dropout": 0.0,
+            "resid_dropout": 0.0,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "use_cache": True,
+        }
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Reads the fields of a GPT-Neo config.json; `source` names it in errors.
+
+        Raises:
+          NeoError: another architecture, a missing or unknown field, or a bad value.
+        """
+        family = fields.get("model_type")
+        if family != "gpt_neo":
+            raise NeoError(f"{source}: model_type is {family!r}; this loads 'gpt_neo' checkpoints.")
+        known = {*_HF_FIELDS, "attention_types", "attention_layers"}
+        for name in fields:
+            if name not in known and name not in _HF_IGNORED and not name.startswith("_"):
+                raise NeoError(f"{source}: unknown field '{name}'.{suggest(name, known)}")
+        for name in ("num_layers", "hidden_size", "num_heads", "vocab_size"):
+            if name not in fields:
+                raise NeoError(f"{source}: field '{name}' is missing; is the file whole?")
+        if not fields.get("tie_word_embeddings", True):
+            raise NeoError(f"{source}: tie_word_embeddings is false; GPT-Neo's output head is tied.")
+        ours = {
+            ours: fields[theirs]
+            for theirs, ours in _HF_FIELDS.items()
+            if fields.get(theirs) is not None
+        }
+        ours.setdefault("eos_token_id", -1)
+        try:
+            ours["attention_types"] = _hf_layer_types(fields)
+            return cls(**ours)
+        except (TypeError, ValueError) as error:
+            raise NeoError(f"{source}: {error}") from error
+
+
+def _set(config: ModelConfig, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the shortest unit whose repetition gives `types`."""
+    for size in range(1, len(types)):
+        if len(types) % size == 0 and types == types[:size] * (len(types) // size):
+            return types[:size]
+    return types
+
+
+def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
+    """Reads `attention_types` ([[unit, repeats], ...]), or else `attention_layers`."""
+    if fields.get("attention_types"):
+        return tuple(
+            kind for unit, repeats in fields["attention_types"] for kind in list(unit) * repeats
+        )
+    if fields.get("attention_layers"):
+        return tuple(fields["attention_layers"])
+    return ("global", "local")
+
+
+_HF_FIELDS = {
+    "num_layers": "num_layers",
+    "hidden_size": "embed_dim",
+    "num_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_length",
+    "window_size": "window_size",
+    "activation_function": "activation",
+    "layer_norm_epsilon": "norm_epsilon",
+    "eos_token_id": "eos_token_id",
+}
+
+# Fields of published config.json files that say nothing about the forward pass of a causal
+# language model: bookkeeping of transformers, training-time settings, other heads.
+_HF_IGNORED = frozenset(
+    """
+    model_type architectures transformers_version torch_dtype dtype use_cache bos_token_id
+    pad_token_id sep_token_id cls_token_id decoder_start_token_id tie_word_embeddings
+    initializer_range attention_dropout embed_dropout resid_dropout classifier_dropout
+    gradient_checkpointing tokenizer_class task_specific_params id2label label2id num_labels
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj output_attentions output_hidden_states return_dict is_encoder_decoder
+    is_decoder add_cross_attention chunk_size_feed_forward problem_type prefix pruned_heads
+    torchscript use_bfloat16 use_return_dict finetuning_task max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tf_legacy_loss cross_attention_hidden_size attn_implementation
+    tie_encoder_decoder vocab_size_multiple unsloth_version
+    """.split()
+)
+
+_PRESETS: dict[str, dict[str, int]] = {
+    "gpt-neo-125m": {"num_layers": 12, "embed_dim": 768, "num_heads": 12},
+    "gpt-neo-350m": {"num_layers": 24, "embed_dim": 1024, "num_heads": 16},
+    "gpt-neo-1.3b": {"num_layers": 24, "embed_dim": 2048, "num_heads": 16},
+    "gpt-neo-2.7b": {"num_layers": 32, "embed_dim": 2560, "num_heads": 20},
+    "gpt-neo-6.7b": {"num_layers": 32, "embed_dim": 4096, "num_heads": 32},
+    "gpt-neo-13b": {"num_layers": 40, "embed_dim": 5120, "num_heads": 40},
+}
+
+PRESETS = tuple(_PRESETS)
+"""Names of the presets, the released sizes and the two larger ones the original configures."""
+
+
+def preset(name: str) -> ModelConfig:
+    """Returns a published configuration by its name, such as "gpt-neo-1.3b".
+
+    Raises:
+      NeoError: no preset has this name; the message suggests the nearest.
+    """
+    if name not in _PRESETS:
+        raise NeoError(f"no preset is called '{name}'.{suggest(name, _PRESETS)}")
+    return ModelConfig(**_PRESETS[name])  # type: ignore[arg-type]
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+      NeoError: the file is missing, unreadable, or holds no JSON object.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise NeoError(f"{path} is not valid JSON ({error}); is the file whole?") from error
+    if not isinstance(fields, dict):
+        raise NeoError(f"{path} holds a {type(fields).__name__}, not a JSON object.")
+    return fields

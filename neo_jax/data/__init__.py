@@ -1,0 +1,1 @@
+"""From text to batches, in reading order: sources, tokenizer, prepare, packing, feed."""

@@ -1,0 +1,123 @@
+"""Documents from files: plain text, and The Pile's JSON lines, each perhaps compressed."""
+
+import glob
+import gzip
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, cast
+
+from neo_jax.errors import NeoError
+
+ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz")
+"""A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}."""
+
+
+def documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """Yields the text of every document, in the order of `paths`, one in memory at a time.
+
+    Args:
+      paths: files; folders, whose files of a known ending are read in sorted order, those of
+        sub-folders too and hidden ones not; and globs, in which ** stands for any sub-folders.
+
+    Raises:
+      NeoError: nothing matches, an unknown ending, a file that is unreadable, damaged or not
+        UTF-8, or a line that is not a JSON object with a "text". Paths that match nothing are
+        reported before the first document.
+    """
+    files = [file for path in paths for file in _files(os.fspath(path))]
+    if not files:
+        raise NeoError("no input is named; name text or jsonl files, folders or globs.")
+    for file in files:
+        yield from _read(file)
+
+
+def _files(path: str) -> list[Path]:
+    if os.path.exists(path):
+        matches = [path]
+    elif glob.has_magic(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise NeoError(f"nothing matches '{path}'; is the folder right?")
+    else:
+        raise NeoError(f"{path} does not exist.")
+    files = []
+    for match in map(Path, matches):
+        if match.is_dir():
+            inside = sorted(file for file in match.rglob("*") if _is_document_file(file, match))
+            if not inside and len(matches) == 1:
+                raise NeoError(f"{match} holds no file that ends in {', '.join(ENDINGS)}.")
+            files += inside
+        elif not match.name.endswith(ENDINGS):
+            raise NeoError(f"{match}: unknown ending; known are {', '.join(ENDINGS)}.")
+        else:
+            files.append(match)
+    if not files:
+        raise NeoError(f"no file that '{path}' matches ends in {', '.join(ENDINGS)}.")
+    return files
+
+
+def _is_document_file(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.name.endswith(ENDINGS) and not hidden and file.is_file()
+
+
+def _read(path: Path) -> Iterator[str]:
+    name = path.name.removesuffix(".gz").removesuffix(".xz")
+    try:
+        with _open(path) as file:
+            if name.endswith(".jsonl"):
+                yield from _json_lines(path, file)
+            else:
+                yield _decode(path, file.read(), 0)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise NeoError(f"{path} is damaged ({error}); copy it again.") from error
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
+
+
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        decoded = _decode(path, line, offset)
+        offset += len(line)
+        if not decoded.strip():
+            continue
+        try:
+            fields = json.loads(decoded)
+        except ValueError as error:
+            raise NeoError(f"{path}:{number}: not valid JSON ({error}).") from error
+        text = fields.get("text") if isinstance(fields, dict) else None
+        if not isinstance(text, str):
+            raise NeoError(
+                f'{path}:{number}: no "text"; every line is an object such as {{"text": "..."}}.'
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = text[error.start]
+            raise NeoError(f'{path}:{number}: "text" holds the lone surrogate {lone!r}.') from error
+        yield text
+
+
+def _decode(path: Path, data: bytes, offset: int) -> str:
+    """Decodes UTF-8, without the byte order mark that some editors begin a file with."""
+    try:
+        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        packed = " once decompressed" if path.suffix in (".gz", ".xz") else ""
+        # utf-8-sig counts from behind the mark.
+        mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
+        raise NeoError(
+            f"{path} is not UTF-8: byte {offset + mark + error.start}{packed} is "
+            f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
+        ) from error

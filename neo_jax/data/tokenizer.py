@@ -1,0 +1,399 @@
+"""Text to token ids and back: byte-level BPE (GPT-2, GPT-Neo) and SentencePiece.
+
+The libraries are imported by the class that uses them, so importing this module costs nothing.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from neo_jax.config import read_json
+from neo_jax.errors import NeoError
+
+END_OF_TEXT = "<|endoftext|>"
+
+_CONFIGURATION = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
+_BYTE_PAIR_FILES = ("vocab.json", "merges.txt", "added_tokens.json", *_CONFIGURATION)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *_BYTE_PAIR_FILES)
+"""Every file that `save` may write."""
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer.
+
+    Neither method adds, truncates or pads: `encode` returns the ids of the text and nothing else.
+    Special tokens such as the end of text have no text of their own: `decode` leaves them out, and
+    ids outside the vocabulary too (a model's vocabulary may be padded beyond its tokenizer's).
+    """
+
+    vocab_size: int
+    eos_id: int | None  # ends a text; None where the vocabulary has no such token
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text.
+
+        Raises:
+          NeoError: the text holds lone surrogates, as undecodable bytes on a command line become.
+        """
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of every text, using all cores; raises as `encode` does."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Copies the tokenizer's files into a folder, from which `load_tokenizer` loads it."""
+        ...
+
+
+class BytePairTokenizer:
+    """A tokenizer of the `tokenizers` library, such as the byte-level BPE of GPT-2 and GPT-Neo.
+
+    Special tokens written out in a text ("<|endoftext|>") become their one id, as in transformers.
+
+    Args:
+      source: a folder with tokenizer.json, or with vocab.json and merges.txt; or a tokenizer.json.
+
+    Raises:
+      NeoError: a file is missing or corrupt, or the end-of-text token is not in the vocabulary.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        source = Path(source)
+        self._folder = source if source.is_dir() else source.parent
+        file = source / "tokenizer.json" if source.is_dir() else source
+        self._file = file if file.is_file() else None  # None for vocab.json and merges.txt
+        names = _special_names(self._folder)
+        if self._file:
+            self._tokenizer = _from_json(self._file)
+        else:
+            self._tokenizer = _from_vocab_and_merges(self._folder, names)
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise NeoError(f"{self._folder}: the tokenizer's vocabulary is empty; is it whole?")
+        self.vocab_size = max(vocab.values()) + 1
+        eos = names.get("eos_token", END_OF_TEXT)
+        if "eos_token" in names and eos not in vocab:
+            raise NeoError(
+                f"{self._folder}: the end-of-text token '{eos}' is not in the vocabulary; correct "
+                "eos_token in tokenizer_config.json."
+            )
+        self.eos_id: int | None = vocab.get(eos)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
+        _check_unicode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of every text."""
+        _check_unicode(*texts)
+        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Copies the files, and adds those without which transformers cannot load the folder."""
+        for name in _BYTE_PAIR_FILES:
+            _copy(self._folder / name, folder / name)
+        if self._file:
+            _copy(self._file, folder / "tokenizer.json")
+        else:
+            self._tokenizer.save(str(folder / "tokenizer.json"))
+        config = folder / "tokenizer_config.json"
+        if not config.exists():
+            end = None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id)
+            fields = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+            fields |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+            config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    Args:
+      source: a .model file, or a folder with tokenizer.model, spiece.model or one other *.model.
+
+    Raises:
+      NeoError: no such file, more than one, or a corrupt one.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        import sentencepiece
+
+        self._file = _model_file(Path(source))
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(self._file.read_bytes())
+        except OSError as error:
+            raise NeoError(f"cannot read {self._file}: {error.strerror}.") from error
+        except RuntimeError as error:
+            raise NeoError(f"{self._file} is not a SentencePiece model; is it whole?") from error
+        self.vocab_size: int = self._pieces.GetPieceSize()
+        end = self._pieces.eos_id()
+        self.eos_id: int | None = end if end >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
+        _check_unicode(text)
+        return self._pieces.EncodeAsIds(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of every text."""
+        _check_unicode(*texts)
+        return self._pieces.EncodeAsIds(list(texts)) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        return self._pieces.DecodeIds(_known(ids, self.vocab_size))
+
+    def save(self, folder: Path) -> None:
+        """Copies the model as tokenizer.model."""
+        _copy(self._file, folder / "tokenizer.model")
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
+    """Loads a tokenizer from a folder, or from a tokenizer.json or .model file.
+
+    In a folder tokenizer.json comes first, then vocab.json with merges.txt, then a *.model.
+
+    Raises:
+      NeoError: there is no tokenizer, or a file of it is corrupt.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise NeoError(f"{path} does not exist; name a folder that holds a tokenizer's files.")
+    if path.is_file():
+        return SentencePieceTokenizer(path) if path.suffix == ".model" else BytePairTokenizer(path)
+    byte_pair = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
+    if byte_pair or (path / "tokenizer.json").is_file():
+        return BytePairTokenizer(path)
+    if any(path.glob("*.model")):
+        return SentencePieceTokenizer(path)
+    raise NeoError(
+        f"{path} holds no tokenizer; put tokenizer.json there, or vocab.json and merges.txt, or a "
+        "SentencePiece tokenizer.model."
+    )
+
+
+class StreamDecoder:
+    """Text from ids as they arrive.
+
+    Everything `push` and `flush` return, joined, is `decode(prompt_ids + ids)` without the
+    `decode(prompt_ids)` it begins with. A character whose bytes have not all arrived is held back;
+    one that the prompt leaves unfinished is returned whole.
+
+    Args:
+      tokenizer: decodes the ids.
+      prompt_ids: the ids that come before; their text is not returned.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        # Only a window is decoded: ids whose text is out already, then the new ones. The old ones
+        # are there because SentencePiece drops the space before the first word it decodes.
+        self._window = list(prompt_ids)
+        self._seen = tokenizer.decode(self._window)  # of the window's text, what is out already
+        self._settled = 0 if self._seen.endswith(_BROKEN) else len(self._window)
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Returns the text that these ids complete, "" where a character is still unfinished."""
+        self._window.extend(ids)
+        text = self._tokenizer.decode(self._window)
+        # An unfinished character has at most three bytes, and decodes to as many U+FFFD or fewer.
+        ready = text
+        for _ in range(3):
+            ready = ready.removesuffix(_BROKEN)
+        new = self._advance(ready)
+        if ready == text:
+            context = self._window[self._settled :]
+            seen = self._tokenizer.decode(context)
+            if seen:  # else it is no left context: the next word would lose its space
+                self._window, self._seen, self._settled = context, seen, len(context)
+        return new
+
+    def flush(self) -> str:
+        """Returns what was held back, unfinished bytes as U+FFFD."""
+        return self._advance(self._tokenizer.decode(self._window))
+
+    def _advance(self, text: str) -> str:
+        pairs = enumerate(zip(text, self._seen, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(text), len(self._seen)))
+        if shared < len(text):
+            self._seen = text
+        return text[shared:]
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, output: str | os.PathLike[str]
+) -> SentencePieceTokenizer:
+    """Trains a unigram SentencePiece model; the same texts and size always give the same file.
+
+    Newlines, runs of spaces and, by their bytes, all other characters survive encoding and
+    decoding; only U+2581, by which SentencePiece writes a space, comes back as a space. A text is
+    encoded as if a space preceded it, so that its first word has the ids it has further on.
+
+    Args:
+      texts: the documents to learn from; reading stops after about 200 million characters.
+      vocab_size: the number of pieces, of which 256 are the bytes, and three <unk>, the end of
+        text and the newline.
+      output: the .model file to write, or a folder, in which it becomes tokenizer.model.
+
+    Raises:
+      NeoError: the texts are empty or too few for so many pieces, or the pieces too few for the
+        characters of the texts.
+    """
+    import sentencepiece
+
+    path = Path(output)
+    path = path if path.suffix == ".model" else path / "tokenizer.model"
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=True,
+            character_coverage=0.99999,  # the rarest characters are left to the bytes
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation is one piece, not one a space
+            add_dummy_prefix=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_TEXT,
+            num_threads=8,  # the sums, and so the pieces, depend on it: not the number of cores
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise NeoError(_training_error(str(error), vocab_size)) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+_BROKEN = "\ufffd"
+_SENTENCE = 1000  # characters: four bytes each at most, within SentencePiece's limit of 4192
+_MOST_CHARACTERS = 200_000_000  # training holds them in memory, several times over
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Yields lines, the long ones cut at spaces; the space of a cut is implied by the next."""
+    read = 0
+    for text in texts:
+        _check_unicode(text)
+        for line in text.split("\n"):
+            start = 0
+            while len(line) - start > _SENTENCE:
+                cut = line.rfind(" ", start + 1, start + _SENTENCE)
+                end = cut if cut > 0 else start + _SENTENCE
+                yield line[start:end]
+                start = end + 1 if cut > 0 else end
+            if start < len(line):
+                yield line[start:]
+        read += len(text)
+        if read > _MOST_CHARACTERS:
+            return
+
+
+def _training_error(message: str, vocab_size: int) -> str:
+    fewer = re.search(r"Vocabulary size too high.*<= (\d+)", message, re.DOTALL)
+    if fewer:
+        return f"the text is too small for {vocab_size} pieces; ask for at most {fewer[1]}."
+    more = re.search(r"smaller than required_chars\. (?:\d+) vs (\d+)", message)
+    if more:
+        return f"{vocab_size} pieces are too few for this text; ask for at least {more[1]}."
+    if "sentences_.empty()" in message:
+        return "there is no text to train a tokenizer on; is the input empty?"
+    return f"cannot train a tokenizer of {vocab_size} pieces: {' '.join(message.split())}"
+
+
+def _check_unicode(*texts: str) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise NeoError(
+            f"the text is not Unicode: character {error.start} is the lone surrogate "
+            f"{text[error.start]!r}; was it read from bytes that are not UTF-8?"
+        ) from error
+
+
+def _known(ids: Sequence[int], vocab_size: int) -> list[int]:
+    return [int(i) for i in ids if 0 <= i < vocab_size]
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """Reads the texts of the special tokens that a folder's configuration names."""
+    names: dict[str, str] = {}
+    for file in _CONFIGURATION:
+        if (folder / file).is_file():
+            for name, token in read_json(folder / file).items():
+                token = token.get("content") if isinstance(token, dict) else token
+                if name.endswith("_token") and isinstance(token, str):
+                    names[name] = token
+    return names
+
+
+def _from_json(path: Path) -> Any:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise NeoError(f"{path} is not a tokenizer.json ({error}); is it whole?") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _from_vocab_and_merges(folder: Path, names: dict[str, str]) -> Any:
+    import tokenizers
+
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises nothing more precise
+        raise NeoError(f"cannot read {vocab} and merges.txt ({error}); are they whole?") from error
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    added = folder / "added_tokens.json"
+    extra = read_json(added) if added.is_file() else {}
+    tokenizer.add_tokens(sorted(extra, key=lambda token: extra[token]))
+    known = tokenizer.get_vocab()
+    tokenizer.add_special_tokens([t for t in (END_OF_TEXT, *names.values()) if t in known])
+    return tokenizer
+
+
+def _model_file(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    found = sorted(source.glob("*.model"))
+    usual = [path for path in found if path.name in ("tokenizer.model", "spiece.model")]
+    if len(found) == 1 or usual:
+        return (usual or found)[-1]  # tokenizer.model, if both are there
+    names = ", ".join(path.name for path in found) or "no *.model"
+    raise NeoError(f"{source} holds {names}; name one SentencePiece .model file.")
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file() and not (target.exists() and source.samefile(target)):
+        shutil.copyfile(source, target)

@@ -1,0 +1,15 @@
+"""The errors a user can cause. The command line prints them as one line, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class NeoError(ValueError):
+    """Something in the user's hands: a file, an option, a prompt. Its message says what to do."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the known name nearest to `name`, or lists a few of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" Known are: {', '.join(known)}."

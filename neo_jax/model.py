@@ -1,0 +1,235 @@
+"""GPT-Neo: a pre-norm decoder whose layers alternate between global and local attention.
+
+Pure functions of parameters and arrays: a cache goes in, a cache comes out. Facts of the forward
+pass follow transformers' `modeling_gpt_neo.py` and EleutherAI's Mesh-TensorFlow original.
+
+    x = wte[tokens] + wpe[positions]
+    x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))      for each layer
+    logits = ln_f(x) wte^T
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+
+from neo_jax import axes
+from neo_jax import cache as caching
+from neo_jax.attention import Kernel, Mask, attend
+from neo_jax.axes import Array, Float, Int, Params
+from neo_jax.cache import Cache, LayerCache
+from neo_jax.config import ModelConfig
+from neo_jax.layers import Einsum, Embed, LayerNorm
+from neo_jax.sharding import Sharding
+
+ACTIVATIONS = {
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: Float[Array, "B T V"]
+    cache: Cache  # what each layer attended to; without a cache as input, the sequence itself
+    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embedding, each block, then ln_f
+
+
+class Attention(nn.Module):
+    """Multi-head attention without scaling; queries, keys and values without bias."""
+
+    config: ModelConfig
+    window: int | None
+    dtype: DTypeLike = jnp.float32
+    kernel: Kernel = "auto"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Returns the attention's output and what it attended to."""
+        config = self.config
+
+        # Mesh-TensorFlow's initialisation keeps the unscaled logits near unit variance.
+        def project(name: str, stddev: float) -> Array:
+            shape = (config.embed_dim, config.num_heads, config.head_dim)
+            kernel = Einsum(
+                shape, (axes.EMBED, axes.HEADS, axes.HEAD_DIM), normal(stddev), dtype=self.dtype, name=name
+            )
+            return kernel("btd,dnh->bnth", x).astype(self.dtype)
+
+        q = project("q_proj", (config.embed_dim * config.head_dim) ** -0.5)
+        k = project("k_proj", config.embed_dim**-0.5)
+        v = project("v_proj", config.embed_dim**-0.5)
+        if cache is None:  # the sequence is its own cache
+            cache = LayerCache(k, v, positions)
+            mask = Mask(positions, positions, self.window, aligned=True)
+        else:
+            cache = caching.extend(cache, k, v, positions)
+            mask = Mask(positions, cache.positions, self.window)
+        y = attend(q, cache.k, cache.v, mask, self.kernel)
+        out_proj = Einsum(
+            (config.num_heads, config.head_dim, config.embed_dim),
+            (axes.HEADS, axes.HEAD_DIM, axes.EMBED),
+            normal(config.embed_dim**-0.5),
+            bias_axes=(axes.EMBED,),
+            dtype=self.dtype,
+            name="out_proj",
+        )
+        return out_proj("bnth,nhd->btd", y), cache
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between them."""
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns c_proj(activation(c_fc(x)))."""
+        config = self.config
+        wide, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
+        c_fc = Einsum(
+            wide,
+            (axes.EMBED, axes.MLP),
+            normal(0.02),
+            bias_axes=(axes.MLP,),
+            dtype=self.dtype,
+            name="c_fc",
+        )
+        c_proj = Einsum(
+            narrow,
+            (axes.MLP, axes.EMBED),
+            normal(0.02 * config.num_layers**-0.5),
+            bias_axes=(axes.EMBED,),
+            dtype=self.dtype,
+            name="c_proj",
+        )
+        x = ACTIVATIONS[config.activation](c_fc("btd,df->btf", x))
+        return c_proj("btf,fd->btd", x)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    config: ModelConfig
+    window: int | None
+    dtype: DTypeLike = jnp.float32
+    kernel: Kernel = "auto"
+
+    def setup(self) -> None:
+        """Declares the parts, named as in Hugging Face's checkpoints."""
+        self.ln_1 = LayerNorm(self.config.norm_epsilon)
+        self.attn = Attention(self.config, self.window, self.dtype, self.kernel)
+        self.ln_2 = LayerNorm(self.config.norm_epsilon)
+        self.mlp = MLP(self.config, self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Returns the residual stream and what the layer attended to."""
+        attended, cache = self.attn(self.ln_1(x), positions, cache)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), cache
+
+
+class Neo(nn.Module):
+    """The language model. Holds no state: `Neo(config).apply({"params": params}, tokens)`.
+
+    Fields:
+      config: the shape.
+      dtype: operands of products, and of the cache. The residual stream, LayerNorm, softmax and
+        logits are float32 whatever it is.
+      kernel: which attention implementation.
+      sharding: how activations lie on a mesh; None on one device.
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    kernel: Kernel = "auto"
+    sharding: Sharding | None = None
+
+    def setup(self) -> None:
+        """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
+        config = self.config
+        self.wte = Embed(
+            config.vocab_size, config.embed_dim, axes.VOCAB, normal(0.02), self.dtype
+        )
+        self.wpe = Embed(
+            config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), self.dtype
+        )
+        self.h = [
+            Block(config, config.window(i), self.dtype, self.kernel)
+            for i in range(config.num_layers)
+        ]
+        self.ln_f = LayerNorm(config.norm_epsilon)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Returns logits for the token after each token.
+
+        Args:
+          tokens: ids, in [0, vocab_size).
+          positions: the absolute position of each token, -1 for padding; 0, 1, 2, ... if None.
+            Without a cache a row's positions run on without gaps.
+          cache: what earlier calls returned; None for a sequence that starts here.
+        """
+        hidden_states, cache = self._hidden_states(tokens, positions, cache)
+        return Output(self.unembed(hidden_states[-1]), cache, hidden_states)
+
+    def encode(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Like a call, but stops before the output head: returns ln_f's output and the cache."""
+        hidden_states, cache = self._hidden_states(tokens, positions, cache)
+        return hidden_states[-1], cache
+
+    def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns output logits, float32, for ln_f's output."""
+        return self._constrain(self.wte.attend(x), axes.BATCH, axes.LENGTH, axes.VOCAB)
+
+    def _hidden_states(
+        self, tokens: Array, positions: Array | None, cache: Cache | None
+    ) -> tuple[tuple[Array, ...], Cache]:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.wte(tokens) + self.wpe(positions)
+        hidden_states, caches = [], []
+        for i, block in enumerate(self.h):
+            x = self._constrain(x, axes.BATCH, axes.LENGTH, None)
+            hidden_states.append(x)
+            x, layer_cache = block(x, positions, cache[i] if cache else None)
+            caches.append(layer_cache)
+        return (*hidden_states, self.ln_f(x)), tuple(caches)
+
+    def _constrain(self, x: Array, *logical_axes: str | None) -> Array:
+        return self.sharding.constrain(x, *logical_axes) if self.sharding else x
+
+
+def init_params(model: Neo, key: Array) -> Params:
+    """Draws parameters with Mesh-TensorFlow's initialisation, float32; pure, may be jitted."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return nn.meta.unbox(model.init(key, tokens, method=Neo.encode)["params"])
+
+
+def logical_axes(model: Neo) -> Params:
+    """Returns the parameter tree with each leaf's tuple of logical axes in its place."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    key = jax.random.key(0)
+    boxed = jax.eval_shape(lambda: model.init(key, jnp.zeros(tokens.shape, tokens.dtype)))
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed["params"], is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    )

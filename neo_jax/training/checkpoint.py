@@ -1,0 +1,82 @@
+"""Checkpoints of training: orbax, asynchronous, the newest few kept."""
+
+import dataclasses
+import os
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import orbax.checkpoint as ocp
+
+from neo_jax.errors import NeoError
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`. A context manager: leaving it waits for writes."""
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
+        """Opens the folder, creating it if need be.
+
+        Raises:
+          NeoError: the folder cannot be written.
+        """
+        path = Path(folder).resolve()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NeoError(f"cannot create {path}: {error.strerror}; choose another output.") from (
+                error
+            )
+        self._manager = ocp.CheckpointManager(
+            path, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, state: TrainState, config: TrainConfig) -> None:
+        """Starts to write a checkpoint in the background; a step that is there is left alone."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        fields = dataclasses.asdict(config)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(fields)
+            ),
+        )
+
+    def restore_latest(self, state: TrainState, config: TrainConfig) -> TrainState:
+        """Returns the newest checkpoint, placed like `state`; `state` itself if there is none.
+
+        Raises:
+          NeoError: the run in this folder trains another model.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        ours = {**dataclasses.asdict(config.model)}
+        ours["attention_types"] = list(ours["attention_types"])
+        if saved.config["model"] != ours:
+            raise NeoError(
+                "the run in this output folder trains another model; choose another output, or "
+                "delete the folder."
+            )
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
+        return restored.state

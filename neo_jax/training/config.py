@@ -1,0 +1,59 @@
+"""What a training run is. A file in `configs/` holds one, called `config`."""
+
+import dataclasses
+from typing import Literal
+
+from neo_jax.attention import Kernel
+from neo_jax.config import ModelConfig
+from neo_jax.errors import NeoError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay, the defaults as GPT-Neo was trained."""
+
+    learning_rate: float = 6e-4  # at the end of the warm-up
+    warmup_steps: int = 3000
+    final_fraction: float = 0.1  # of the learning rate, at the last step
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0  # on kernels and embeddings, not on biases and LayerNorms
+    clip_norm: float = 1.0  # of the whole gradient; 0 is off
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. The same config gives the same batches and the same model."""
+
+    data: str  # a folder that `neo-jax prepare` wrote
+    output: str  # the run's folder: checkpoints, metrics.jsonl, and at the end model/
+    steps: int
+    batch_size: int  # sequences of a step, over all devices
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    length: int = 0  # tokens of a sequence; 0 is the model's whole context
+    seed: int = 0  # of the initial weights and of the order of the data
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights stay float32
+    kernel: Kernel = "auto"  # attention
+    mesh: str = ""  # as in "data=2,fsdp=4"; empty is one device
+    rules: str = ""  # as in "batch:data,embed:fsdp"; empty is the default strategy
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 500  # steps between evaluations on the held-out split; 0 is never
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept, the newest ones
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise NeoError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.sequence_length > self.model.max_length:
+            raise NeoError(
+                f"length {self.length} exceeds the model's context of {self.model.max_length}; "
+                "shorten it, or raise model.max_length."
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        return self.length or self.model.max_length

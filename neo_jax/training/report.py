@@ -1,0 +1,115 @@
+"""What a user sees of a run: a progress bar on stderr, lines in metrics.jsonl."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
+from neo_jax.training.state import Metrics
+
+
+class Evaluation(NamedTuple):
+    """How well held-out text is predicted."""
+
+    loss: float  # nats a token
+    bits_per_byte: float
+
+
+class Report:
+    """Follows a run. A context manager: the bar is drawn between entering and leaving."""
+
+    def __init__(self, config: TrainConfig, start_step: int):
+        """Opens metrics.jsonl in the run's folder, to go on after `start_step`."""
+        self._config = config
+        self._file = MetricsFile(Path(config.output) / "metrics.jsonl", start_step)
+        self._flops = flops_per_token(config.model, config.sequence_length)
+        self._peak = peak_flops(config.dtype)
+        self._pending: tuple[int, Metrics] | None = None
+        self._logged_step = start_step
+        self._logged_time = 0.0
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=config.steps, completed=start_step, text="")
+        self._quiet = not console.is_terminal
+
+    def __enter__(self) -> "Report":
+        self._logged_time = time.perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._flush()
+        self._progress.stop()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that is still running, and reports those of the one before.
+
+        Reading a metric waits for its step; one step late, the device never waits for the host.
+        """
+        self._flush()
+        self._pending = (step, metrics)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Reports an evaluation; its time does not count as training."""
+        self._flush()
+        values = {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
+        self._file.write(step, **values)
+        self._say(
+            f"step {step}: held-out loss {evaluation.loss:.4f} nats a token, "
+            f"{evaluation.bits_per_byte:.4f} bits a byte"
+        )
+        self._logged_step, self._logged_time = step, time.perf_counter()
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        self._progress.update(self._task, completed=step)
+        if step % self._config.log_every and step != self._config.steps:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.perf_counter()
+        steps = step - self._logged_step
+        speed = steps * self._config.batch_size * self._config.sequence_length
+        speed /= now - self._logged_time
+        self._logged_step, self._logged_time = step, now
+        utilisation = speed * self._flops / self._peak
+        self._file.write(step, **values, tokens_per_second=speed, mfu=utilisation)
+        text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s  MFU {utilisation:.1%}"
+        self._progress.update(self._task, text=text)
+        if self._quiet:
+            self._say(f"step {step}/{self._config.steps}: {text}")
+
+    def _say(self, line: str) -> None:
+        if self._quiet:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._progress.console.print(line)

@@ -1,0 +1,336 @@
+"""neo_jax/data/{sources,prepare}.py: documents from files, data sets on disk."""
+
+import gzip
+import itertools
+import json
+import lzma
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from neo_jax.data import prepare as prepare_module
+from neo_jax.data.prepare import prepare
+from neo_jax.data.sources import documents
+from neo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from neo_jax.errors import NeoError
+
+TEXTS = [
+    "The quick brown fox\njumps over the lazy dog.\n\nCafé, naïve, 日本.",
+    "Call me Ishmael. Some years ago -- never mind how long precisely",
+    " one two  three\n",
+    "numbers 1234567890",
+]
+
+
+class Bytes:
+    """Ids are UTF-8 bytes, and 256 the end of a text."""
+
+    vocab_size, eos_id = 257, 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def save(self, folder):
+        pass
+
+
+def json_lines(texts):
+    return "".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts).encode()
+
+
+def refused(paths):
+    with pytest.raises(NeoError) as error:
+        list(documents(paths))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def load(folder, split="train"):
+    """Returns the documents of a split, as lists of ids."""
+    fields = json.loads((folder / "dataset.json").read_text())
+    ids = np.fromfile(folder / split / "tokens.bin", np.dtype(fields["dtype"]))
+    offsets = np.load(folder / split / "offsets.npy")
+    assert (offsets.dtype, offsets[0], offsets[-1]) == (np.int64, 0, len(ids))
+    return [ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]
+
+
+def test_every_ending_is_read(tmp_path):
+    for name, opener in (("", open), (".gz", gzip.open), (".xz", lzma.open)):
+        with opener(tmp_path / f"a.txt{name}", "wb") as file:
+            file.write(TEXTS[0].encode())
+        with opener(tmp_path / f"b.jsonl{name}", "wb") as file:
+            file.write(json_lines(TEXTS[1:]))
+        assert list(documents([tmp_path / f"a.txt{name}"])) == TEXTS[:1]
+        assert list(documents([tmp_path / f"b.jsonl{name}"])) == TEXTS[1:]
+
+
+def test_folders_and_globs_are_sorted(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/.hidden.txt", ".git/d.txt", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert list(documents([tmp_path])) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert list(documents([f"{tmp_path}/*.txt"])) == ["a.txt", "b.txt"]
+    assert list(documents([f"{tmp_path}/**/*.txt"])) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert list(documents([tmp_path / "b.txt", str(tmp_path / "a.txt")])) == ["b.txt", "a.txt"]
+    (tmp_path / "odd[1].txt").write_text("a file before a glob")
+    assert list(documents([tmp_path / "odd[1].txt"])) == ["a file before a glob"]
+
+
+def test_text_is_taken_as_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\u2028three\n".encode())
+    assert list(documents([tmp_path])) == ["one\r\ntwo\u2028three\n"]
+    (tmp_path / "a.txt").unlink()
+    data = '{"text": "a\u2028b"}\n\n  \n{"text": ""}\r\n{"text": "no newline"}'
+    (tmp_path / "b.jsonl").write_bytes(data.encode())
+    assert list(documents([tmp_path])) == ["a\u2028b", "", "no newline"]
+
+
+def test_inputs_that_match_nothing(tmp_path):
+    assert "no input is named" in refused([])
+    assert "nowhere.txt does not exist." in refused([tmp_path / "nowhere.txt"])
+    assert "nothing matches" in refused([f"{tmp_path}/*.txt"])
+    assert "holds no file that ends in .txt, .jsonl" in refused([tmp_path])
+    (tmp_path / "sub").mkdir()
+    assert "no file that" in refused([f"{tmp_path}/*"]) or "holds no file" in refused([tmp_path])
+    (tmp_path / "a.pdf").write_text("")
+    assert "a.pdf: unknown ending; known are .txt" in refused([tmp_path / "a.pdf"])
+    # Reported before the first document is read.
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(NeoError, match="does not exist"):
+        next(documents([tmp_path / "a.txt", tmp_path / "b.txt"]))
+
+
+def test_what_is_not_utf8_is_named_by_its_byte(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    assert "a.txt is not UTF-8: byte 3 is 0xe9" in refused([tmp_path])
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9")
+    assert "byte 6 is 0xe9" in refused([tmp_path])
+    (tmp_path / "a.txt").unlink()
+    first = json_lines(["é"])
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write(first + b'{"text": "\xff"}')
+    assert f"not UTF-8: byte {len(first) + 10} once decompressed is 0xff" in refused([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a', "b.jsonl:2: not valid JSON"),
+        ('{"txt": "a"}', 'b.jsonl:2: no "text"'),
+        ('{"text": null}', 'b.jsonl:2: no "text"'),
+        ('["text"]', 'b.jsonl:2: no "text"'),
+        ('{"text": "\\ud800"}', 'b.jsonl:2: "text" holds the lone surrogate'),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    assert message in refused([tmp_path])
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz"])
+def test_damaged_files_are_named(tmp_path, ending):
+    path = tmp_path / f"a.txt{ending}"
+    whole = (gzip if ending == ".gz" else lzma).compress(os.urandom(1000))
+    path.write_bytes(whole[:500])
+    assert f"a.txt{ending} is damaged" in refused([path])
+    path.write_bytes(b"not compressed at all")
+    assert f"a.txt{ending} is damaged" in refused([path])
+    path.write_bytes(whole[:100] + bytes(100) + whole[200:])
+    assert f"a.txt{ending} " in refused([path])
+
+
+def test_a_data_set_holds_its_documents(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(json_lines([*TEXTS, ""]))
+    result = prepare([tmp_path / "in.jsonl"], tmp_path / "out", Bytes())
+    ids = [[*text.encode(), 256] for text in TEXTS]
+    assert load(tmp_path / "out") == ids
+    num_bytes, num_tokens = (sum(map(len, TEXTS_IN_BYTES)), sum(map(len, ids)))
+    assert result == {
+        "version": 1,
+        "dtype": "uint16",
+        "vocab_size": 257,
+        "eos_id": 256,
+        "splits": {
+            "train": {
+                "documents": 4,
+                "bytes": num_bytes,
+                "tokens": num_tokens,
+                "tokens_per_byte": round(num_tokens / num_bytes, 6),
+            }
+        },
+    }
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == result
+    assert sorted(os.listdir(tmp_path / "out")) == ["dataset.json", "train"]
+
+
+TEXTS_IN_BYTES = [text.encode() for text in TEXTS]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    class Large(Bytes):
+        vocab_size = 65537
+
+        def encode(self, text):
+            return [i + 65280 for i in text.encode()]
+
+    (tmp_path / "in.txt").write_bytes(b"a\xc3\xbf")
+    assert prepare([tmp_path], tmp_path / "out", Large())["dtype"] == "uint32"
+    assert load(tmp_path / "out") == [[65377, 65475, 65471, 256]]
+    Large.vocab_size = 65536
+    assert prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes())["dtype"] == "uint16"
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text("ab\né", min_size=1, max_size=9), min_size=9, max_size=60), st.randoms())
+def test_documents_are_held_out_by_their_text(tmp_path, texts, random):
+    """The splits partition the documents, whatever their order; copies stay together."""
+    texts += ["always", "to train", "to be", "held out"]  # so that neither split is empty
+    splits = []
+    for _ in range(2):
+        random.shuffle(texts)
+        (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
+        prepare([tmp_path / "in.jsonl"], tmp_path / "out", Bytes(), held_out=0.4)
+        splits.append([sorted(load(tmp_path / "out", split)) for split in ("train", "held_out")])
+    assert splits[0] == splits[1]
+    train, held_out = splits[0]
+    assert sorted(train + held_out) == sorted([*text.encode(), 256] for text in texts)
+    assert not {tuple(ids) for ids in train} & {tuple(ids) for ids in held_out}
+
+
+def test_the_share_held_out_is_about_what_was_asked(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(json_lines(f"document {i}" for i in range(2000)))
+    splits = prepare([tmp_path], tmp_path / "out", Bytes(), held_out=0.1)["splits"]
+    assert 160 < splits["held_out"]["documents"] < 240
+    assert splits["train"]["documents"] + splits["held_out"]["documents"] == 2000
+
+
+def test_a_tokenizer_is_trained_without_what_is_held_out(tmp_path):
+    words = ["alpha beta", "gamma delta", "epsilon zeta", "eta theta", "iota kappa"]
+    texts = [f"{words[i % 5]} number {i}" for i in range(60)]
+    (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
+    prepare([tmp_path], tmp_path / "out", train_tokenizer=290, held_out=0.2)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.vocab_size == 290
+    train = [tokenizer.decode(ids) for ids in load(tmp_path / "out")]
+    held_out = [tokenizer.decode(ids) for ids in load(tmp_path / "out", "held_out")]
+    assert sorted(train + held_out) == sorted(texts)
+    alone = train_sentencepiece(train, 290, tmp_path / "alone.model")
+    assert alone.encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+def test_a_tokenizer_is_named_by_its_folder(tmp_path):
+    (tmp_path / "in.txt").write_text(TEXTS[0] * 20)
+    train_sentencepiece([TEXTS[0], TEXTS[1]], 300, tmp_path / "tokenizer")
+    prepare([tmp_path / "in.txt"], tmp_path / "out", tmp_path / "tokenizer")
+    # Again, with the tokenizer of the folder that is replaced.
+    again = prepare([tmp_path / "in.txt"], tmp_path / "out", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert load(tmp_path / "out") == [[*tokenizer.encode(TEXTS[0] * 20), tokenizer.eos_id]]
+    assert again["splits"]["train"]["tokens"] < again["splits"]["train"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either a tokenizer or the size of one to train"),
+        ({"tokenizer": Bytes(), "train_tokenizer": 300}, "not both"),
+        ({"train_tokenizer": -1}, "-1 pieces cannot be trained"),
+        ({"tokenizer": Bytes(), "held_out": 1.0}, "not 1.0"),
+        ({"tokenizer": Bytes(), "held_out": -0.1}, "not -0.1"),
+        ({"tokenizer": Bytes(), "held_out": 1e-9}, "split 'held_out'; choose a larger share"),
+        ({"tokenizer": Bytes(), "held_out": 0.999999}, "split 'train'; choose a smaller share"),
+        ({"tokenizer": "nowhere"}, "nowhere does not exist"),
+        ({"train_tokenizer": 9999}, "too small for 9999 pieces"),
+    ],
+)
+def test_errors_leave_nothing_behind(tmp_path, arguments, message):
+    (tmp_path / "in.jsonl").write_bytes(json_lines(TEXTS))
+    with pytest.raises(NeoError, match=message) as error:
+        prepare([tmp_path], tmp_path / "out", **arguments)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_no_text_is_an_error(tmp_path):
+    (tmp_path / "in.txt").write_text("")
+    (tmp_path / "in.jsonl").write_text('\n{"text": ""}\n')
+    with pytest.raises(NeoError, match="the input holds no text"):
+        prepare([tmp_path], tmp_path / "out", Bytes())
+    with pytest.raises(NeoError, match="no text to train a tokenizer on"):
+        prepare([tmp_path], tmp_path / "out", train_tokenizer=300)
+
+
+def test_a_tokenizer_needs_an_end_of_text(tmp_path):
+    class Endless(Bytes):
+        eos_id = None
+
+    (tmp_path / "in.txt").write_text("a")
+    with pytest.raises(NeoError, match="has no end-of-text token"):
+        prepare([tmp_path], tmp_path / "out", Endless())
+
+
+def test_a_failure_keeps_the_old_data_set(tmp_path):
+    (tmp_path / "in.txt").write_text("old")
+    prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes())
+    (tmp_path / "bad.jsonl").write_text('{"text": "new"}\n{"text": ')
+    with pytest.raises(NeoError, match=r"bad.jsonl:2"):
+        prepare([tmp_path / "bad.jsonl"], tmp_path / "out", Bytes())
+    assert load(tmp_path / "out") == [[*b"old", 256]]
+    (tmp_path / "in.txt").write_text("new")
+    prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes())
+    assert load(tmp_path / "out") == [[*b"new", 256]]
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "in.txt", "out"]
+
+
+def test_only_data_sets_are_replaced(tmp_path):
+    (tmp_path / "in.txt").write_text("a")
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare([tmp_path / "in.txt"], out, Bytes())  # an empty folder is fine
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(NeoError, match=r"holds 'notes.txt' beside a data set; choose another"):
+        prepare([tmp_path / "in.txt"], out, Bytes())
+    (out / "dataset.json").unlink()
+    with pytest.raises(NeoError, match="is a folder that holds no data set; choose another"):
+        prepare([tmp_path / "in.txt"], out, Bytes())
+    with pytest.raises(NeoError, match=r"in.txt is a file; choose another output"):
+        prepare([tmp_path / "in.txt"], tmp_path / "in.txt", Bytes())
+    with pytest.raises(NeoError, match="cannot write in"):
+        prepare([tmp_path / "in.txt"], tmp_path / "in.txt" / "out", Bytes())
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_batches_are_bounded(tmp_path, monkeypatch):
+    sizes = []
+
+    class Watched(Bytes):
+        def encode_batch(self, texts):
+            sizes.append((len(texts), sum(map(len, texts))))
+            return super().encode_batch(texts)
+
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 8)
+    texts = [f"{i} " * (i % 20 + 1) for i in range(100)]
+    (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
+    prepare([tmp_path], tmp_path / "out", Watched())
+    assert load(tmp_path / "out") == [[*text.encode(), 256] for text in texts]
+    assert all(number <= 8 and size < 200 for number, size in sizes)
+
+
+def test_progress_is_for_terminals(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text(TEXTS[1] * 20)
+    prepare([tmp_path], tmp_path / "out", Bytes())
+    assert capsys.readouterr() == ("", "")
+    prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes(), progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "tokenizing 1 documents" in err

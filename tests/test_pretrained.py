@@ -1,0 +1,702 @@
+import dataclasses
+import json
+import os
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import errors as hub_errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+from neo_jax import pretrained
+from neo_jax.config import ModelConfig
+from neo_jax.errors import NeoError
+from neo_jax.names import tensors
+from neo_jax.pretrained import load_params, read_config, resolve, save_pretrained
+
+CONFIG = ModelConfig(
+    num_layers=3,
+    embed_dim=32,
+    num_heads=4,
+    vocab_size=96,
+    max_length=64,
+    window_size=16,
+    attention_types=("global", "global", "local"),
+    eos_token_id=95,
+)
+INDEX = "model.safetensors.index.json"
+
+
+def random_params(config, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return unflatten_dict(
+        {row.path: rng.normal(size=row.shape).astype(dtype) for row in tensors(config)}
+    )
+
+
+def hf_tensors(config, dtype=np.float32):
+    rng = np.random.default_rng(1)
+    return {row.hf_name: rng.normal(size=row.hf_shape).astype(dtype) for row in tensors(config)}
+
+
+def stored(folder):
+    """All tensors of a folder's safetensors files, as (dtype, shape, bytes)."""
+    return {
+        name: (array.dtype.name, array.shape, array.tobytes())
+        for path in sorted(Path(folder).glob("*.safetensors"))
+        for name, array in load_file(path).items()
+    }
+
+
+def assert_same(params, expected):
+    params, expected = flatten_dict(params), flatten_dict(expected)
+    assert params.keys() == expected.keys()
+    for path, array in params.items():
+        assert array.dtype == expected[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), str(path))
+
+
+def write(folder, arrays, config=CONFIG):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+def header(path):
+    """The header of a safetensors file and where its data begin."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), start
+
+
+def assert_well_formed(path):
+    """Beyond what the library demands: every tensor lies aligned, and there is one."""
+    fields, start = header(path)
+    assert fields.pop("__metadata__") == {"format": "pt"}
+    assert start % 8 == 0
+    assert fields
+    for name, entry in fields.items():
+        width = {"F32": 4, "F16": 2, "BF16": 2}[entry["dtype"]]
+        assert entry["data_offsets"][0] % width == 0, name
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith((".", "?", ".)"))
+    return text
+
+
+@pytest.fixture(scope="module")
+def hf_model():
+    torch.manual_seed(0)
+    fields = CONFIG.to_hf()
+    for derived in ("attention_layers", "architectures"):
+        del fields[derived]
+    model = GPTNeoForCausalLM(GPTNeoConfig(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "model", hf_tensors(CONFIG))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    save_pretrained(tmp_path / "sharded", CONFIG, random_params(CONFIG), max_shard_bytes=40_000)
+    return tmp_path / "sharded"
+
+
+# Between transformers and us.
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_to_us_and_back_is_exact(hf_model, tmp_path, dtype, max_shard_bytes):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    hf_model.to(dtype).save_pretrained(theirs, max_shard_size=max_shard_bytes)
+    assert (theirs / INDEX).exists() == (max_shard_bytes < 100_000)
+
+    config = read_config(theirs)
+    assert config == CONFIG
+    save_pretrained(ours, config, load_params(theirs, config), max_shard_bytes=max_shard_bytes)
+    assert stored(ours) == stored(theirs)
+    assert (ours / INDEX).exists() == (theirs / INDEX).exists()
+
+    loaded, report = GPTNeoForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not any(report.values()), report
+    assert loaded.dtype == dtype
+    for name, tensor in hf_model.to(dtype).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_saved_config_is_what_transformers_writes(hf_model, tmp_path):
+    hf_model.float().save_pretrained(tmp_path / "theirs")
+    save_pretrained(tmp_path / "ours", CONFIG, random_params(CONFIG))
+    for name in ("config.json", "generation_config.json"):
+        theirs = json.loads((tmp_path / "theirs" / name).read_text())
+        ours = json.loads((tmp_path / "ours" / name).read_text())
+        assert ours == {key: theirs[key] for key in ours}
+    assert GPTNeoConfig.from_pretrained(tmp_path / "ours").dtype == torch.float32
+
+
+def test_a_bare_model_with_stale_buffers_and_a_tied_head_loads(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    expected = load_params(write(tmp_path / "plain", arrays), CONFIG)
+    arrays = {name.removeprefix("transformer."): array for name, array in arrays.items()}
+    for i in range(CONFIG.num_layers):
+        arrays[f"h.{i}.attn.attention.bias"] = np.ones((1, 1, 64, 64), np.bool_)
+        arrays[f"h.{i}.attn.attention.masked_bias"] = np.array(-1e9, np.float32)
+    arrays["lm_head.weight"] = arrays["wte.weight"]
+    assert_same(load_params(write(tmp_path / "bare", arrays), CONFIG), expected)
+
+    del arrays["wte.weight"]  # of tied tensors, safetensors.torch.save_model keeps one
+    assert_same(load_params(write(tmp_path / "head", arrays), CONFIG), expected)
+
+
+def test_stale_buffers_with_the_prefix_are_ignored(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    expected = load_params(write(tmp_path / "plain", arrays), CONFIG)
+    arrays["transformer.h.0.attn.attention.bias"] = np.ones((1, 1, 64, 64), np.uint8)
+    assert_same(load_params(write(tmp_path / "stale", arrays), CONFIG), expected)
+
+
+# Our own round trip.
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 4),
+    sizes=st.tuples(*[st.integers(1, 9)] * 3),
+    layers=st.integers(1, 3),
+    dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
+    max_shard_bytes=st.integers(1, 2000),
+)
+def test_round_trip_of_any_shape(heads, head_dim, sizes, layers, dtype, max_shard_bytes):
+    mlp, vocab, length = sizes
+    config = ModelConfig(
+        num_layers=layers,
+        embed_dim=heads * head_dim,
+        num_heads=heads,
+        mlp_dim=mlp,
+        vocab_size=vocab,
+        max_length=length,
+        attention_types=("global",),
+    )
+    params = random_params(config, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, config, params, max_shard_bytes=max_shard_bytes)
+        assert read_config(folder) == config
+        assert_same(load_params(folder, config), params)
+        for path in Path(folder).glob("*.safetensors"):
+            assert_well_formed(path)
+
+
+def test_small_blocks_and_batches_change_nothing(folder, monkeypatch):
+    expected = load_params(folder, CONFIG)
+    monkeypatch.setattr(pretrained, "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(pretrained, "_BATCH_BYTES", 5000)
+    assert_same(load_params(folder, CONFIG), expected)
+
+
+def test_mixed_dtypes_survive(tmp_path):
+    config = dataclasses.replace(CONFIG, embed_dim=3, num_heads=1, head_dim=3, vocab_size=97)
+    params = random_params(config, ml_dtypes.bfloat16)
+    params["ln_f"]["scale"] = params["ln_f"]["scale"].astype(np.float32)
+    save_pretrained(tmp_path, config, params)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    assert_same(load_params(tmp_path, config), params)
+    assert_well_formed(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", jax.numpy.bfloat16])
+def test_dtypes_are_cast_when_read_and_when_written(folder, tmp_path, dtype):
+    params = load_params(folder, CONFIG)
+    cast = jax.tree.map(lambda array: np.asarray(array).astype(dtype), params)
+    assert_same(load_params(folder, CONFIG, dtype=dtype), cast)
+    save_pretrained(tmp_path / "cast", CONFIG, params, dtype=dtype)
+    assert_same(load_params(tmp_path / "cast", CONFIG), cast)
+
+
+def test_float64_is_read_as_what_jax_holds(tmp_path):
+    arrays = hf_tensors(CONFIG, np.float64)
+    params = load_params(write(tmp_path / "double", arrays), CONFIG)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "floaty", "bool", "complex64"])
+def test_a_dtype_that_is_no_float_is_refused(folder, tmp_path, dtype):
+    with pytest.raises(NeoError, match=f"{dtype}.*no floating-point type") as error:
+        load_params(folder, CONFIG, dtype=dtype)
+    one_line(error)
+    with pytest.raises(NeoError, match="no floating-point type"):
+        save_pretrained(tmp_path / "out", CONFIG, random_params(CONFIG), dtype=dtype)
+
+
+# Placement.
+
+
+def test_without_shardings_arrays_are_uncommitted_on_the_default_device(folder):
+    device = jax.devices()[3]
+    with jax.default_device(device):
+        params = load_params(folder, CONFIG)
+    for leaf in jax.tree.leaves(params):
+        assert leaf.devices() == {device}
+        assert not leaf.committed
+
+
+def test_shardings_are_honoured_and_slices_copied_once(folder, tmp_path, monkeypatch):
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "model"))
+    rules = {"embed": "fsdp", "heads": "model", "mlp": "model"}
+    specs = {row.path: PartitionSpec(*map(rules.get, row.axes)) for row in tensors(CONFIG)}
+    shardings = {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+    expected = load_params(folder, CONFIG)
+
+    copied = []
+    copy = pretrained._copy
+
+    def counting_copy(view, dtype):
+        copied.append(view.size)
+        return copy(view, dtype)
+
+    monkeypatch.setattr(pretrained, "_copy", counting_copy)
+    params = load_params(folder, CONFIG, shardings=unflatten_dict(shardings))
+    assert sum(copied) == CONFIG.num_params
+    monkeypatch.undo()
+
+    save_pretrained(tmp_path / "again", CONFIG, params)
+    assert stored(tmp_path / "again") == stored(folder)
+    # The host copy that JAX keeps with an array it has read would double the memory of a save.
+    assert all(leaf._npy_value is None for leaf in jax.tree.leaves(params))
+
+    assert_same(params, expected)
+    for path, leaf in flatten_dict(params).items():
+        assert leaf.sharding == shardings[path]
+        assert leaf.committed
+
+
+def test_shardings_cast_too(folder):
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()[:1]), ("data",)), PartitionSpec())
+    shardings = unflatten_dict({row.path: sharding for row in tensors(CONFIG)})
+    params = load_params(folder, CONFIG, dtype="bfloat16", shardings=shardings)
+    assert_same(params, load_params(folder, CONFIG, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_overwriting_the_file_does_not_change_the_parameters(folder, replicated):
+    shardings = None
+    if replicated:
+        sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec())
+        shardings = unflatten_dict({row.path: sharding for row in tensors(CONFIG)})
+    # JAX on a CPU aliases what is aligned to 64 bytes: make it so.
+    path = folder / "model.safetensors"
+    fields, start = header(path)
+    data = path.read_bytes()[start:]
+    text = json.dumps(fields).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    params = load_params(folder, CONFIG, shardings=shardings)
+    before = jax.tree.map(np.array, params)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert_same(params, before)
+
+
+def test_saving_holds_one_tensor_at_a_time(tmp_path):
+    config = ModelConfig(num_layers=24, embed_dim=128, num_heads=4, vocab_size=512, max_length=64)
+    params = random_params(config)
+    tracemalloc.start()
+    try:
+        save_pretrained(tmp_path, config, params)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    largest = 4 * 128 * 512
+    assert peak < 4 * largest < config.num_params * 4 / 10
+
+
+# Files that are not as they should be.
+
+
+def failed_load(folder, config=CONFIG):
+    with pytest.raises(NeoError) as error:
+        load_params(folder, config)
+    text = one_line(error)
+    assert str(folder) in text
+    return text
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    text = failed_load(folder)
+    assert "model.safetensors" in text
+    assert "save_pretrained(folder, safe_serialization=True)" in text
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, 500, -1])
+def test_a_truncated_file(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "model.safetensors is damaged or cut short" in failed_load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        (2).to_bytes(8, "little") + b"[]",
+        (9).to_bytes(8, "little") + b'{"a": nul',
+        (1 << 62).to_bytes(8, "little") + b"{}",
+    ],
+)
+def test_a_corrupt_header(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    assert "download or copy it again" in failed_load(folder)
+
+
+@pytest.mark.parametrize("offsets", [[0, 1 << 40], [8, 4], [-4, 0], [0, 4]])
+def test_offsets_outside_the_file(folder, offsets):
+    name = "transformer.wte.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    (folder / "model.safetensors").write_bytes(content)
+    assert "damaged" in failed_load(folder)
+
+
+def test_an_unreadable_file(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
+    (folder / "x.safetensors").mkdir()
+    assert "x.safetensors, which is not there" in failed_load(folder)
+
+
+def test_missing_tensors(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    del arrays["transformer.h.1.ln_1.bias"], arrays["transformer.ln_f.weight"]
+    text = failed_load(write(tmp_path / "model", arrays))
+    assert "lacks 2 of 43 tensors, the first transformer.h.1.ln_1.bias" in text
+
+
+def test_unexpected_tensors(tmp_path):
+    arrays = hf_tensors(CONFIG) | {"score.weight": np.ones((2, 32), np.float32)}
+    text = failed_load(write(tmp_path / "model", arrays))
+    assert "1 tensors" in text
+    assert "score.weight" in text
+
+
+def test_a_config_of_another_depth(folder):
+    assert "lacks" in failed_load(folder, dataclasses.replace(CONFIG, num_layers=6))
+    shallow = dataclasses.replace(CONFIG, num_layers=1, attention_types=("global",))
+    assert "26 tensors" in failed_load(folder, shallow)
+
+
+def test_a_wrong_shape(folder):
+    text = failed_load(folder, dataclasses.replace(CONFIG, max_length=65))
+    assert "transformer.wpe.weight is [64, 32], but config.json asks for [65, 32]" in text
+
+
+def test_an_untied_head_of_another_size(tmp_path):
+    arrays = hf_tensors(CONFIG) | {"lm_head.weight": np.ones((2, 32), np.float32)}
+    assert "lm_head.weight is [2, 32]" in failed_load(write(tmp_path / "model", arrays))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.bool_, np.int64])
+def test_weights_that_are_no_floats(tmp_path, dtype):
+    arrays = hf_tensors(CONFIG)
+    arrays["transformer.ln_f.bias"] = arrays["transformer.ln_f.bias"].astype(dtype)
+    text = failed_load(write(tmp_path / "model", arrays))
+    assert "transformer.ln_f.bias is stored as" in text
+
+
+def test_a_missing_shard(sharded):
+    (sharded / "model-00002-of-00005.safetensors").unlink()
+    text = failed_load(sharded)
+    assert "names model-00002-of-00005.safetensors, which is not there" in text
+
+
+def test_a_truncated_shard(sharded):
+    path = sharded / "model-00003-of-00005.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path} is damaged" in failed_load(sharded)
+
+
+def test_an_index_that_names_what_its_shard_lacks(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    name = "transformer.wte.weight"
+    index["weight_map"][name] = "model-00002-of-00005.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert f"says that model-00002-of-00005.safetensors holds {name}" in failed_load(sharded)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{"]
+)
+def test_a_damaged_index(sharded, content):
+    (sharded / INDEX).write_text(content)
+    assert INDEX in failed_load(sharded)
+
+
+def test_an_index_reads_nothing_outside_its_folder(tmp_path, sharded):
+    outside = write(tmp_path, hf_tensors(CONFIG)) / "model.safetensors"
+    for shard in ("../model.safetensors", str(outside)):
+        (sharded / INDEX).write_text(json.dumps({"weight_map": {"transformer.wte.weight": shard}}))
+        assert "no weight_map of file names" in failed_load(sharded)
+
+
+def test_read_config_names_what_is_wrong(tmp_path):
+    with pytest.raises(NeoError, match=r"holds no config\.json") as error:
+        read_config(tmp_path)
+    one_line(error)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(NeoError, match=r"config\.json: model_type is 'bert'") as error:
+        read_config(tmp_path)
+    one_line(error)
+
+
+# Saving.
+
+
+class FakeTokenizer:
+    def save(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+class BrokenTokenizer:
+    def save(self, folder):
+        raise RuntimeError("crash")
+
+
+def test_the_tokenizer_is_saved_too(tmp_path):
+    save_pretrained(tmp_path / "new" / "deep", CONFIG, random_params(CONFIG), tokenizer=None)
+    save_pretrained(
+        tmp_path / "new" / "deep", CONFIG, random_params(CONFIG), tokenizer=FakeTokenizer()
+    )
+    assert sorted(os.listdir(tmp_path / "new" / "deep")) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(None, 40_000), (40_000, None), (40_000, 60_000)])
+def test_a_second_save_replaces_the_first(tmp_path, sizes):
+    first, second = random_params(CONFIG), random_params(CONFIG, ml_dtypes.bfloat16)
+    for params, size in zip((first, second), sizes, strict=True):
+        save_pretrained(tmp_path, CONFIG, params, max_shard_bytes=size or 1 << 40)
+    assert_same(load_params(tmp_path, CONFIG), second)
+    save_pretrained(tmp_path / "alone", CONFIG, second, max_shard_bytes=sizes[1] or 1 << 40)
+    assert {path.name for path in tmp_path.iterdir()} - {"alone"} == {
+        path.name for path in (tmp_path / "alone").iterdir()
+    }
+
+
+def test_a_crash_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    first = random_params(CONFIG)
+    save_pretrained(tmp_path, CONFIG, first)
+    files = sorted(os.listdir(tmp_path))
+    second = jax.tree.map(lambda array: array + 1, first)
+    with pytest.raises(RuntimeError, match="crash"):
+        save_pretrained(tmp_path, CONFIG, second, tokenizer=BrokenTokenizer())
+
+    calls = []
+
+    def crash(view, dtype):
+        calls.append(view)
+        if len(calls) == 9:
+            raise OSError(28, "No space left on device")
+        return np.array(view, dtype)
+
+    monkeypatch.setattr(pretrained, "_copy", crash)
+    with pytest.raises(NeoError, match=r"cannot save to .*: No space left on device") as error:
+        save_pretrained(tmp_path, CONFIG, second, max_shard_bytes=40_000)
+    one_line(error)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == files
+    assert_same(load_params(tmp_path, CONFIG), first)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NeoError, match="cannot save to") as error:
+        save_pretrained(tmp_path / "file", CONFIG, random_params(CONFIG))
+    one_line(error)
+
+
+def test_parameters_that_the_config_does_not_describe(tmp_path):
+    params = random_params(CONFIG)
+    for path, leaf, message in [
+        (("ln_f", "bias"), None, "no leaf ln_f/bias"),
+        (("ln_f", "bias"), np.ones(3, np.float32), r"ln_f/bias is \(3,\).* asks for \(32,\)"),
+        (("ln_f", "bias"), "low rank", "ln_f/bias is a str; merge it"),
+        (("ln_f", "bias"), np.ones(32, np.int8), "int8.*no floating-point type"),
+        (("ln_f", "extra"), np.ones(3, np.float32), "a leaf ln_f/extra that no GPT-Neo has"),
+    ]:
+        leaves = flatten_dict(params)
+        leaves[path] = leaf
+        if leaf is None:
+            del leaves[path]
+        with pytest.raises(NeoError, match=message) as error:
+            save_pretrained(tmp_path / "out", CONFIG, unflatten_dict(leaves))
+        one_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+# Names of models.
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Replaces the download; returns its calls, and a function that makes it fail."""
+    calls = []
+
+    def fail(error):
+        def download(name, **options):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    def download(name, **options):
+        calls.append((name, options))
+        return "/cache/snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls, fail
+
+
+def response(status=404):
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/org/name")
+    return httpx2.Response(status, request=request)
+
+
+def failed_resolve(name="org/name", **options):
+    with pytest.raises(NeoError) as error:
+        resolve(name, **options)
+    return one_line(error)
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch, hub):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/name") == Path("org/name")
+    assert resolve(tmp_path) == tmp_path
+    assert hub[0] == []
+    assert "is a folder" in failed_resolve("org/name", revision="v1")
+    (tmp_path / "file").write_text("")
+    assert "file is a file" in failed_resolve("file")
+
+
+def test_no_name_is_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.resources, "files", lambda package: tmp_path)
+    assert "without its bundled model" in failed_resolve(None)
+    (tmp_path / "bundled").mkdir()
+    assert resolve(None) == tmp_path / "bundled"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("gpt-neo-125m", "EleutherAI/gpt-neo-125m"),
+        ("gpt-neo-1.3B", "EleutherAI/gpt-neo-1.3B"),
+        ("gpt-neo-2.7b", "EleutherAI/gpt-neo-2.7B"),
+        ("roneneldan/TinyStories-1M", "roneneldan/TinyStories-1M"),
+    ],
+)
+def test_other_names_are_downloaded(tmp_path, monkeypatch, hub, name, repository):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(name, revision="v1", token="t") == Path("/cache/snapshot")
+    ((asked, options),) = hub[0]
+    assert asked == repository
+    assert (options["revision"], options["token"]) == ("v1", "t")
+    files = [
+        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", INDEX,
+        "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model",
+        "pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors", "README.md",
+    ]  # fmt: skip
+    wanted = huggingface_hub.utils.filter_repo_objects(
+        files,
+        allow_patterns=options["allow_patterns"],
+        ignore_patterns=options["ignore_patterns"],
+    )
+    assert list(wanted) == files[:8]
+
+
+@pytest.mark.parametrize("name", ["gpt-neo-125", "/no/such/folder", "a/b/c", "", "org/na me", "x/"])
+def test_an_unknown_name(tmp_path, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    text = failed_resolve(name)
+    assert f"no folder and no published model '{name}'" in text
+    assert "org/name" in text
+    assert "gpt-neo-125m" in text
+    assert hub[0] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            hub_errors.GatedRepoError("two\nlines", response=response(403)),
+            ["gated", "licence", "HF_TOKEN"],
+        ),
+        (
+            hub_errors.RepositoryNotFoundError("two\nlines", response=response()),
+            ["neither a folder nor a repository", "check the name"],
+        ),
+        (
+            hub_errors.RevisionNotFoundError("two\nlines", response=response()),
+            ["no revision 'v9'"],
+        ),
+        (
+            hub_errors.LocalEntryNotFoundError("two\nlines"),
+            ["hub's cache", "does not answer", "connection"],
+        ),
+        (hub_errors.HfHubHTTPError("500 error\nmore", response=response(500)), ["500 error"]),
+        (httpx2.ProxyError("proxy\nmore"), ["proxy", "try again"]),
+        (httpx2.ReadTimeout(""), ["ReadTimeout", "try again"]),
+        (OSError(28, "No space left on device"), ["No space left"]),
+        (hub_errors.HFValidationError("two\nlines"), ["neither a folder nor a repository"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_failure_of_the_hub_is_one_line(hub, error, parts):
+    hub[1](error)
+    text = failed_resolve(revision="v9")
+    assert "'org/name'" in text
+    assert all(part in text for part in parts), text
+
+
+def test_offline_without_a_copy(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub[1](hub_errors.LocalEntryNotFoundError("two\nlines"))
+    assert "HF_HUB_OFFLINE is set: unset it" in failed_resolve()
+
+
+def test_offline_with_a_copy_uses_it_without_the_network(tmp_path, monkeypatch):
+    """Runs the hub library itself on a cache as it lays one out."""
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    write(snapshot, hf_tensors(CONFIG))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert resolve("org/name") == snapshot
+    assert "HF_HUB_OFFLINE" in failed_resolve("org/other")
+    assert "HF_HUB_OFFLINE" in failed_resolve("org/name", revision="other")
