@@ -1,8 +1,35 @@
-"""GPT-Neo for meshes: load, train, evaluate, generate and plan with JAX.
+"""GPT-Neo for meshes: load, train, evaluate and generate with JAX.
 
     import neo_jax
     lm = neo_jax.load("EleutherAI/gpt-neo-1.3B")
     lm.generate("EleutherAI has", max_new_tokens=50)
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neo_jax.config import ModelConfig
+    from neo_jax.errors import NeoError
+    from neo_jax.language_model import LanguageModel, load
+    from neo_jax.model import Neo
+
 __version__ = "0.1.0"
+
+__all__ = ["LanguageModel", "ModelConfig", "Neo", "NeoError", "__version__", "load"]
+
+_HOMES = {
+    "LanguageModel": "language_model",
+    "ModelConfig": "config",
+    "Neo": "model",
+    "NeoError": "errors",
+    "load": "language_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: a command that needs no JAX does not wait for it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'neo_jax' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f"neo_jax.{_HOMES[name]}"), name)

@@ -21,12 +21,8 @@ from typing import Any
 import numpy as np
 
 from neo_jax.data.sources import documents
-from neo_jax.data.tokenizer import (
-    TOKENIZER_FILES,
-    Tokenizer,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from neo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from neo_jax.data.tokenizer_training import train_sentencepiece
 from neo_jax.errors import NeoError
 
 VERSION = 1

@@ -3,12 +3,10 @@
 The libraries are imported by the class that uses them, so importing this module costs nothing.
 """
 
-import io
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,12 +89,12 @@ class BytePairTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text."""
-        _check_unicode(text)
+        check_unicode(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of every text."""
-        _check_unicode(*texts)
+        check_unicode(*texts)
         batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
@@ -147,12 +145,12 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text."""
-        _check_unicode(text)
+        check_unicode(text)
         return self._pieces.EncodeAsIds(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of every text."""
-        _check_unicode(*texts)
+        check_unicode(*texts)
         return self._pieces.EncodeAsIds(list(texts)) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -186,6 +184,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         f"{path} holds no tokenizer; put tokenizer.json there, or vocab.json and merges.txt, or a "
         "SentencePiece tokenizer.model."
     )
+
+
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder holds files that `load_tokenizer` reads."""
+    folder = Path(folder)
+    byte_pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return byte_pair or (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
 
 
 class StreamDecoder:
@@ -236,96 +241,11 @@ class StreamDecoder:
         return text[shared:]
 
 
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, output: str | os.PathLike[str]
-) -> SentencePieceTokenizer:
-    """Trains a unigram SentencePiece model; the same texts and size always give the same file.
-
-    Newlines, runs of spaces and, by their bytes, all other characters survive encoding and
-    decoding; only U+2581, by which SentencePiece writes a space, comes back as a space. A text is
-    encoded as if a space preceded it, so that its first word has the ids it has further on.
-
-    Args:
-      texts: the documents to learn from; reading stops after about 200 million characters.
-      vocab_size: the number of pieces, of which 256 are the bytes, and three <unk>, the end of
-        text and the newline.
-      output: the .model file to write, or a folder, in which it becomes tokenizer.model.
-
-    Raises:
-      NeoError: the texts are empty or too few for so many pieces, or the pieces too few for the
-        characters of the texts.
-    """
-    import sentencepiece
-
-    path = Path(output)
-    path = path if path.suffix == ".model" else path / "tokenizer.model"
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            hard_vocab_limit=True,
-            character_coverage=0.99999,  # the rarest characters are left to the bytes
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,  # indentation is one piece, not one a space
-            add_dummy_prefix=True,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            eos_piece=END_OF_TEXT,
-            num_threads=8,  # the sums, and so the pieces, depend on it: not the number of cores
-            minloglevel=3,
-        )
-    except RuntimeError as error:
-        raise NeoError(_training_error(str(error), vocab_size)) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
-    return SentencePieceTokenizer(path)
-
-
 _BROKEN = "\ufffd"
-_SENTENCE = 1000  # characters: four bytes each at most, within SentencePiece's limit of 4192
-_MOST_CHARACTERS = 200_000_000  # training holds them in memory, several times over
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Yields lines, the long ones cut at spaces; the space of a cut is implied by the next."""
-    read = 0
-    for text in texts:
-        _check_unicode(text)
-        for line in text.split("\n"):
-            start = 0
-            while len(line) - start > _SENTENCE:
-                cut = line.rfind(" ", start + 1, start + _SENTENCE)
-                end = cut if cut > 0 else start + _SENTENCE
-                yield line[start:end]
-                start = end + 1 if cut > 0 else end
-            if start < len(line):
-                yield line[start:]
-        read += len(text)
-        if read > _MOST_CHARACTERS:
-            return
-
-
-def _training_error(message: str, vocab_size: int) -> str:
-    fewer = re.search(r"Vocabulary size too high.*<= (\d+)", message, re.DOTALL)
-    if fewer:
-        return f"the text is too small for {vocab_size} pieces; ask for at most {fewer[1]}."
-    more = re.search(r"smaller than required_chars\. (?:\d+) vs (\d+)", message)
-    if more:
-        return f"{vocab_size} pieces are too few for this text; ask for at least {more[1]}."
-    if "sentences_.empty()" in message:
-        return "there is no text to train a tokenizer on; is the input empty?"
-    return f"cannot train a tokenizer of {vocab_size} pieces: {' '.join(message.split())}"
-
-
-def _check_unicode(*texts: str) -> None:
+def check_unicode(*texts: str) -> None:
+    """Raises NeoError for texts with lone surrogates, which have no UTF-8 form."""
     try:
         for text in texts:
             text.encode()

@@ -99,7 +99,6 @@ def _make_evaluation(
         for batch in evaluation_batches(dataset, config.batch_size):
             loss, count = loss_fn(state.params, _place(model, batch))
             total, weight = total + float(loss), weight + float(count)
-        tokens_per_byte = dataset.num_tokens / dataset.num_bytes
-        return Evaluation(total / weight, total / weight * tokens_per_byte / math.log(2))
+        return Evaluation(total / weight, total / math.log(2) / dataset.num_bytes)
 
     return evaluate

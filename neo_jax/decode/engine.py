@@ -1,0 +1,218 @@
+"""The engine: prompts of ids in, ids out, by one compiled prefill and one compiled loop.
+
+A `DecodeState` holds a batch of texts in the making. `start` fills its cache with the prompts;
+`run` appends up to a number of tokens to every row, in one `while_loop` on the device that stops
+as soon as every row is done. A stream is `run` with one token at a time: the same program.
+
+Shapes come in buckets, so that another prompt rarely compiles again: the prompts' longest length
+and the room for the whole text are rounded up to powers of two.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neo_jax import cache as caching
+from neo_jax.axes import Array, Bool, Float, Int, Params
+from neo_jax.cache import Cache
+from neo_jax.decode.sampling import Settings, choose
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo
+
+MIN_PREFILL = 16
+MIN_ROOM = 64
+
+
+class DecodeState(NamedTuple):
+    """A batch of texts in the making; every leaf leads with batch."""
+
+    tokens: Int[Array, "B S"]  # the prompt, then what was generated, then zeros
+    logprobs: Float[Array, "B S"]  # the model's log p of each generated token, without truncation
+    lengths: Int[Array, "B"]  # tokens so far
+    limits: Int[Array, "B"]  # lengths at which to stop
+    done: Bool[Array, "B"]
+    settings: Settings
+    cache: Cache  # holds every token but the newest
+
+
+def bucket(size: int, smallest: int, largest: int) -> int:
+    """Returns the least power of two that holds `size`, within the bounds."""
+    return min(max(smallest, 1 << (size - 1).bit_length()), largest)
+
+
+def check_tokens(model: Neo, tokens: Sequence[int]) -> None:
+    """Checks what the device would silently get wrong.
+
+    Raises:
+      NeoError: no tokens, an id outside the vocabulary, or more tokens than the context.
+    """
+    vocab, context = model.config.vocab_size, model.config.max_length
+    if not len(tokens):
+        raise NeoError("the prompt is empty; give at least one token.")
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise NeoError(f"token id {token} is not in the vocabulary, 0 to {vocab - 1}.")
+    if len(tokens) > context:
+        raise NeoError(f"{len(tokens)} tokens exceed the context of {context}; shorten the text.")
+
+
+def check_prompts(model: Neo, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Checks prompts as `check_tokens` does, and that the context has room for the new tokens."""
+    if max_new_tokens < 1:
+        raise NeoError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    context = model.config.max_length
+    for prompt in prompts:
+        check_tokens(model, prompt)
+        if len(prompt) + max_new_tokens > context:
+            raise NeoError(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
+                f"context of {context}; shorten the prompt or ask for at most "
+                f"{context - len(prompt)} new tokens."
+            )
+
+
+def start(
+    model: Neo,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    settings: Settings,
+) -> DecodeState:
+    """Reads the prompts into a fresh state.
+
+    Raises:
+      NeoError: see `check_prompts`.
+    """
+    check_prompts(model, prompts, max_new_tokens)
+    context = model.config.max_length
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    room = bucket(longest + max_new_tokens, MIN_ROOM, context)
+    tokens = np.zeros((len(prompts), room), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    width = bucket(longest, MIN_PREFILL, room)
+    cache = _prefill(model, room, params, tokens[:, :width], lengths - 1)
+    return DecodeState(
+        tokens=jnp.asarray(tokens),
+        logprobs=jnp.zeros(tokens.shape, jnp.float32),
+        lengths=jnp.asarray(lengths),
+        limits=jnp.asarray(lengths + max_new_tokens),
+        done=jnp.zeros(len(prompts), bool),
+        settings=settings,
+        cache=cache,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    model: Neo,
+    room: int,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> Cache:
+    # Prompts are padded on the right: padding lies in the future, which nothing sees.
+    _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
+    return caching.from_sequence(model.config, sequence, lengths, room)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -> DecodeState:
+    """Appends a token to every row that is not done, up to `steps` times; consumes `state`."""
+
+    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+        step, state = carry
+        return (step < steps) & ~jnp.all(state.done)
+
+    def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        step, state = carry
+        return step + 1, _step(model, params, state)
+
+    return jax.lax.while_loop(unfinished, advance, (0, state))[1]
+
+
+def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
+    """Reads each row's newest token and appends the next."""
+    rows = jnp.arange(state.tokens.shape[0])
+    newest = state.lengths - 1
+    output = model.apply(
+        {"params": params}, state.tokens[rows, newest][:, None], newest[:, None], state.cache
+    )
+    logits = output.logits[:, 0]
+    token = choose(logits, state.settings, state.lengths)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
+    lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
+    ended = (token == model.config.eos_token_id) | (lengths >= state.limits)
+    return DecodeState(
+        tokens=state.tokens.at[rows, where].set(token, mode="drop"),
+        logprobs=state.logprobs.at[rows, where].set(logprob, mode="drop"),
+        lengths=lengths,
+        limits=state.limits,
+        done=state.done | ended,
+        settings=state.settings,
+        cache=output.cache,
+    )
+
+
+class Completion(NamedTuple):
+    """What was generated for one prompt."""
+
+    ids: list[int]  # new tokens, the end of text left out
+    logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
+    finish_reason: str  # "eos", or "length" where max_new_tokens were reached
+
+
+def generate(
+    model: Neo,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    settings: Settings,
+) -> list[Completion]:
+    """Completes prompts of any lengths, in one batch.
+
+    Raises:
+      NeoError: see `check_prompts`.
+    """
+    state = start(model, params, prompts, max_new_tokens, settings)
+    state = run(model, params, state, max_new_tokens)
+    tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
+    completions = []
+    for row, prompt in enumerate(prompts):
+        new = slice(len(prompt), int(lengths[row]))
+        ids = tokens[row, new].tolist()
+        ended = ids[-1] == model.config.eos_token_id
+        keep = len(ids) - 1 if ended else len(ids)
+        completions.append(
+            Completion(
+                ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length"
+            )
+        )
+    return completions
+
+
+def stream(
+    model: Neo,
+    params: Params,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    settings: Settings,
+) -> Iterator[int]:
+    """Yields the new tokens of one prompt as they come, the end of text left out.
+
+    Raises:
+      NeoError: see `check_prompts`.
+    """
+    state = start(model, params, [prompt], max_new_tokens, settings)
+    for position in range(len(prompt), len(prompt) + max_new_tokens):
+        state = run(model, params, state, 1)
+        token = int(state.tokens[0, position])
+        if token == model.config.eos_token_id:
+            return
+        yield token

@@ -1,0 +1,103 @@
+"""How the next token is chosen. Every setting is an array over the batch.
+
+So requests with different settings share one compiled step, and the draw of a row depends on its
+logits, its settings and its position alone: not on what else is in the batch.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from neo_jax.axes import Array, Bool, Float, Int
+from neo_jax.errors import NeoError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """What a user says about sampling.
+
+    Raises:
+      NeoError: a value is out of its range.
+    """
+
+    temperature: float = 0.8  # divides the logits; 0 takes the likeliest token
+    top_k: int = 0  # keep only the k likeliest tokens; 0 is off
+    top_p: float = 0.95  # keep the fewest tokens that hold this probability; 1 is off
+    seed: int = 0  # the same prompt, options and seed give the same text
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise NeoError(f"temperature must be 0 or more, not {self.temperature}.")
+        if self.top_k < 0:
+            raise NeoError(f"top_k must be 0 (off) or more, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise NeoError(f"top_p must lie in (0, 1], not {self.top_p}; 1 is off.")
+        if not 0 <= self.seed < 2**32:
+            raise NeoError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed}.")
+
+
+class Settings(NamedTuple):
+    """`SamplingOptions` of every row."""
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    seed: Int[Array, "B"]
+
+
+def make_settings(options: SamplingOptions, seeds: list[int]) -> Settings:
+    """Returns the same options for every row, a row for each seed."""
+    rows = (len(seeds),)
+    return Settings(
+        temperature=jnp.full(rows, options.temperature, jnp.float32),
+        top_k=jnp.full(rows, options.top_k, jnp.int32),
+        top_p=jnp.full(rows, options.top_p, jnp.float32),
+        seed=jnp.asarray(seeds, jnp.uint32),
+    )
+
+
+def choose(
+    logits: Float[Array, "B V"], settings: Settings, positions: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """Returns the next token of each row.
+
+    Args:
+      logits: of the next token, float32.
+      settings: of each row.
+      positions: where each row's next token will stand; decides the random draw with the seed.
+    """
+
+    def draw() -> Array:
+        scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+        truncates = jnp.any((settings.top_k > 0) | (settings.top_p < 1))
+        kept = jax.lax.cond(
+            truncates, lambda: _kept(scaled, settings), lambda: jnp.ones(scaled.shape, bool)
+        )
+        sampled = jax.vmap(_draw)(settings.seed, positions, jnp.where(kept, scaled, -jnp.inf))
+        return jnp.where(settings.temperature > 0, sampled, greedy)
+
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # Sorting a vocabulary and drawing noise for it is not free: greedy batches skip both.
+    return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)
+
+
+def _draw(seed: Array, position: Array, logits: Float[Array, "V"]) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _kept(logits: Float[Array, "B V"], settings: Settings) -> Bool[Array, "B V"]:
+    """Marks the tokens that top-k and then top-p (Holtzman et al., 2020) keep."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    vocab = logits.shape[-1]
+    last = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, vocab), vocab) - 1
+    smallest = jnp.take_along_axis(ordered, last[:, None], axis=-1)
+    ordered = jnp.where(ordered >= smallest, ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    smallest = jnp.min(
+        jnp.where(before < settings.top_p[:, None], ordered, jnp.inf), axis=-1, keepdims=True
+    )
+    return logits >= smallest

@@ -1,0 +1,273 @@
+"""`neo_jax.load(...)`: a model, its parameters and its tokenizer in one hand."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from neo_jax import names, pretrained
+from neo_jax.attention import Kernel
+from neo_jax.axes import Array, Params
+from neo_jax.config import ModelConfig
+from neo_jax.data.tokenizer import StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer
+from neo_jax.decode import engine
+from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.errors import NeoError, suggest
+from neo_jax.evaluation.scoring import token_logprobs
+from neo_jax.model import Neo
+from neo_jax.sharding import make_sharding
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One completion of one prompt."""
+
+    prompt: Prompt
+    text: str | None  # what was generated, without the prompt; None without a tokenizer
+    ids: list[int]  # the new tokens
+    logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
+    finish_reason: str  # "eos" or "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well the model predicts one text."""
+
+    ids: list[int]
+    logprobs: np.ndarray  # [len(ids) - 1], log p of each token after the first, in nats
+    loss: float  # the mean of -logprobs, nats a token
+    num_bytes: int  # UTF-8 bytes of the scored tokens; 0 without a tokenizer
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode a byte of the text after its first token; NaN without a tokenizer."""
+        if not self.num_bytes:
+            return math.nan
+        return -float(self.logprobs.sum(dtype=np.float64)) / math.log(2) / self.num_bytes
+
+
+class LanguageModel:
+    """A pretrained GPT-Neo. Its pure parts are `model`, `params`, `config` and `tokenizer`."""
+
+    def __init__(self, model: Neo, params: Params, tokenizer: Tokenizer | None, folder: Path):
+        """Holds what `load` found; `folder` is where."""
+        self.model = model
+        self.params = params
+        self.tokenizer = tokenizer
+        self.folder = folder
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self.model.config
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the ids of a text; ids are passed through.
+
+        Raises:
+          NeoError: the checkpoint has no tokenizer files, or the prompt is empty.
+        """
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise NeoError("the prompt is empty; give at least one token.")
+        return ids
+
+    @overload
+    def generate(
+        self, prompts: str, max_new_tokens: int = ..., **options: float
+    ) -> str: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = ..., **options: float
+    ) -> list[str]: ...
+    def generate(
+        self, prompts: str | Sequence[Prompt], max_new_tokens: int = 64, **options: float
+    ) -> str | list[str]:
+        """Continues a text, or each of several in one batch; returns the new text.
+
+        Args:
+          prompts: a text, or a list of texts or lists of ids.
+          max_new_tokens: where to stop at the latest.
+          **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p, seed.
+
+        Raises:
+          NeoError: an empty prompt, unknown options, or more tokens than the context holds.
+        """
+        self._tokenizer  # noqa: B018  (raises where there is none to write text with)
+        many = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [s.text or "" for s in self.sample(many, max_new_tokens, **options)]
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        num_samples: int = 1,
+        **options: float,
+    ) -> list[Sample]:
+        """Like `generate`, with everything that is known of each completion.
+
+        Sample i of a prompt is drawn with the seed `seed + i`. The samples of a prompt follow each
+        other, in the order of the prompts.
+        """
+        chosen = _options(options)
+        repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+        ids = [self.encode(prompt) for prompt in repeated]
+        seeds = [(chosen.seed + i) % 2**32 for _ in prompts for i in range(num_samples)]
+        settings = make_settings(chosen, seeds)
+        done = engine.generate(self.model, self.params, ids, max_new_tokens, settings)
+        return [
+            Sample(prompt, self._new_text(start, new.ids), *new)
+            for prompt, start, new in zip(repeated, ids, done, strict=True)
+        ]
+
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = 64, **options: float
+    ) -> Iterator[str]:
+        """Yields the new text as it is generated, in whole characters; takes what `generate` does."""
+        chosen = _options(options)
+        ids = self.encode(prompt)
+        decoder = StreamDecoder(self._tokenizer, ids)
+        settings = make_settings(chosen, [chosen.seed])
+        for token in engine.stream(self.model, self.params, ids, max_new_tokens, settings):
+            text = decoder.push([token])
+            if text:
+                yield text
+        rest = decoder.flush()
+        if rest:
+            yield rest
+
+    def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
+        """Returns how well each text is predicted; texts may be longer than the context.
+
+        Args:
+          texts: texts or ids.
+          stride: see `neo_jax.evaluation.scoring`; matters beyond the context only.
+        """
+        return list(self.scores(texts, stride))
+
+    def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
+        """Like `score`, one at a time as they are computed."""
+        many = [self.encode(text) for text in texts]
+        for text, ids, logprobs in zip(
+            texts, many, token_logprobs(self.model, self.params, many, stride), strict=True
+        ):
+            loss = -float(logprobs.mean(dtype=np.float64)) if len(logprobs) else math.nan
+            yield Score(ids, logprobs, loss, self._num_bytes(text, ids))
+
+    def embed(self, texts: Sequence[Prompt], layer: int = -1) -> list[np.ndarray]:
+        """Returns hidden states as features, float32 [T, D] for each text.
+
+        Args:
+          texts: texts or ids, each within the context.
+          layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
+        """
+        if not -self.config.num_layers - 1 <= layer <= self.config.num_layers:
+            raise NeoError(f"layer {layer} is not one of 0 to {self.config.num_layers}, or -1.")
+        features = []
+        for ids in map(self.encode, texts):
+            engine.check_tokens(self.model, ids)
+            width = engine.bucket(len(ids), engine.MIN_PREFILL, self.config.max_length)
+            padded = np.zeros((1, width), np.int32)
+            padded[0, : len(ids)] = ids
+            states = _hidden_state(self.model, layer, self.params, padded)
+            features.append(np.asarray(states[0, : len(ids)]))
+        return features
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise NeoError(
+                f"{self.folder} holds no tokenizer; give prompts as token ids, or add its "
+                "tokenizer.json, vocab.json and merges.txt, or .model file."
+            )
+        return self.tokenizer
+
+    def _new_text(self, prompt: list[int], new: list[int]) -> str | None:
+        if self.tokenizer is None:
+            return None
+        decoder = StreamDecoder(self.tokenizer, prompt)
+        return decoder.push(new) + decoder.flush()
+
+    def _num_bytes(self, text: Prompt, ids: list[int]) -> int:
+        if self.tokenizer is None:
+            return 0
+        whole = text if isinstance(text, str) else self.tokenizer.decode(ids)
+        return len(whole.encode()) - len(self.tokenizer.decode(ids[:1]).encode())
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str = "auto",
+    mesh: str = "",
+    rules: str = "",
+    kernel: Kernel = "auto",
+) -> LanguageModel:
+    """Loads a checkpoint in Hugging Face's format.
+
+    Args:
+      model: a folder, a hub name such as "EleutherAI/gpt-neo-1.3B", or None for the bundled model.
+      revision: of the hub repository: a branch, tag or commit.
+      token: for gated or private repositories; else HF_TOKEN or the stored login is used.
+      dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
+      mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
+      rules: see `neo_jax.sharding`.
+      kernel: the attention implementation.
+
+    Raises:
+      NeoError: whatever is wrong with the name, the files or the mesh, in one line.
+    """
+    enable_compilation_cache()
+    sharding = make_sharding(mesh, rules)
+    folder = pretrained.resolve(model, revision=revision, token=token)
+    config = pretrained.read_config(folder)
+    compute = _dtype(dtype)
+    shardings = sharding and unflatten_dict(
+        {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in names.tensors(config)}
+    )
+    params = pretrained.load_params(folder, config, dtype=compute, shardings=shardings)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where, or not to."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "neo_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _dtype(name: str) -> np.dtype:
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
+    return jnp.dtype(name)
+
+
+def _options(options: dict[str, float]) -> SamplingOptions:
+    known = [field.name for field in dataclasses.fields(SamplingOptions)]
+    for name in options:
+        if name not in known:
+            raise NeoError(f"unknown option '{name}'.{suggest(name, known)}")
+    return SamplingOptions(**options)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _hidden_state(model: Neo, layer: int, params: Params, tokens: Array) -> Array:
+    return model.apply({"params": params}, tokens).hidden_states[layer]
