@@ -25,9 +25,7 @@ config = TrainConfig(
         window_size=256,
         eos_token_id=1,
     ),
-    optimizer=OptimizerConfig(
-        learning_rate=2e-3, warmup_steps=200, beta2=0.99, weight_decay=0.1
-    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, beta2=0.99, weight_decay=0.1),
     eval_every=500,
     save_every=250,
 )

@@ -1,8 +1,8 @@
 """GPT-Neo for meshes: load, train, evaluate and generate with JAX.
 
-    import neo_jax
-    lm = neo_jax.load("EleutherAI/gpt-neo-1.3B")
-    lm.generate("EleutherAI has", max_new_tokens=50)
+import neo_jax
+lm = neo_jax.load("EleutherAI/gpt-neo-1.3B")
+lm.generate("EleutherAI has", max_new_tokens=50)
 """
 
 from typing import TYPE_CHECKING, Any

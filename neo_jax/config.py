@@ -129,7 +129,9 @@ class ModelConfig:
             if name not in fields:
                 raise NeoError(f"{source}: field '{name}' is missing; is the file whole?")
         if not fields.get("tie_word_embeddings", True):
-            raise NeoError(f"{source}: tie_word_embeddings is false; GPT-Neo's output head is tied.")
+            raise NeoError(
+                f"{source}: tie_word_embeddings is false; GPT-Neo's output head is tied."
+            )
         ours = {
             ours: fields[theirs]
             for theirs, ours in _HF_FIELDS.items()
@@ -201,7 +203,7 @@ _HF_IGNORED = frozenset(
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens tf_legacy_loss cross_attention_hidden_size attn_implementation
-    tie_encoder_decoder vocab_size_multiple unsloth_version
+    tie_encoder_decoder unsloth_version
     """.split()
 )
 

@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from neo_jax import names, pretrained
+from neo_jax import hub, names, pretrained
 from neo_jax.attention import Kernel
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
@@ -84,15 +84,13 @@ class LanguageModel:
         return ids
 
     @overload
-    def generate(
-        self, prompts: str, max_new_tokens: int = ..., **options: float
-    ) -> str: ...
+    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = ..., **options: float
+        self, prompts: Sequence[Prompt], max_new_tokens: int = ..., **options: Any
     ) -> list[str]: ...
     def generate(
-        self, prompts: str | Sequence[Prompt], max_new_tokens: int = 64, **options: float
+        self, prompts: str | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
     ) -> str | list[str]:
         """Continues a text, or each of several in one batch; returns the new text.
 
@@ -106,7 +104,9 @@ class LanguageModel:
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [s.text or "" for s in self.sample(many, max_new_tokens, **options)]
+        texts = [
+            s.text or "" for s in self.sample(many, max_new_tokens, sampling=_options(options))
+        ]
         return texts[0] if isinstance(prompts, str) else texts
 
     def sample(
@@ -114,32 +114,29 @@ class LanguageModel:
         prompts: Sequence[Prompt],
         max_new_tokens: int = 64,
         num_samples: int = 1,
-        **options: float,
+        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008  (immutable)
     ) -> list[Sample]:
         """Like `generate`, with everything that is known of each completion.
 
         Sample i of a prompt is drawn with the seed `seed + i`. The samples of a prompt follow each
         other, in the order of the prompts.
         """
-        chosen = _options(options)
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         ids = [self.encode(prompt) for prompt in repeated]
-        seeds = [(chosen.seed + i) % 2**32 for _ in prompts for i in range(num_samples)]
-        settings = make_settings(chosen, seeds)
+        seeds = [(sampling.seed + i) % 2**32 for _ in prompts for i in range(num_samples)]
+        settings = make_settings(sampling, seeds)
         done = engine.generate(self.model, self.params, ids, max_new_tokens, settings)
         return [
             Sample(prompt, self._new_text(start, new.ids), *new)
             for prompt, start, new in zip(repeated, ids, done, strict=True)
         ]
 
-    def stream(
-        self, prompt: Prompt, max_new_tokens: int = 64, **options: float
-    ) -> Iterator[str]:
-        """Yields the new text as it is generated, in whole characters; takes what `generate` does."""
-        chosen = _options(options)
+    def stream(self, prompt: Prompt, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
+        """Yields the new text in whole characters as it comes; options as in `generate`."""
+        sampling = _options(options)
         ids = self.encode(prompt)
         decoder = StreamDecoder(self._tokenizer, ids)
-        settings = make_settings(chosen, [chosen.seed])
+        settings = make_settings(sampling, [sampling.seed])
         for token in engine.stream(self.model, self.params, ids, max_new_tokens, settings):
             text = decoder.push([token])
             if text:
@@ -233,12 +230,15 @@ def load(
     """
     enable_compilation_cache()
     sharding = make_sharding(mesh, rules)
-    folder = pretrained.resolve(model, revision=revision, token=token)
+    folder = hub.resolve(model, revision=revision, token=token)
     config = pretrained.read_config(folder)
     compute = _dtype(dtype)
-    shardings = sharding and unflatten_dict(
-        {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in names.tensors(config)}
-    )
+    shardings = None
+    if sharding:
+        table = names.tensors(config)
+        shardings = unflatten_dict(
+            {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in table}
+        )
     params = pretrained.load_params(folder, config, dtype=compute, shardings=shardings)
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
@@ -246,7 +246,8 @@ def load(
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told where, or not to."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    chosen = jax.config.values
+    if not chosen["jax_compilation_cache_dir"] and chosen["jax_enable_compilation_cache"]:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "neo_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -260,12 +261,12 @@ def _dtype(name: str) -> np.dtype:
     return jnp.dtype(name)
 
 
-def _options(options: dict[str, float]) -> SamplingOptions:
+def _options(options: dict[str, Any]) -> SamplingOptions:
     known = [field.name for field in dataclasses.fields(SamplingOptions)]
     for name in options:
         if name not in known:
             raise NeoError(f"unknown option '{name}'.{suggest(name, known)}")
-    return SamplingOptions(**options)  # type: ignore[arg-type]
+    return SamplingOptions(**options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

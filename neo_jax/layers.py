@@ -132,4 +132,6 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale[None, None] + bias[None, None]
+        return (
+            centred * jax.lax.rsqrt(variance + self.epsilon) * scale[None, None] + bias[None, None]
+        )

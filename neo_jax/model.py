@@ -59,7 +59,11 @@ class Attention(nn.Module):
         def project(name: str, stddev: float) -> Array:
             shape = (config.embed_dim, config.num_heads, config.head_dim)
             kernel = Einsum(
-                shape, (axes.EMBED, axes.HEADS, axes.HEAD_DIM), normal(stddev), dtype=self.dtype, name=name
+                shape,
+                (axes.EMBED, axes.HEADS, axes.HEAD_DIM),
+                normal(stddev),
+                dtype=self.dtype,
+                name=name,
             )
             return kernel("btd,dnh->bnth", x).astype(self.dtype)
 
@@ -158,9 +162,7 @@ class Neo(nn.Module):
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
         config = self.config
-        self.wte = Embed(
-            config.vocab_size, config.embed_dim, axes.VOCAB, normal(0.02), self.dtype
-        )
+        self.wte = Embed(config.vocab_size, config.embed_dim, axes.VOCAB, normal(0.02), self.dtype)
         self.wpe = Embed(
             config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), self.dtype
         )
@@ -227,9 +229,10 @@ def init_params(model: Neo, key: Array) -> Params:
 
 def logical_axes(model: Neo) -> Params:
     """Returns the parameter tree with each leaf's tuple of logical axes in its place."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda: model.init(key, jnp.zeros(tokens.shape, tokens.dtype)))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, method=Neo.encode))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed["params"], is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+        lambda box: tuple(box.names),
+        boxed["params"],
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )

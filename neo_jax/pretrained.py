@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's format: finding them, reading them into shards, writing them.
+"""Checkpoints in Hugging Face's format: reading them into shards, writing them.
 
 A checkpoint is a folder with config.json and the weights in safetensors: one `model.safetensors`,
 or shards that `model.safetensors.index.json` lists.
@@ -6,80 +6,32 @@ or shards that `model.safetensors.index.json` lists.
 
 import contextlib
 import dataclasses
-import importlib.resources
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig, read_json
 from neo_jax.errors import NeoError, suggest
 from neo_jax.names import Tensor, tensors
+from neo_jax.weights import CODES, DTYPES, INDEX, SINGLE, StoredTensor, open_weights
 
 T = TypeVar("T")
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-_CODES = {name: code for code, name in _DTYPES.items()}
-
-_PUBLISHED = {
-    "gpt-neo-125m": "EleutherAI/gpt-neo-125m",
-    "gpt-neo-1.3b": "EleutherAI/gpt-neo-1.3B",
-    "gpt-neo-2.7b": "EleutherAI/gpt-neo-2.7B",
-}
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_HUB_FILES = [
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "*.model",
-]  # fmt: skip
 
 # Buffers that old versions of transformers saved with every attention layer.
 _STALE = re.compile(r"(^|\.)h\.\d+\.attn\.attention\.(bias|masked_bias)$")
 
 _BATCH_BYTES = 64 << 20  # tensors travel to the devices together up to this size
 _BLOCK_BYTES = 512 << 10  # of a transposition: what the cache of a core holds
-
-
-def resolve(
-    model: str | os.PathLike[str] | None, *, revision: str | None = None, token: str | None = None
-) -> Path:
-    """Returns the folder of a checkpoint, downloading it where need be.
-
-    Args:
-      model: a folder; a published model, "gpt-neo-1.3b"; a name on the Hugging Face hub,
-        "org/name"; or None for the small model that comes with the package.
-      revision: branch, tag or commit on the hub.
-      token: for gated and private repositories; by default what `hf auth login` or HF_TOKEN set.
-
-    Raises:
-      NeoError: nothing has this name, or the hub does not hand it out; the message says which.
-    """
-    if model is None:
-        folder = Path(str(importlib.resources.files("neo_jax") / "bundled"))
-        if not folder.is_dir():
-            raise NeoError("this installation came without its bundled model; name a model.")
-    else:
-        name = os.fspath(model)
-        folder = Path(name).expanduser()
-        if folder.is_file():
-            raise NeoError(f"{name} is a file; name the folder that holds it.")
-        if not name or not folder.is_dir():
-            return _download(_hub_name(name), revision, token)
-    if revision is not None:
-        raise NeoError(f"revision '{revision}' is for names on the hub; {folder} is a folder.")
-    return folder
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -92,6 +44,13 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     if not path.is_file():
         raise NeoError(f"{folder} holds no config.json; name the folder of a GPT-Neo checkpoint.")
     return ModelConfig.from_hf(read_json(path), source=str(path))
+
+
+def stored_dtypes(folder: str | os.PathLike[str]) -> list[str]:
+    """Returns the names of the dtypes that the weights of a folder are stored in; reads headers."""
+    with contextlib.ExitStack() as files:
+        _, found = open_weights(Path(folder), files)
+    return sorted({DTYPES.get(stored.code, stored.code) for stored in found.values()})
 
 
 def load_params(
@@ -124,7 +83,7 @@ def load_params(
     placement = None if shardings is None else flatten_dict(shardings)
     params: dict[tuple[str, ...], Array] = {}
     with contextlib.ExitStack() as files:
-        source, found = _open_weights(Path(folder), files)
+        source, found = open_weights(Path(folder), files)
         rows = _match(tensors(config), found, source)
         for batch in _groups(rows, lambda row: row[1].num_bytes, _BATCH_BYTES):
             views = [tensor.from_hf(stored.view()) for tensor, stored in batch]
@@ -184,9 +143,9 @@ def save_pretrained(
                 f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
             ]
             if len(shards) == 1:
-                names = [_SINGLE]
+                names = [SINGLE]
             else:
-                _write_json(staging / _INDEX, _index(shards, names))
+                _write_json(staging / INDEX, _index(shards, names))
             for name, shard in zip(names, shards, strict=True):
                 _write_weights(staging / name, shard)
             _publish(staging, folder)
@@ -194,142 +153,9 @@ def save_pretrained(
         raise NeoError(f"cannot save to {folder}: {error.strerror or error}.") from error
 
 
-def _hub_name(name: str) -> str:
-    """Returns "org/name" for a published model or a name that already has this form."""
-    if name.lower() in _PUBLISHED:
-        return _PUBLISHED[name.lower()]
-    if not _HUB_NAME.fullmatch(name):
-        raise NeoError(
-            f"there is no folder and no published model '{name}'; give a folder, a hub name such "
-            f"as org/name, or a published model.{suggest(name.lower(), _PUBLISHED)}"
-        )
-    return name
-
-
-def _download(name: str, revision: str | None, token: str | None) -> Path:
-    """Returns the folder of a snapshot in the hub's cache; the hub library reports progress."""
-    import huggingface_hub  # slow to import, and needed for nothing else
-    from huggingface_hub import errors
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            allow_patterns=_HUB_FILES,
-            ignore_patterns=["*/*"],  # sub-folders hold other formats and training checkpoints
-        )
-    except errors.GatedRepoError as error:
-        raise NeoError(
-            f"'{name}' is gated: accept its licence at https://huggingface.co/{name}, then pass "
-            "your token or set HF_TOKEN."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NeoError(
-            f"'{name}' has no revision '{revision}'; see https://huggingface.co/{name}/commits."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise NeoError(
-            f"'{name}' is neither a folder nor a repository on the Hugging Face hub; check the "
-            "name, and for a private repository pass your token or set HF_TOKEN."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            mend = "HF_HUB_OFFLINE is set: unset it to download, or name a folder"
-        else:
-            mend = "the hub does not answer: check the connection, or name a folder"
-        raise NeoError(
-            f"'{name}' is no folder, no whole copy of it is in the hub's cache, and {mend}."
-        ) from error
-    except (OSError, errors.HTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NeoError(
-            f"could not download '{name}' ({reason}); try again, or name a folder."
-        ) from error
-    return Path(folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """A tensor in an open safetensors file."""
-
-    path: Path
-    file: BinaryIO
-    name: str
-    code: str  # the format's name of its dtype
-    shape: tuple[int, ...]
-    offset: int  # in bytes, from the start of the file
-    num_bytes: int
-
-    def view(self) -> np.ndarray:
-        """Maps the tensor, and only it: the memory is given back with the last view."""
-        dtype = np.dtype(_DTYPES[self.code])
-        return np.asarray(np.memmap(self.file, dtype, "r", self.offset, self.shape))
-
-
-def _open_weights(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[str, _Stored]]:
-    """Returns the file that says what the folder holds, and every tensor there by its name."""
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.is_file():
-        return single, _read_header(single, files)
-    if not index.is_file():
-        raise NeoError(
-            f"{folder} holds no {_SINGLE}; where it has only pytorch_model.bin, convert that with "
-            "transformers' save_pretrained(folder, safe_serialization=True)."
-        )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
-    ):
-        raise NeoError(f"{index} has no weight_map of file names; download or copy it again.")
-    shards: dict[str, dict[str, _Stored]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise NeoError(f"{index} names {shard}, which is not there; download or copy it again.")
-        shards[shard] = _read_header(folder / shard, files)
-    found = {name: stored for shard in shards.values() for name, stored in shard.items()}
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise NeoError(
-                f"{index} says that {shard} holds {name}, which it does not; download or copy "
-                "both again."
-            )
-        found[name] = shards[shard][name]
-    return index, found
-
-
-def _read_header(path: Path, files: contextlib.ExitStack) -> dict[str, _Stored]:
-    """Opens a safetensors file and returns its tensors by name.
-
-    The safetensors library judges the file; the header is then read once more, since the library
-    gives copies of tensors but not where they lie.
-    """
-    try:
-        with safe_open(path, framework="np"):
-            file = files.enter_context(path.open("rb"))
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    except SafetensorError as error:
-        raise NeoError(
-            f"{path} is damaged or cut short ({error}); download or copy it again. (A Git clone "
-            "holds the weights only after 'git lfs pull'.)"
-        ) from error
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {error.strerror or error}.") from error
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        found[name] = _Stored(
-            path, file, name, entry["dtype"], shape, 8 + length + start, end - start
-        )
-    return found
-
-
 def _match(
-    table: Sequence[Tensor], found: dict[str, _Stored], source: Path
-) -> list[tuple[Tensor, _Stored]]:
+    table: Sequence[Tensor], found: dict[str, StoredTensor], source: Path
+) -> list[tuple[Tensor, StoredTensor]]:
     """Pairs every parameter with what is stored for it, and accounts for all that is stored."""
     stored = {
         f"transformer.{name.removeprefix('transformer.')}": tensor
@@ -361,16 +187,16 @@ def _match(
     return rows
 
 
-def _check(stored: _Stored, tensor: Tensor) -> None:
+def _check(stored: StoredTensor, tensor: Tensor) -> None:
     if stored.shape != tensor.hf_shape:
         raise NeoError(
             f"{stored.path}: {stored.name} is {list(stored.shape)}, but config.json asks for "
             f"{list(tensor.hf_shape)}; is config.json of the same model?"
         )
-    if stored.code not in _DTYPES:
+    if stored.code not in DTYPES:
         raise NeoError(
             f"{stored.path}: {stored.name} is stored as {stored.code}; save the checkpoint as one "
-            f"of {', '.join(_DTYPES.values())}."
+            f"of {', '.join(DTYPES.values())}."
         )
 
 
@@ -380,8 +206,8 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
         named = np.dtype(dtype)
     except TypeError:
         named = None
-    if named is None or named.name not in _CODES:
-        raise NeoError(f"{dtype!r} is no floating-point type.{suggest(str(dtype), _CODES)}")
+    if named is None or named.name not in CODES:
+        raise NeoError(f"{dtype!r} is no floating-point type.{suggest(str(dtype), CODES)}")
     return jax.dtypes.canonicalize_dtype(named)
 
 
@@ -476,7 +302,7 @@ def _write_weights(path: Path, rows: Sequence[_Row]) -> None:
     for row in rows:
         start, end = end, end + row.num_bytes
         header[row.tensor.hf_name] = {
-            "dtype": _CODES[row.dtype.name],
+            "dtype": CODES[row.dtype.name],
             "shape": row.tensor.hf_shape,
             "data_offsets": (start, end),
         }
@@ -513,11 +339,11 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 def _publish(staging: Path, folder: Path) -> None:
     """Moves whole files into the folder; the one that readers open first goes last."""
     new = {path.name for path in staging.iterdir()}
-    entry = _SINGLE if _SINGLE in new else _INDEX
+    entry = SINGLE if SINGLE in new else INDEX
     # An old index over new shards, or old weights before a new index, would read as a whole model.
-    (folder / _INDEX).unlink(missing_ok=True)
-    if entry == _INDEX:
-        (folder / _SINGLE).unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    if entry == INDEX:
+        (folder / SINGLE).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: name == entry):
         os.replace(staging / name, folder / name)
     for path in folder.glob("model-*-of-*.safetensors"):

@@ -20,11 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
+from neo_jax import hub as hub_module
 from neo_jax import pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
+from neo_jax.hub import resolve
 from neo_jax.names import tensors
-from neo_jax.pretrained import load_params, read_config, resolve, save_pretrained
+from neo_jax.pretrained import load_params, read_config, save_pretrained
 
 CONFIG = ModelConfig(
     num_layers=3,
@@ -603,7 +605,7 @@ def test_a_folder_is_itself(tmp_path, monkeypatch, hub):
 
 
 def test_no_name_is_the_bundled_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(hub_module.importlib.resources, "files", lambda package: tmp_path)
     assert "without its bundled model" in failed_resolve(None)
     (tmp_path / "bundled").mkdir()
     assert resolve(None) == tmp_path / "bundled"

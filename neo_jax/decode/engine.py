@@ -133,7 +133,7 @@ def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -
         step, state = carry
         return step + 1, _step(model, params, state)
 
-    return jax.lax.while_loop(unfinished, advance, (0, state))[1]
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
 
 
 def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
@@ -190,9 +190,7 @@ def generate(
         ended = ids[-1] == model.config.eos_token_id
         keep = len(ids) - 1 if ended else len(ids)
         completions.append(
-            Completion(
-                ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length"
-            )
+            Completion(ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length")
         )
     return completions
 

@@ -1,0 +1,1 @@
+"""Training: an objective, an optimizer, a state and its step, a loop around it."""

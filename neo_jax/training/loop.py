@@ -46,9 +46,7 @@ def train(config: TrainConfig) -> TrainState:
     with Checkpoints(output / "checkpoints", config.keep) as checkpoints:
         state = checkpoints.restore_latest(init_state(model, optimizer, config.seed), config)
         start = int(state.step)
-        feed = batches(
-            dataset, batch_size=config.batch_size, seed=config.seed, start_step=start
-        )
+        feed = batches(dataset, batch_size=config.batch_size, seed=config.seed, start_step=start)
         with Report(config, start) as report:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, _place(model, next(feed)))
@@ -85,9 +83,7 @@ def _place(model: Neo, batch: HostBatch) -> Batch:
     )
 
 
-def _make_evaluation(
-    config: TrainConfig, model: Neo
-) -> Callable[[TrainState], Evaluation] | None:
+def _make_evaluation(config: TrainConfig, model: Neo) -> Callable[[TrainState], Evaluation] | None:
     """Returns a function that evaluates the held-out split; None where there is no such split."""
     if "held_out" not in split_names(config.data):
         return None

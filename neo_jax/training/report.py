@@ -97,9 +97,8 @@ class Report:
             return
         values = {name: float(value) for name, value in metrics.items()}
         now = time.perf_counter()
-        steps = step - self._logged_step
-        speed = steps * self._config.batch_size * self._config.sequence_length
-        speed /= now - self._logged_time
+        tokens_per_step = self._config.batch_size * self._config.sequence_length
+        speed = tokens_per_step * (step - self._logged_step) / (now - self._logged_time)
         self._logged_step, self._logged_time = step, now
         utilisation = speed * self._flops / self._peak
         self._file.write(step, **values, tokens_per_second=speed, mfu=utilisation)

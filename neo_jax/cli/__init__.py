@@ -1,0 +1,101 @@
+"""The command line, `neo-jax VERB`: a module a verb, imported when it is called.
+
+Results go to stdout, progress and logs to stderr. What a user can cause is answered by one line
+that names the mend, and exit status 1; a command that cannot be understood by status 2.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from neo_jax import __version__
+from neo_jax.errors import NeoError, suggest
+
+T = TypeVar("T")
+
+VERBS = {
+    "generate": "continue a prompt, or many",
+    "score": "log-probabilities of given texts",
+    "info": "what a checkpoint holds",
+    "prepare": "text to a tokenized data set",
+    "train": "train by a config",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    verb = args[0] if args else "--help"
+    if verb in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if verb in ("-V", "--version"):
+        print(f"neo-jax {__version__}")
+        return 0
+    try:
+        if verb not in VERBS:
+            raise UsageError(f"'{verb}' is not a verb.{suggest(verb, VERBS)}")
+        importlib.import_module(f"neo_jax.cli.{verb}").main(args[1:])
+        return 0
+    except UsageError as error:
+        return _fail(error, 2)
+    except NeoError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+class UsageError(NeoError):
+    """A command line that cannot be understood."""
+
+
+def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
+    """Reads options into a dataclass; prints its help and exits where `--help` asks for it.
+
+    Raises:
+      UsageError: unknown options or values, in one line.
+    """
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=args, prog=f"neo-jax {verb}", **options)
+    except SystemExit as exit_:
+        if exit_.code:
+            raise UsageError(_one_line(errors.getvalue(), verb)) from None
+        raise
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())
+    return (
+        "usage: neo-jax VERB [OPTIONS]\n\n"
+        f"{verbs}\n\n"
+        "neo-jax VERB --help tells the options of a verb; neo-jax --version the version."
+    )
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"neo-jax: {error}", file=sys.stderr)
+    return status
+
+
+def _one_line(box: str, verb: str) -> str:
+    """Brings tyro's drawn error down to a line."""
+    words = []
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯─ ")
+        if not text or line.startswith("╭"):
+            continue
+        if text.startswith(("For full helptext", "Argument helptext")):
+            break
+        words.append(text)
+    return f"{' '.join(' '.join(words).split())}; see neo-jax {verb} --help."

@@ -1,0 +1,76 @@
+"""neo-jax info: what a checkpoint holds."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from tyro.conf import Positional
+
+from neo_jax import hub, pretrained
+from neo_jax.cli import parse
+from neo_jax.cli.options import print_json, print_table
+from neo_jax.config import PRESETS, preset
+from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Tells what a checkpoint or a preset holds, without reading its weights."""
+
+    name: Positional[str] = ""  # a folder, hub name or preset; else the bundled model
+    model: str = ""  # the same, as other verbs take it
+    revision: str = ""  # of a hub repository
+    json: bool = False  # print JSON
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    options = parse(Options, "info", args)
+    fields = _describe(options.name or options.model, options.revision)
+    if options.json:
+        print_json(fields)
+    else:
+        print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
+
+
+def _describe(name: str, revision: str) -> dict[str, Any]:
+    folder = None
+    if name in PRESETS:
+        config = preset(name)
+    else:
+        folder = hub.resolve(name or None, revision=revision or None)
+        config = pretrained.read_config(folder)
+    window = config.window_size
+    local = sum(kind == "local" for kind in config.layer_types)
+    values = 2 * config.embed_dim  # a key and a value
+    fields: dict[str, Any] = {
+        "model": str(folder or name),
+        "family": "gpt_neo",
+        "parameters": config.num_params,
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        "global_layers": config.num_layers - local,
+        "local_layers": local,
+        # What the cache of one sequence grows by with a token: below the window all layers grow.
+        "cache_bytes_per_token_bfloat16": 2 * values * config.num_layers,
+        "cache_bytes_per_token_bfloat16_beyond_window": 2 * values * (config.num_layers - local),
+        "cache_bytes_bfloat16": 2
+        * values
+        * (
+            (config.num_layers - local) * config.max_length + local * min(window, config.max_length)
+        ),
+    }
+    if folder is not None:
+        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder))
+        fields["tokenizer"] = None
+        if has_tokenizer(folder):
+            tokenizer = load_tokenizer(folder)
+            fields["tokenizer"] = f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
+    return fields
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)

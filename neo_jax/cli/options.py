@@ -1,0 +1,109 @@
+"""Options and files that several verbs share."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from neo_jax.errors import NeoError
+
+if TYPE_CHECKING:
+    from neo_jax.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how to hold it."""
+
+    model: str = ""  # a folder or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
+    revision: str = ""  # of a hub repository: a branch, tag or commit
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
+    kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
+    mesh: str = ""  # devices, as in fsdp=4,model=2
+    rules: str = ""  # logical axis to mesh axis, as in embed:fsdp,heads:model
+
+    def load(self) -> "LanguageModel":
+        """Loads the model."""
+        from neo_jax.language_model import load
+
+        return load(
+            self.model or None,
+            revision=self.revision or None,
+            dtype=self.dtype,
+            mesh=self.mesh,
+            rules=self.rules,
+            kernel=self.kernel,
+        )
+
+
+def read_prompts(path: str, key: str) -> list[str | list[int]]:
+    """Reads texts or ids from a file.
+
+    Args:
+      path: .jsonl, with {key: text} or {"ids": [...]} a line; or .txt, with a text a line.
+      key: the name of the text in a JSON line.
+
+    Raises:
+      NeoError: the file cannot be read, or a line is neither; the message names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise NeoError(
+            f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv."
+        ) from error
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise NeoError(f"{path} is empty; give a line for each text.")
+    if not path.endswith(".jsonl"):
+        return [line for _, line in numbered]
+    return [_from_json(line, key, f"{path}:{i}") for i, line in numbered]
+
+
+def _from_json(line: str, key: str, where: str) -> str | list[int]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise NeoError(f"{where} is not JSON: {error}.") from error
+    if isinstance(fields, dict):
+        if isinstance(fields.get(key), str):
+            return fields[key]
+        ids = fields.get("ids")
+        if isinstance(ids, list) and all(type(i) is int for i in ids):
+            return ids
+    raise NeoError(f'{where}: expected {{"{key}": "text"}} or {{"ids": [1, 2, 3]}}.')
+
+
+@contextlib.contextmanager
+def output_lines(path: str) -> Iterator[IO[str]]:
+    """Opens a file to write lines to, or stdout where the path is empty.
+
+    Raises:
+      NeoError: the file cannot be written.
+    """
+    if not path:
+        yield sys.stdout
+        return
+    try:
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise NeoError(f"cannot write {path}: {error.strerror}.") from error
+    with file:
+        yield file
+
+
+def print_json(fields: dict[str, Any], file: IO[str] | None = None) -> None:
+    """Prints an object as a line of JSON."""
+    print(json.dumps(fields, ensure_ascii=False), file=file or sys.stdout, flush=True)
+
+
+def print_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Prints names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")

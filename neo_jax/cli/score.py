@@ -1,0 +1,55 @@
+"""neo-jax score: log-probabilities of given texts."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+
+from tyro.conf import OmitArgPrefixes
+
+from neo_jax.cli import UsageError, parse
+from neo_jax.cli.options import ModelOptions, output_lines, print_json, read_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Scores every line of a file: the log-probability of each token after the first, in nats.
+
+    Prints a summary on stderr. A text longer than the context is scored by windows.
+    """
+
+    input: str  # .jsonl, {"text": ...} or {"ids": [...]} a line; or .txt, a text a line
+    output: str = ""  # a .jsonl file; stdout if not given
+    stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
+    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    options = parse(Options, "score", args)
+    if options.stride < 0:
+        raise UsageError("--stride must be 0 (half the context) or more.")
+    texts = read_prompts(options.input, "text")
+    lm = options.model.load()
+    tokens = num_bytes = 0
+    nats = 0.0
+    with output_lines(options.output) as file:
+        for score in lm.scores(texts, options.stride):
+            bits = score.bits_per_byte
+            line = {
+                "ids": score.ids,
+                "logprobs": [round(float(p), 6) for p in score.logprobs],
+                "loss": score.loss if math.isfinite(score.loss) else None,
+                "bits_per_byte": bits if math.isfinite(bits) else None,
+            }
+            print_json(line, file)
+            tokens += len(score.logprobs)
+            num_bytes += score.num_bytes
+            nats -= float(score.logprobs.sum(dtype="float64"))
+    loss = nats / max(tokens, 1)
+    summary = f"{len(texts)} texts, {tokens} scored tokens, loss {loss:.4f} nats a token"
+    if num_bytes:
+        summary += f", {nats / math.log(2) / num_bytes:.4f} bits a byte over {num_bytes} bytes"
+    context = lm.config.max_length
+    stride = options.stride or context // 2
+    print(f"{summary}; context {context}, stride {stride}", file=sys.stderr)

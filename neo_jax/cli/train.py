@@ -1,0 +1,65 @@
+"""neo-jax train: train by a config."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import neo_jax
+from neo_jax.cli import UsageError, parse
+from neo_jax.errors import NeoError, suggest
+from neo_jax.training.config import TrainConfig
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    if not args or args[0].startswith("-"):
+        if "-h" in args or "--help" in args:
+            print(
+                "usage: neo-jax train CONFIG [OPTIONS]\n\n"
+                f"CONFIG is a .py file that defines `config`, or one of: {', '.join(_names())}\n"
+                "neo-jax train CONFIG --help tells every field and its value."
+            )
+            return
+        raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")
+    config = parse(TrainConfig, "train", args[1:], default=load_config(args[0]))
+    from neo_jax.language_model import enable_compilation_cache
+    from neo_jax.training.loop import train
+
+    enable_compilation_cache()
+    train(config)
+    print(f"{config.output}/model")
+
+
+def load_config(name: str) -> TrainConfig:
+    """Reads a config from a .py file, or by its name in `configs/`; "-" and "_" are one.
+
+    Raises:
+      NeoError: there is no such config, or the file defines none.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        path = _folder() / f"{name.replace('-', '_')}.py"
+        if not path.is_file():
+            raise NeoError(f"no config is called '{name}'.{suggest(name, _names())}")
+    if not path.is_file():
+        raise NeoError(f"{path} does not exist; name a .py file that defines `config`.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, TrainConfig):
+        raise NeoError(f"{path} does not define a TrainConfig called `config`.")
+    return config
+
+
+def _folder() -> Path:
+    """`configs/`: installed inside the package; beside it in a checkout."""
+    package = Path(neo_jax.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _names() -> list[str]:
+    return sorted(p.stem.replace("_", "-") for p in _folder().glob("[!_]*.py"))

@@ -1,0 +1,100 @@
+"""Weights on disk: the safetensors files of a folder, opened for reading tensor by tensor."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from neo_jax.config import read_json
+from neo_jax.errors import NeoError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+CODES = {name: code for code, name in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in an open safetensors file."""
+
+    path: Path
+    file: BinaryIO
+    name: str
+    code: str  # the format's name of its dtype
+    shape: tuple[int, ...]
+    offset: int  # in bytes, from the start of the file
+    num_bytes: int
+
+    def view(self) -> np.ndarray:
+        """Maps the tensor, and only it: the memory is given back with the last view."""
+        dtype = np.dtype(DTYPES[self.code])
+        return np.asarray(np.memmap(self.file, dtype, "r", self.offset, self.shape))
+
+
+def open_weights(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[str, StoredTensor]]:
+    """Returns the file that says what the folder holds, and every tensor there by its name.
+
+    Raises:
+      NeoError: files are missing, damaged, or contradict each other.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return single, _read_header(single, files)
+    if not index.is_file():
+        raise NeoError(
+            f"{folder} holds no {SINGLE}; where it has only pytorch_model.bin, convert that with "
+            "transformers' save_pretrained(folder, safe_serialization=True)."
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+    ):
+        raise NeoError(f"{index} has no weight_map of file names; download or copy it again.")
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise NeoError(f"{index} names {shard}, which is not there; download or copy it again.")
+        shards[shard] = _read_header(folder / shard, files)
+    found = {name: stored for shard in shards.values() for name, stored in shard.items()}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise NeoError(
+                f"{index} says that {shard} holds {name}, which it does not; download or copy "
+                "both again."
+            )
+        found[name] = shards[shard][name]
+    return index, found
+
+
+def _read_header(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor]:
+    """Opens a safetensors file and returns its tensors by name.
+
+    The safetensors library judges the file; the header is then read once more, since the library
+    gives copies of tensors but not where they lie.
+    """
+    try:
+        with safe_open(path, framework="np"):
+            file = files.enter_context(path.open("rb"))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise NeoError(
+            f"{path} is damaged or cut short ({error}); download or copy it again. (A Git clone "
+            "holds the weights only after 'git lfs pull'.)"
+        ) from error
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {error.strerror or error}.") from error
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        found[name] = StoredTensor(
+            path, file, name, entry["dtype"], shape, 8 + length + start, end - start
+        )
+    return found
