@@ -1,11 +1,11 @@
-"""The bundled model: a GPT-Neo of 6 million parameters, on public-domain English.
+"""The bundled model: a GPT-Neo of 6.5 million parameters, on public-domain English.
 
   neo-jax prepare tests/data/corpus.jsonl.xz --output runs/bundled/data \
       --train-tokenizer 4096 --held-out 0.03
   neo-jax train bundled
 
-cost      about 90 minutes on two CPU cores in bfloat16
-expected  see the model card, neo_jax/bundled/README.md
+cost      20 million tokens, about 80 minutes on two CPU cores that multiply bfloat16
+expected  see its card, neo_jax/bundled/README.md
 """
 
 from neo_jax.config import ModelConfig
@@ -14,18 +14,24 @@ from neo_jax.training.config import OptimizerConfig, TrainConfig
 config = TrainConfig(
     data="runs/bundled/data",
     output="runs/bundled",
-    steps=6000,
+    steps=5000,
     batch_size=4,
     model=ModelConfig(
-        num_layers=6,
-        embed_dim=256,
-        num_heads=4,
+        num_layers=4,
+        embed_dim=320,
+        num_heads=5,
         vocab_size=4096,
         max_length=1024,
         window_size=256,
         eos_token_id=1,
     ),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, beta2=0.99, weight_decay=0.1),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3,
+        warmup_steps=200,
+        final_fraction=0.05,
+        beta2=0.99,
+        weight_decay=0.1,
+    ),
     eval_every=500,
     save_every=250,
 )
