@@ -9,6 +9,7 @@ overwritten lies outside the window as long as one step appends no more than sla
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import Array, Float, Int
@@ -44,19 +45,36 @@ def extend(
 ) -> LayerCache:
     """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
     slots = cache.positions.shape[1]
+    if positions.shape == (1, 1):
+        return _extend_by_one(cache, k, v, positions)
     rows = jnp.arange(k.shape[0])[:, None]
     index = jnp.where(positions >= 0, positions % slots, slots)
+
+    def write(old: Array, new: Array) -> Array:
+        # Two index arrays around a slice put their axes in front: [B, T, N, H].
+        new = new.astype(old.dtype).swapaxes(1, 2)
+        return old.at[rows, :, index].set(new, mode="drop")
+
     return LayerCache(
-        _write(cache.k, rows, index, k),
-        _write(cache.v, rows, index, v),
+        write(cache.k, k),
+        write(cache.v, v),
         cache.positions.at[rows, index].set(positions, mode="drop"),
     )
 
 
-def _write(slots: Array, rows: Array, index: Array, new: Array) -> Array:
-    # Two index arrays around a slice put their axes in front: [B, T, N, H].
-    new = new.astype(slots.dtype).swapaxes(1, 2)
-    return slots.at[rows, :, index].set(new, mode="drop")
+def _extend_by_one(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    """The same for one token of one row: a slice, which XLA writes in place on every device."""
+    position = positions[0, 0]
+    slot = position % cache.positions.shape[1]
+
+    def write(old: Array, new: Array, axis: int) -> Array:
+        here = jax.lax.dynamic_slice_in_dim(old, slot, 1, axis)
+        new = jnp.where(position >= 0, new.astype(old.dtype), here)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis)
+
+    return LayerCache(
+        write(cache.k, k, 2), write(cache.v, v, 2), write(cache.positions, positions, 1)
+    )
 
 
 def from_sequence(

@@ -37,14 +37,15 @@ class ModelConfig:
     eos_token_id: int = 50256  # ends a text; -1 where the vocabulary has no such token
 
     def __post_init__(self) -> None:
-        if self.num_heads > 0:
-            _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if field.type is int and not _is_whole(value, least):
+                raise NeoError(f"{field.name} must be a whole number >= {least}, not {value!r}.")
+        if not isinstance(self.norm_epsilon, float) or not 0 < self.norm_epsilon < 1:
+            raise NeoError(f"norm_epsilon must lie between 0 and 1, not be {self.norm_epsilon!r}.")
+        _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
         _set(self, mlp_dim=self.mlp_dim or 4 * self.embed_dim)
         _set(self, attention_types=_repeating_unit(tuple(self.attention_types)))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and field.name != "eos_token_id" and not _is_positive(value):
-                raise NeoError(f"{field.name} must be a positive whole number, not {value!r}.")
         if self.num_heads * self.head_dim != self.embed_dim:
             raise NeoError(
                 f"num_heads {self.num_heads} x head_dim {self.head_dim} is not embed_dim "
@@ -150,8 +151,11 @@ def _set(config: ModelConfig, **values: Any) -> None:
         object.__setattr__(config, name, value)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+_LEAST = {"head_dim": 0, "mlp_dim": 0, "eos_token_id": -1}  # other whole numbers are positive
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ knows the dtype policy: operands in the compute dtype, sums in float32.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,13 +17,13 @@ from jax.typing import DTypeLike
 from neo_jax.axes import EMBED, Array, Float, Int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
     """Multiplies activations by a parameter.
 
     Args:
-      equation: "x,weight->output" in the letters of `neo_jax.axes`; every letter of an operand
-        appears in the other operand or in the output.
+      equation: "x,weight->output" in the letters of `neo_jax.axes`. The letters that are summed
+        over come last in x, and first or last in the weight; in the output the weight's others
+        take their place: "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv".
       x: activations of any float dtype.
       weight: a parameter of any float dtype.
       dtype: what both operands are cast to. float32 means float32: products at full precision
@@ -32,7 +33,25 @@ def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
       The product in float32, its sums accumulated in float32. Gradients are formed likewise,
       from operands in `dtype`; the weight's gradient stays float32.
     """
-    return _product(equation, x, weight, dtype)
+    operands, _, output = equation.partition("->")
+    x_axes, _, weight_axes = operands.partition(",")
+    summed = "".join(axis for axis in x_axes if axis in weight_axes)
+    kept = weight_axes.replace(summed, "")
+    rows = x_axes.removesuffix(summed)
+    if not (summed and x_axes == rows + summed and output == rows + kept):
+        raise ValueError(f"'{equation}' is not a product of activations and a parameter")
+    # As one matrix: XLA's CPU backend is several times slower on the same product with more axes.
+    num_summed = math.prod(x.shape[len(rows) :])
+    transposed = weight_axes == kept + summed
+    matrix = weight.reshape((-1, num_summed) if transposed else (num_summed, -1))
+    y = _matmul(transposed, x.reshape((*x.shape[: len(rows)], num_summed)), matrix, dtype)
+    sizes = dict(zip(weight_axes, weight.shape, strict=True))
+    return y.reshape((*x.shape[: len(rows)], *(sizes[axis] for axis in kept)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _matmul(transposed: bool, x: Array, matrix: Array, dtype: DTypeLike) -> Array:
+    return _product("...i,oi->...o" if transposed else "...i,io->...o", x, matrix, dtype)
 
 
 def _product(equation: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
@@ -46,26 +65,26 @@ def _product(equation: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
     )
 
 
-def _einsum_forward(
-    equation: str, x: Array, weight: Array, dtype: DTypeLike
+def _matmul_forward(
+    transposed: bool, x: Array, matrix: Array, dtype: DTypeLike
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     # Keeping the operand as it was multiplied halves the memory of a bfloat16 step.
-    saved = (x.astype(dtype), weight, jnp.zeros((), x.dtype))
-    return _product(equation, x, weight, dtype), saved
+    saved = (x.astype(dtype), matrix, jnp.zeros((), x.dtype))
+    return _matmul(transposed, x, matrix, dtype), saved
 
 
-def _einsum_backward(
-    equation: str, dtype: DTypeLike, saved: tuple[Array, Array, Array], grad: Array
+def _matmul_backward(
+    transposed: bool, dtype: DTypeLike, saved: tuple[Array, Array, Array], grad: Array
 ) -> tuple[Array, Array]:
-    x, weight, like_x = saved
-    operands, _, output = equation.partition("->")
-    x_axes, _, weight_axes = operands.partition(",")
-    grad_x = _product(f"{output},{weight_axes}->{x_axes}", grad, weight, dtype)
-    grad_weight = _product(f"{x_axes},{output}->{weight_axes}", x, grad, dtype)
-    return grad_x.astype(like_x.dtype), grad_weight.astype(weight.dtype)
+    x, matrix, like_x = saved
+    grad_x = _product("...o,oi->...i" if transposed else "...o,io->...i", grad, matrix, dtype)
+    over_rows = "bto,bti->oi" if transposed else "bti,bto->io"
+    pair = (grad, x) if transposed else (x, grad)
+    grad_matrix = _product(over_rows, *pair, dtype)
+    return grad_x.astype(like_x.dtype), grad_matrix.astype(matrix.dtype)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Einsum(nn.Module):
@@ -97,12 +116,12 @@ class Embed(nn.Module):
     num_rows: int
     embed_dim: int
     axis: str
-    init: Initializer
+    embedding_init: Initializer
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         """Declares the table, [rows, D]."""
-        init = nn.with_logical_partitioning(self.init, (self.axis, EMBED))
+        init = nn.with_logical_partitioning(self.embedding_init, (self.axis, EMBED))
         self.embedding = self.param("embedding", init, (self.num_rows, self.embed_dim))
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -37,7 +37,7 @@ class Output(NamedTuple):
 
     logits: Float[Array, "B T V"]
     cache: Cache  # what each layer attended to; without a cache as input, the sequence itself
-    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embedding, each block, then ln_f
+    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embedding, each block but the last, ln_f
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
                 dtype=self.dtype,
                 name=name,
             )
-            return kernel("btd,dnh->bnth", x).astype(self.dtype)
+            return kernel("btd,dnh->btnh", x).swapaxes(1, 2).astype(self.dtype)
 
         q = project("q_proj", (config.embed_dim * config.head_dim) ** -0.5)
         k = project("k_proj", config.embed_dim**-0.5)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         else:
             cache = caching.extend(cache, k, v, positions)
             mask = Mask(positions, cache.positions, self.window)
-        y = attend(q, cache.k, cache.v, mask, self.kernel)
+        y = attend(q, cache.k, cache.v, mask, self.kernel if mask.aligned else "auto")
         out_proj = Einsum(
             (config.num_heads, config.head_dim, config.embed_dim),
             (axes.HEADS, axes.HEAD_DIM, axes.EMBED),
@@ -85,7 +85,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name="out_proj",
         )
-        return out_proj("bnth,nhd->btd", y), cache
+        return out_proj("btnh,nhd->btd", y.swapaxes(1, 2)), cache
 
 
 class MLP(nn.Module):

@@ -10,6 +10,7 @@ Every PartitionSpec of the package is made in this file.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Sharding:
                         f"drop one of the two from the rules."
                     )
                 used[name] = str(axis)
-            parts = math.prod(self.mesh.shape[name] for name in mesh_axes)
+            parts = self._num_parts(axis)
             if size % parts:
                 raise NeoError(
                     f"{path}: axis '{axis}' of size {size} does not divide over {parts} devices "
@@ -70,8 +71,21 @@ class Sharding:
         return NamedSharding(self.mesh, self.spec(axes, shape, path))
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Tells the compiler how an activation with these logical axes lies on the mesh."""
-        return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape, "activation"))
+        """Tells the compiler how an activation with these logical axes lies on the mesh.
+
+        An axis that does not divide, such as the batch of a single prompt, is not split: the
+        parameters are, and they decide whether a model fits.
+        """
+        whole = [
+            axis if size % self._num_parts(axis) == 0 else None
+            for axis, size in zip(axes, x.shape, strict=True)
+        ]
+        return jax.lax.with_sharding_constraint(x, self.named(whole, x.shape, "activation"))
+
+    def _num_parts(self, axis: str | None) -> int:
+        """Returns over how many devices the rules split an axis."""
+        mesh_axes = dict(self.rules).get(axis, ()) if axis else ()
+        return math.prod(self.mesh.shape[name] for name in mesh_axes)
 
 
 def make_sharding(mesh: str = "", rules: str = "") -> Sharding | None:
@@ -105,8 +119,10 @@ def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
         name, _, size = entry.strip().partition("=")
         if name not in MESH_AXES:
             raise NeoError(f"unknown mesh axis '{name}' in '{text}'.{suggest(name, MESH_AXES)}")
-        if not size.lstrip("-").isdigit() or int(size) < -1 or int(size) == 0:
+        if not re.fullmatch("-1|[1-9][0-9]*", size):
             raise NeoError(f"mesh axis '{entry}' needs a size, as in '{name}=2' (-1 fills).")
+        if name in sizes:
+            raise NeoError(f"mesh '{text}' names the axis '{name}' twice; give it one size.")
         sizes[name] = int(size)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if list(sizes.values()).count(-1) > 1:
@@ -129,6 +145,8 @@ def _parse_rules(text: str, sizes: Mapping[str, int]) -> tuple[tuple[str, tuple[
             raise NeoError(
                 f"unknown logical axis '{axis}' in the rules.{suggest(axis, LOGICAL_AXES)}"
             )
+        if axis in rules:
+            raise NeoError(f"the rules name the axis '{axis}' twice; join targets as in 'x:a+b'.")
         mesh_axes = tuple(target.split("+"))
         for name in mesh_axes:
             if name not in sizes:

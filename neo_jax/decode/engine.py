@@ -124,6 +124,15 @@ def _prefill(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -> DecodeState:
     """Appends a token to every row that is not done, up to `steps` times; consumes `state`."""
+    # A loop that carries a cache with a batch axis of 1 copies it at every step on CPUs: XLA moves
+    # the axis about, and then keeps both forms. Without the axis it writes in place.
+    single = state.tokens.shape[0] == 1
+
+    def carried(cache: Cache) -> Cache:
+        return jax.tree.map(lambda x: x[0], cache) if single else cache
+
+    def restored(cache: Cache) -> Cache:
+        return jax.tree.map(lambda x: x[None], cache) if single else cache
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         step, state = carry
@@ -131,9 +140,12 @@ def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -
 
     def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
-        return step + 1, _step(model, params, state)
+        state = _step(model, params, state._replace(cache=restored(state.cache)))
+        return step + 1, state._replace(cache=carried(state.cache))
 
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+    start = (jnp.int32(0), state._replace(cache=carried(state.cache)))
+    _, state = jax.lax.while_loop(unfinished, advance, start)
+    return state._replace(cache=restored(state.cache))
 
 
 def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:

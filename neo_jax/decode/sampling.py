@@ -93,11 +93,12 @@ def _kept(logits: Float[Array, "B V"], settings: Settings) -> Bool[Array, "B V"]
     ordered = jnp.sort(logits, axis=-1, descending=True)
     vocab = logits.shape[-1]
     last = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, vocab), vocab) - 1
-    smallest = jnp.take_along_axis(ordered, last[:, None], axis=-1)
-    ordered = jnp.where(ordered >= smallest, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
+    least_by_k = jnp.take_along_axis(ordered, last[:, None], axis=-1)
+    probabilities = jax.nn.softmax(jnp.where(ordered >= least_by_k, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    smallest = jnp.min(
-        jnp.where(before < settings.top_p[:, None], ordered, jnp.inf), axis=-1, keepdims=True
+    # Rounded sums reach 1 before the last token does, and a top_p of 1 keeps that one too.
+    top_p = jnp.where(settings.top_p < 1, settings.top_p, jnp.inf)
+    least_by_p = jnp.min(
+        jnp.where(before < top_p[:, None], ordered, jnp.inf), axis=-1, keepdims=True
     )
-    return logits >= smallest
+    return logits >= jnp.maximum(least_by_k, least_by_p)

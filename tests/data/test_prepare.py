@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from neo_jax.data import prepare as prepare_module
 from neo_jax.data.prepare import prepare
 from neo_jax.data.sources import documents
-from neo_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from neo_jax.data.tokenizer import load_tokenizer
+from neo_jax.data.tokenizer_training import train_sentencepiece
 from neo_jax.errors import NeoError
 
 TEXTS = [

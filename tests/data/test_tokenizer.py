@@ -16,8 +16,8 @@ from neo_jax.data.tokenizer import (
     END_OF_TEXT,
     StreamDecoder,
     load_tokenizer,
-    train_sentencepiece,
 )
+from neo_jax.data.tokenizer_training import train_sentencepiece
 from neo_jax.errors import NeoError
 
 TEXTS = [

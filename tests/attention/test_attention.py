@@ -1,0 +1,227 @@
+"""neo_jax/attention: every kernel against a float64 softmax, and the mask that they share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neo_jax import attention
+from neo_jax.attention import KERNELS, Mask, attend, blocked, dense
+from neo_jax.errors import NeoError
+
+# Blocks so small that a short sequence has several, the last one ragged.
+IMPLEMENTATIONS = KERNELS | {
+    "blocked": functools.partial(blocked, block_size=8),
+    "blocked-5": functools.partial(blocked, block_size=5),
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernel(request):
+    return lambda q, k, v, mask: run(IMPLEMENTATIONS[request.param], mask, q, k, v)
+
+
+def run(kernel, mask, *qkv):
+    return jax.jit(lambda *qkv: kernel(*qkv, mask))(*qkv)
+
+
+def run_with_gradients(kernel, mask, grad, *qkv):
+    @jax.jit
+    def both(*qkv):
+        y, pull = jax.vjp(lambda *qkv: kernel(*qkv, mask), *qkv)
+        return y, *pull(grad)
+
+    return both(*qkv)
+
+
+def sequence(positions, window=None):
+    """The mask of rows that attend to themselves."""
+    positions = jnp.asarray(positions)
+    return Mask(positions, positions, window, aligned=True)
+
+
+def draw(rng, *sizes, dtype=jnp.float32):
+    """Queries, keys and values, [B, N, T, H]."""
+    return tuple(jnp.asarray(rng.normal(size=sizes), dtype) for _ in range(3))
+
+
+def visible(q_positions, k_positions, window):
+    """The rule of the mask, a key at a time."""
+    return np.array(
+        [
+            [[0 <= k <= q and (window is None or k > q - window) for k in ks] for q in qs]
+            for qs, ks in zip(np.asarray(q_positions), np.asarray(k_positions), strict=True)
+        ]
+    )
+
+
+def plain(q, k, v, seen):
+    """softmax(q k^T) v in float64, no scale; `seen` is [B, T, S]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = np.where(seen[:, None], q @ k.swapaxes(2, 3), -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 17), st.just(8)),
+    window=st.one_of(st.none(), st.integers(1, 20)),
+    block_size=st.integers(1, 20),
+)
+@settings(max_examples=12, deadline=None)
+def test_blocked_equals_dense_and_so_do_its_gradients(sizes, window, block_size):
+    rng = np.random.default_rng(0)
+    mask = sequence(np.broadcast_to(np.arange(sizes[2]), (sizes[0], sizes[2])), window)
+    grad, qkv = jnp.asarray(rng.normal(size=sizes), jnp.float32), draw(rng, *sizes)
+    expected = run_with_gradients(dense, mask, grad, *qkv)
+    ours = run_with_gradients(functools.partial(blocked, block_size=block_size), mask, grad, *qkv)
+    for mine, oracle in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, oracle, rtol=0, atol=2e-6 * float(abs(oracle).max()))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_equals_softmax_without_scale(rng, kernel, window):
+    q, k, v = draw(rng, 2, 3, 19, 64)
+    q /= 4  # logits of standard deviation 2: a stray factor of 1/8 would show
+    positions = np.broadcast_to(np.arange(19), (2, 19))
+    expected = plain(q, k, v, visible(positions, positions, window))
+    y = kernel(q, k, v, sequence(positions, window))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 8, 17, 40, None])
+def test_a_query_sees_exactly_its_window(kernel, window):
+    """With equal logits and one-hot values, the output is the row of weights."""
+    length = 17
+    q = k = jnp.zeros((1, 1, length, length))
+    v = jnp.eye(length)[None, None]
+    weights = np.asarray(kernel(q, k, v, sequence(jnp.arange(length)[None], window)))[0, 0]
+    for query, row in enumerate(weights):
+        count = min(query + 1, window or length)
+        assert np.flatnonzero(row).tolist() == list(range(query - count + 1, query + 1))
+        np.testing.assert_allclose(row[row > 0], 1 / count, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_invisible(rng, kernel, side, window):
+    """A padded row equals the row alone, whatever lies under the padding."""
+    length, pad = 13, 6
+    qkv = draw(rng, 1, 2, length, 8)
+    alone = kernel(*qkv, sequence(jnp.arange(length)[None], window))
+    before, after = (pad, 0) if side == "left" else (0, pad)
+    padded = [
+        jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)), constant_values=100.0) for x in qkv
+    ]
+    positions = np.pad(np.arange(length), (before, after), constant_values=-1)[None]
+    y = kernel(*padded, sequence(positions, window))
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y[:, :, before : before + length], alone, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_query_that_sees_nothing_is_finite(rng, name, dtype):
+    qkv = draw(rng, 2, 2, 9, 8, dtype=dtype)
+    positions = jnp.stack([jnp.full(9, -1), jnp.maximum(jnp.arange(9) - 4, -1)])
+    grad = jnp.ones(qkv[0].shape)
+    for array in run_with_gradients(IMPLEMENTATIONS[name], sequence(positions, 3), grad, *qkv):
+        assert np.isfinite(np.asarray(array, np.float32)).all()
+
+
+def test_rows_are_independent(rng, kernel):
+    q, k, v = draw(rng, 2, 2, 11, 8)
+    positions = jnp.array([list(range(11)), [-1] * 3 + list(range(8))])
+    y = kernel(q, k, v, sequence(positions, 5))
+    other = [x.at[1].multiply(-3.0) for x in (q, k, v)]
+    np.testing.assert_array_equal(kernel(*other, sequence(positions, 5))[0], y[0])
+
+
+def test_bfloat16_is_float32_up_to_its_operands(rng, kernel):
+    """The weights are rounded to bfloat16 and nothing else: logits, softmax, sums are float32."""
+    q, k, v = draw(rng, 2, 2, 12, 8, dtype=jnp.bfloat16)
+    positions = np.array([[-1] * 4 + list(range(8)), list(range(12))])
+    y = kernel(q, k, v, sequence(positions, 5))
+    assert y.dtype == jnp.float32
+    assert np.isfinite(y).all()
+    seen = visible(positions, positions, 5)
+    seen[0, :4] = True  # these see nothing and are not compared
+    difference = np.abs(np.asarray(y, np.float64) - plain(q, k, v, seen))
+    allowed = 2**-8 * plain(q, k, jnp.abs(v), seen) + 1e-6
+    assert (difference <= allowed)[:, :, 4:].all()
+    assert (difference <= allowed)[1].all()
+
+
+@given(
+    positions=st.lists(st.integers(-1, 9), min_size=12, max_size=12),
+    window=st.one_of(st.none(), st.integers(1, 12)),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_mask_is_its_rule(positions, window):
+    """Positions in any order, as the slots of a cache hold them."""
+    q_positions, k_positions = jnp.array([positions[:4]]), jnp.array([positions[4:]])
+    mask = Mask(q_positions, k_positions, window)
+    np.testing.assert_array_equal(mask.visible(), visible(q_positions, k_positions, window))
+    part = mask.block(slice(1, 3), slice(2, 7))
+    np.testing.assert_array_equal(part.visible(), mask.visible()[:, 1:3, 2:7])
+    assert not part.aligned
+
+
+def test_dense_over_a_cache(rng):
+    """Keys lie in any order, some slots are empty, and there are more of them than queries."""
+    q, _, _ = draw(rng, 2, 2, 3, 8)
+    k, v, _ = draw(rng, 2, 2, 7, 8)
+    q_positions = jnp.array([[4, 5, 6], [2, 3, -1]])
+    k_positions = jnp.array([[5, 6, 0, 1, 2, 3, 4], [-1, 3, -1, 2, 1, 0, -1]])
+    seen = visible(q_positions, k_positions, 3)
+    seen[1, 2] = True
+    y = attend(q, k, v, Mask(q_positions, k_positions, 3))
+    expected = plain(q, k, v, seen)
+    np.testing.assert_allclose(y[0], expected[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(y[1, :, :2], expected[1, :, :2], rtol=0, atol=2e-6)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "aligned", "chosen"),
+    [(256, True, "dense"), (257, True, "blocked"), (257, False, "dense")],
+)
+def test_auto_takes_blocked_for_long_sequences_only(rng, monkeypatch, length, aligned, chosen):
+    calls = []
+    for name, implementation in KERNELS.items():
+        monkeypatch.setitem(
+            attention.KERNELS,
+            name,
+            lambda *args, name=name, f=implementation: (calls.append(name), f(*args))[1],
+        )
+    positions = jnp.arange(length)[None]
+    qkv = draw(rng, 1, 1, length, 4)
+    y = attend(*qkv, Mask(positions, positions, 5, aligned))
+    assert calls == [chosen]
+    np.testing.assert_allclose(
+        y, dense(*qkv, Mask(positions, positions, 5, aligned)), rtol=0, atol=2e-6
+    )
+
+
+def test_blocked_refuses_a_cache(rng):
+    positions = jnp.arange(5)[None]
+    with pytest.raises(NeoError, match=r"'blocked' kernel serves a sequence .* use 'dense'"):
+        attend(*draw(rng, 1, 1, 5, 4), Mask(positions, positions), "blocked")
+
+
+def test_an_unknown_kernel_is_named(rng, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    with pytest.raises(NeoError, match=r"kernel 'denes'\. Did you mean 'dense'\?"):
+        attend(*draw(rng, 1, 1, 5, 4), sequence(jnp.arange(5)[None]), "denes")
+
+
+def test_shapes_are_checked(rng):
+    q, k, v = draw(rng, 1, 1, 5, 4)
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"parameter 'v'"):
+        attend(q, k, v[:, :, :4], sequence(jnp.arange(5)[None]))

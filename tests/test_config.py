@@ -1,0 +1,226 @@
+"""neo_jax/config.py: the shape of a model, and the way to and from Hugging Face's config.json."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPTNeoConfig
+
+from neo_jax.config import PRESETS, ModelConfig, preset, read_json
+from neo_jax.errors import NeoError
+
+# What the hub holds for EleutherAI/gpt-neo-1.3B, stale fields included.
+PUBLISHED = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPTNeoForCausalLM"],
+    "attention_dropout": 0,
+    "attention_layers": ["global", "local"] * 12,
+    "attention_types": [[["global", "local"], 12]],
+    "bos_token_id": 50256,
+    "embed_dropout": 0,
+    "eos_token_id": 50256,
+    "gradient_checkpointing": False,
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": None,
+    "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neo",
+    "num_heads": 16,
+    "num_layers": 24,
+    "resid_dropout": 0,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "tokenizer_class": "GPT2Tokenizer",
+    "transformers_version": "4.9.0.dev0",
+    "use_cache": True,
+    "vocab_size": 50257,
+    "window_size": 256,
+}
+UNITS = (
+    ("global",),
+    ("local",),
+    ("global", "local"),
+    ("local", "global"),
+    ("global", "global", "local"),
+    ("global", "local", "local", "local"),
+)
+
+
+@st.composite
+def configs(draw):
+    unit = draw(st.sampled_from(UNITS))
+    heads, head_dim = draw(st.integers(1, 8)), draw(st.integers(1, 64))
+    return ModelConfig(
+        num_layers=len(unit) * draw(st.integers(1, 5)),
+        embed_dim=heads * head_dim,
+        num_heads=heads,
+        mlp_dim=draw(st.integers(0, 300)),
+        vocab_size=draw(st.integers(1, 60000)),
+        max_length=draw(st.integers(1, 4096)),
+        window_size=draw(st.integers(1, 512)),
+        attention_types=unit,
+        activation=draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
+        norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 0.25])),
+        eos_token_id=draw(st.integers(-1, 60000)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        ("gpt-neo-125m", 125_198_592),
+        ("gpt-neo-350m", 355_798_016),
+        ("gpt-neo-1.3b", 1_315_575_808),
+        ("gpt-neo-2.7b", 2_651_307_520),
+        ("gpt-neo-6.7b", 6_658_011_136),
+        ("gpt-neo-13b", 12_852_771_840),
+    ],
+)
+def test_presets_have_the_published_sizes(name, num_params):
+    config = preset(name)
+    assert name in PRESETS
+    assert config.num_params == num_params
+    assert (config.vocab_size, config.max_length, config.window_size) == (50257, 2048, 256)
+    assert config.layer_types[:2] == ("global", "local")
+    assert config.mlp_dim == 4 * config.embed_dim
+
+
+def test_every_preset_is_counted_above():
+    assert len(PRESETS) == 6
+
+
+def test_an_unknown_preset_suggests_the_nearest():
+    with pytest.raises(NeoError, match=r"'gpt-neo-1\.2b'\. Did you mean 'gpt-neo-1\.3b'\?"):
+        preset("gpt-neo-1.2b")
+
+
+def test_zeros_are_derived():
+    config = ModelConfig(embed_dim=96, num_heads=6)
+    assert (config.head_dim, config.mlp_dim) == (16, 384)
+    assert ModelConfig(embed_dim=96, num_heads=6, mlp_dim=100).mlp_dim == 100
+
+
+def test_a_pattern_is_kept_as_its_unit():
+    written_out = ModelConfig(num_layers=6, attention_types=("global", "global", "local") * 2)
+    unit = ModelConfig(num_layers=6, attention_types=("global", "global", "local"))
+    assert written_out == unit
+    assert hash(written_out) == hash(unit)
+    assert unit.layer_types == ("global", "global", "local") * 2
+    assert [unit.window(i) for i in range(6)] == [None, None, 256] * 2
+
+
+@given(configs())
+@settings(max_examples=50, deadline=None)
+def test_round_trip(config):
+    fields = json.loads(json.dumps(config.to_hf()))
+    assert ModelConfig.from_hf(fields) == config
+
+
+@given(configs())
+@settings(max_examples=20, deadline=None)
+def test_transformers_reads_the_same_shape(config):
+    theirs = GPTNeoConfig.from_dict(config.to_hf())
+    assert tuple(theirs.attention_layers) == config.layer_types
+    assert ModelConfig.from_hf(theirs.to_dict()) == config
+
+
+def test_a_published_file_is_the_preset():
+    assert ModelConfig.from_hf(PUBLISHED) == preset("gpt-neo-1.3b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer_types"),
+    [
+        ({"attention_types": [[["global", "global", "local"], 8]]}, "ggl" * 8),
+        ({"attention_types": [[["global"], 20], [["local"], 4]]}, "g" * 20 + "l" * 4),
+        ({"attention_types": None, "attention_layers": ["local"] * 24}, "l" * 24),
+        ({"attention_types": None, "attention_layers": None}, "gl" * 12),
+    ],
+)
+def test_every_way_to_write_a_pattern(changes, layer_types):
+    config = ModelConfig.from_hf(PUBLISHED | changes)
+    assert "".join(kind[0] for kind in config.layer_types) == layer_types
+
+
+@pytest.mark.parametrize("fields", [PUBLISHED | {"eos_token_id": None}, None])
+def test_a_vocabulary_without_an_end_of_text(fields):
+    fields = fields or {name: v for name, v in PUBLISHED.items() if name != "eos_token_id"}
+    config = ModelConfig.from_hf(fields)
+    assert config.eos_token_id == -1
+    assert config.to_hf()["eos_token_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 3}, r"F: unknown field 'hiden_size'\. Did you mean 'hidden_size'\?"),
+        ({"rotary": True}, "F: unknown field 'rotary'. Known are: .*window_size"),
+        ({"model_type": "gpt2"}, "F: model_type is 'gpt2'; this loads 'gpt_neo'"),
+        ({"tie_word_embeddings": False}, "F: tie_word_embeddings is false"),
+        ({"num_heads": 15}, "F: num_heads 15 x head_dim 136 is not embed_dim 2048: choose"),
+        ({"num_layers": 23}, "F: num_layers 23 is not a multiple of the 2 attention_types"),
+        ({"num_layers": 0}, "F: num_layers must be a whole number >= 1, not 0"),
+        ({"hidden_size": "2048"}, "F: embed_dim must be a whole number >= 1, not '2048'"),
+        ({"num_heads": True}, "F: num_heads must be a whole number >= 1, not True"),
+        ({"window_size": 2.5}, "F: window_size must be a whole number >= 1, not 2.5"),
+        ({"intermediate_size": -4}, "F: mlp_dim must be a whole number >= 0, not -4"),
+        ({"eos_token_id": [1, 2]}, r"F: eos_token_id must be a whole number >= -1, not \[1, 2\]"),
+        ({"layer_norm_epsilon": "1e-5"}, "F: norm_epsilon must lie between 0 and 1, not be '1e-5'"),
+        ({"layer_norm_epsilon": -1e-5}, "F: norm_epsilon must lie between 0 and 1, not be -1e-05"),
+        ({"activation_function": "gelu_neu"}, "'gelu_neu'. Did you mean 'gelu_new'?"),
+        ({"attention_types": [[["globl"], 24]]}, r"type 'globl'\. Did you mean 'global'\?"),
+        ({"attention_types": [[["global"], 0]]}, "is not a multiple of the 0 attention_types"),
+        ({"attention_types": 7}, "F: .*int"),
+    ],
+)
+def test_errors_name_the_file_and_the_mend(changes, message):
+    with pytest.raises(NeoError, match=message):
+        ModelConfig.from_hf(PUBLISHED | changes, source="F")
+
+
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "num_heads", "vocab_size"])
+def test_missing_fields(name):
+    fields = {key: value for key, value in PUBLISHED.items() if key != name}
+    with pytest.raises(NeoError, match=f"config.json: field '{name}' is missing; is the file"):
+        ModelConfig.from_hf(fields)
+
+
+def test_stale_fields_change_nothing():
+    stale = {"n_ctx": 1, "torch_dtype": "float16", "_name_or_path": "x", "_flash": 1, "top_k": 3}
+    with pytest.raises(NeoError, match="unknown field 'n_ctx'"):
+        ModelConfig.from_hf(PUBLISHED | stale)
+    del stale["n_ctx"]
+    assert ModelConfig.from_hf(PUBLISHED | stale) == preset("gpt-neo-1.3b")
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_every_field_is_checked(name):
+    with pytest.raises(NeoError, match="unknown" if name == "activation" else name):
+        dataclasses.replace(preset("gpt-neo-125m"), **{name: () if "types" in name else -2})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON .* is the file whole"),
+        (b"\xff\xfe{}", "is not valid JSON"),
+        (b"[1]", "holds a list, not a JSON object"),
+    ],
+)
+def test_files_that_hold_no_object(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(NeoError, match=message):
+        read_json(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(NeoError, match=r"cannot read .*nothing\.json: No such file"):
+        read_json(tmp_path / "nothing.json")
