@@ -63,17 +63,20 @@ def extend(
 
 
 def _extend_by_one(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
-    """The same for one token of one row: a slice, which XLA writes in place on every device."""
+    """The same for one token of one row, as a slice of arrays without their batch axis.
+
+    XLA's CPU backend moves an axis of size 1 about, and then copies the cache at every step.
+    """
     position = positions[0, 0]
     slot = position % cache.positions.shape[1]
 
     def write(old: Array, new: Array, axis: int) -> Array:
-        here = jax.lax.dynamic_slice_in_dim(old, slot, 1, axis)
-        new = jnp.where(position >= 0, new.astype(old.dtype), here)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis)
+        here = jax.lax.dynamic_slice_in_dim(old[0], slot, 1, axis)
+        new = jnp.where(position >= 0, new[0].astype(old.dtype), here)
+        return jax.lax.dynamic_update_slice_in_dim(old[0], new, slot, axis)[None]
 
     return LayerCache(
-        write(cache.k, k, 2), write(cache.v, v, 2), write(cache.positions, positions, 1)
+        write(cache.k, k, 1), write(cache.v, v, 1), write(cache.positions, positions, 0)
     )
 
 

@@ -103,7 +103,7 @@ def start(
         lengths=jnp.asarray(lengths),
         limits=jnp.asarray(lengths + max_new_tokens),
         done=jnp.zeros(len(prompts), bool),
-        settings=settings,
+        settings=jax.tree.map(jnp.copy, settings),  # `run` consumes a state, and not the caller's
         cache=cache,
     )
 
@@ -192,6 +192,8 @@ def generate(
     Raises:
       NeoError: see `check_prompts`.
     """
+    if not prompts:
+        return []
     state = start(model, params, prompts, max_new_tokens, settings)
     state = run(model, params, state, max_new_tokens)
     tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
