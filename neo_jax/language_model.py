@@ -250,7 +250,7 @@ def enable_compilation_cache() -> None:
     if not chosen["jax_compilation_cache_dir"] and chosen["jax_enable_compilation_cache"]:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "neo_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _dtype(name: str) -> np.dtype:

@@ -88,24 +88,13 @@ def start(
       NeoError: see `check_prompts`.
     """
     check_prompts(model, prompts, max_new_tokens)
-    context = model.config.max_length
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(lengths.max())
-    room = bucket(longest + max_new_tokens, MIN_ROOM, context)
-    tokens = np.zeros((len(prompts), room), np.int32)
+    room = bucket(longest + max_new_tokens, MIN_ROOM, model.config.max_length)
+    tokens = np.zeros((len(prompts), bucket(longest, MIN_PREFILL, room)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    width = bucket(longest, MIN_PREFILL, room)
-    cache = _prefill(model, room, params, tokens[:, :width], lengths - 1)
-    return DecodeState(
-        tokens=jnp.asarray(tokens),
-        logprobs=jnp.zeros(tokens.shape, jnp.float32),
-        lengths=jnp.asarray(lengths),
-        limits=jnp.asarray(lengths + max_new_tokens),
-        done=jnp.zeros(len(prompts), bool),
-        settings=jax.tree.map(jnp.copy, settings),  # `run` consumes a state, and not the caller's
-        cache=cache,
-    )
+    return _prefill(model, room, params, tokens, lengths, lengths + max_new_tokens, settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -115,10 +104,21 @@ def _prefill(
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-) -> Cache:
-    # Prompts are padded on the right: padding lies in the future, which nothing sees.
+    limits: Int[Array, "B"],
+    settings: Settings,
+) -> DecodeState:
+    # Prompts are padded on the right: padding lies in the future, which nothing sees. The newest
+    # token is left to the first step, which so is a step like all others.
     _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
-    return caching.from_sequence(model.config, sequence, lengths, room)
+    return DecodeState(
+        tokens=jnp.pad(tokens, ((0, 0), (0, room - tokens.shape[1]))),
+        logprobs=jnp.zeros((tokens.shape[0], room), jnp.float32),
+        lengths=lengths,
+        limits=limits,
+        done=jnp.zeros(tokens.shape[0], bool),
+        settings=settings,
+        cache=caching.from_sequence(model.config, sequence, lengths - 1, room),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int
 from neo_jax.errors import NeoError
@@ -51,10 +52,10 @@ def make_settings(options: SamplingOptions, seeds: list[int]) -> Settings:
     """Returns the same options for every row, a row for each seed."""
     rows = (len(seeds),)
     return Settings(
-        temperature=jnp.full(rows, options.temperature, jnp.float32),
-        top_k=jnp.full(rows, options.top_k, jnp.int32),
-        top_p=jnp.full(rows, options.top_p, jnp.float32),
-        seed=jnp.asarray(seeds, jnp.uint32),
+        temperature=np.full(rows, options.temperature, np.float32),
+        top_k=np.full(rows, options.top_k, np.int32),
+        top_p=np.full(rows, options.top_p, np.float32),
+        seed=np.asarray(seeds, np.uint32),
     )
 
 
