@@ -23,7 +23,7 @@ Array annotations name the axes by these letters: `Float[Array, "B T D"]`.
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, UInt
 
 BATCH = "batch"
 LENGTH = "length"
@@ -45,5 +45,5 @@ Params = dict[str, Any]
 
 __all__ = [
     "BATCH", "EMBED", "HEADS", "HEAD_DIM", "KV_LENGTH", "LAYERS", "LENGTH", "LOGICAL_AXES", "MLP",
-    "POSITIONS", "VOCAB", "Array", "Bool", "Float", "Int", "Key", "Params",
+    "POSITIONS", "VOCAB", "Array", "Bool", "Float", "Int", "Params", "UInt",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from neo_jax.data.sources import json_lines, text_lines
 from neo_jax.errors import NeoError
 
 if TYPE_CHECKING:
@@ -43,39 +44,27 @@ def read_prompts(path: str, key: str) -> list[str | list[int]]:
     """Reads texts or ids from a file.
 
     Args:
-      path: .jsonl, with {key: text} or {"ids": [...]} a line; or .txt, with a text a line.
+      path: .jsonl, with {key: text} or {"ids": [...]} a line; else a text a line; also .gz or .xz.
       key: the name of the text in a JSON line.
 
     Raises:
       NeoError: the file cannot be read, or a line is neither; the message names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise NeoError(
-            f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv."
-        ) from error
-    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+        prompts: list[str | list[int]] = [line for _, line in text_lines(Path(path))]
+    else:
+        prompts = [_prompt(fields, key, where) for where, fields in json_lines(Path(path))]
+    if not prompts:
         raise NeoError(f"{path} is empty; give a line for each text.")
-    if not path.endswith(".jsonl"):
-        return [line for _, line in numbered]
-    return [_from_json(line, key, f"{path}:{i}") for i, line in numbered]
+    return prompts
 
 
-def _from_json(line: str, key: str, where: str) -> str | list[int]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise NeoError(f"{where} is not JSON: {error}.") from error
-    if isinstance(fields, dict):
-        if isinstance(fields.get(key), str):
-            return fields[key]
-        ids = fields.get("ids")
-        if isinstance(ids, list) and all(type(i) is int for i in ids):
-            return ids
+def _prompt(fields: dict[str, Any], key: str, where: str) -> str | list[int]:
+    if isinstance(fields.get(key), str):
+        return fields[key]
+    ids = fields.get("ids")
+    if isinstance(ids, list) and all(type(i) is int for i in ids):
+        return ids
     raise NeoError(f'{where}: expected {{"{key}": "text"}} or {{"ids": [1, 2, 3]}}.')
 
 

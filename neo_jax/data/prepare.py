@@ -79,7 +79,7 @@ def prepare(
         if tokenizer is None:
             with _bar("reading", show) as texts:
                 training = (
-                    text for text in texts(documents(inputs)) if not _is_held_out(text, held_out)
+                    text for text in texts(documents(inputs)) if not is_held_out(text, held_out)
                 )
                 tokenizer = train_sentencepiece(training, train_tokenizer, staging)
         if tokenizer.eos_id is None:
@@ -92,7 +92,7 @@ def prepare(
             texts = stack.enter_context(_bar("tokenizing", show))
             for batch in _batches(text for text in texts(documents(inputs)) if text):
                 for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                    split = HELD_OUT if _is_held_out(text, held_out) else TRAIN
+                    split = HELD_OUT if is_held_out(text, held_out) else TRAIN
                     splits[split].write(len(text.encode()), ids)
         statistics = {name: split.statistics() for name, split in splits.items()}
         _check_splits(statistics, held_out)
@@ -178,7 +178,8 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
 
 
-def _is_held_out(text: str, share: float) -> bool:
+def is_held_out(text: str, share: float) -> bool:
+    """Returns whether a document is among the share that is held out; its text alone decides."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64
 

@@ -1,14 +1,15 @@
 """Documents from files: plain text, and The Pile's JSON lines, each perhaps compressed."""
 
+import contextlib
 import glob
 import gzip
 import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any
 
 from neo_jax.errors import NeoError
 
@@ -66,47 +67,65 @@ def _is_document_file(file: Path, folder: Path) -> bool:
 
 
 def _read(path: Path) -> Iterator[str]:
-    name = path.name.removesuffix(".gz").removesuffix(".xz")
-    try:
+    if not path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
         with _open(path) as file:
-            if name.endswith(".jsonl"):
-                yield from _json_lines(path, file)
-            else:
-                yield _decode(path, file.read(), 0)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise NeoError(f"{path} is damaged ({error}); copy it again.") from error
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
-
-
-def _json_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(file, start=1):
-        decoded = _decode(path, line, offset)
-        offset += len(line)
-        if not decoded.strip():
-            continue
-        try:
-            fields = json.loads(decoded)
-        except ValueError as error:
-            raise NeoError(f"{path}:{number}: not valid JSON ({error}).") from error
-        text = fields.get("text") if isinstance(fields, dict) else None
+            yield _decode(path, file.read(), 0)
+        return
+    for where, fields in json_lines(path):
+        text = fields.get("text")
         if not isinstance(text, str):
             raise NeoError(
-                f'{path}:{number}: no "text"; every line is an object such as {{"text": "..."}}.'
+                f'{where}: no "text"; every line is an object such as {{"text": "..."}}.'
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             lone = text[error.start]
-            raise NeoError(f'{path}:{number}: "text" holds the lone surrogate {lone!r}.') from error
+            raise NeoError(f'{where}: "text" holds the lone surrogate {lone!r}.') from error
         yield text
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the object on every line that is not blank, and "path:number" to name it in errors.
+
+    Raises:
+      NeoError: a file that is unreadable, damaged or not UTF-8, or a line that is no JSON object.
+    """
+    for number, line in text_lines(path):
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise NeoError(f"{path}:{number}: not valid JSON ({error}).") from error
+        if not isinstance(fields, dict):
+            raise NeoError(f"{path}:{number}: a {type(fields).__name__}, not a JSON object.")
+        yield f"{path}:{number}", fields
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields every line that is not blank, without its end, and its number from 1.
+
+    Raises:
+      NeoError: a file that is unreadable, damaged or not UTF-8.
+    """
+    with _open(path) as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            decoded = _decode(path, line, offset)
+            offset += len(line)
+            if decoded.strip():
+                yield number, decoded.rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    try:
+        with openers.get(path.suffix, open)(path, "rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise NeoError(f"{path} is damaged ({error}); copy it again.") from error
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def _decode(path: Path, data: bytes, offset: int) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.axes import Array, Bool, Float, Int
+from neo_jax.axes import Array, Bool, Float, Int, UInt
 from neo_jax.errors import NeoError
 
 
@@ -45,17 +45,17 @@ class Settings(NamedTuple):
     temperature: Float[Array, "B"]
     top_k: Int[Array, "B"]
     top_p: Float[Array, "B"]
-    seed: Int[Array, "B"]
+    seed: UInt[Array, "B"]
 
 
 def make_settings(options: SamplingOptions, seeds: list[int]) -> Settings:
     """Returns the same options for every row, a row for each seed."""
-    rows = (len(seeds),)
+    rows = (len(seeds),)  # filled by numpy: jnp.full would compile a program for each
     return Settings(
-        temperature=np.full(rows, options.temperature, np.float32),
-        top_k=np.full(rows, options.top_k, np.int32),
-        top_p=np.full(rows, options.top_p, np.float32),
-        seed=np.asarray(seeds, np.uint32),
+        temperature=jnp.asarray(np.full(rows, options.temperature, np.float32)),
+        top_k=jnp.asarray(np.full(rows, options.top_k, np.int32)),
+        top_p=jnp.asarray(np.full(rows, options.top_p, np.float32)),
+        seed=jnp.asarray(np.asarray(seeds, np.uint32)),
     )
 
 

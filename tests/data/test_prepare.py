@@ -128,7 +128,7 @@ def test_what_is_not_utf8_is_named_by_its_byte(tmp_path):
         ('{"text": "a', "b.jsonl:2: not valid JSON"),
         ('{"txt": "a"}', 'b.jsonl:2: no "text"'),
         ('{"text": null}', 'b.jsonl:2: no "text"'),
-        ('["text"]', 'b.jsonl:2: no "text"'),
+        ('["text"]', "b.jsonl:2: a list, not a JSON object"),
         ('{"text": "\\ud800"}', 'b.jsonl:2: "text" holds the lone surrogate'),
     ],
 )
