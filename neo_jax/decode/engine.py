@@ -19,7 +19,7 @@ import numpy as np
 from neo_jax import cache as caching
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
-from neo_jax.decode.sampling import Settings, choose
+from neo_jax.decode.sampling import Settings, choose, logprobs_of
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 
@@ -155,9 +155,8 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
     output = model.apply(
         {"params": params}, state.tokens[rows, newest][:, None], newest[:, None], state.cache
     )
-    logits = output.logits[:, 0]
-    token = choose(logits, state.settings, state.lengths)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    token = choose(output.logits[:, 0], state.settings, state.lengths)
+    logprob = logprobs_of(output.logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     ended = (token == model.config.eos_token_id) | (lengths >= state.limits)

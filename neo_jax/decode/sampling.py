@@ -84,6 +84,11 @@ def choose(
     return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)
 
 
+def logprobs_of(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Returns the log-probability, in nats, that each position's logits give to a token."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+
+
 def _draw(seed: Array, position: Array, logits: Float[Array, "V"]) -> Array:
     key = jax.random.fold_in(jax.random.key(seed), position)
     return jax.random.categorical(key, logits).astype(jnp.int32)

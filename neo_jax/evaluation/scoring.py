@@ -15,6 +15,7 @@ import numpy as np
 
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.engine import bucket
+from neo_jax.decode.sampling import logprobs_of
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 
@@ -112,13 +113,10 @@ def _logprobs(model: Neo, params: Params, tokens: Int[Array, "B T"]) -> Float[Ar
     hidden, _ = model.apply(variables, tokens[:, :-1], method=Neo.encode)
     targets = tokens[:, 1:]
 
-    def score(x: Array, y: Array) -> Array:
-        logits = model.apply(variables, x, method=Neo.unembed)
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), y[..., None], axis=-1)[..., 0]
-
     # A block of positions at a time: all logits at once would be the largest array by far.
-    blocks = [
-        score(hidden[:, i : i + _POSITIONS], targets[:, i : i + _POSITIONS])
-        for i in range(0, targets.shape[1], _POSITIONS)
-    ]
+    blocks = []
+    for start in range(0, targets.shape[1], _POSITIONS):
+        block = slice(start, start + _POSITIONS)
+        logits = model.apply(variables, hidden[:, block], method=Neo.unembed)
+        blocks.append(logprobs_of(logits, targets[:, block]))
     return jnp.concatenate(blocks, axis=1)

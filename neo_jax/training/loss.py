@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -28,8 +27,3 @@ def mean_loss(model: Neo, params: Params, batch: Batch) -> Array:
     """Returns the mean loss of a token, in nats."""
     total, weight = loss_sum(model, params, batch)
     return total / jnp.maximum(weight, 1)
-
-
-def log_likelihoods(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Array:
-    """Returns log p(token), [B, T], of the token that each position's logits predict."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
