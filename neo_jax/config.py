@@ -169,12 +169,19 @@ def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:
 def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
     """Reads `attention_types` ([[unit, repeats], ...]), or else `attention_layers`."""
     if fields.get("attention_types"):
-        return tuple(
+        types = [
             kind for unit, repeats in fields["attention_types"] for kind in list(unit) * repeats
+        ]
+    elif fields.get("attention_layers"):
+        types = list(fields["attention_layers"])
+    else:
+        return ("global", "local")
+    if len(types) != fields["num_layers"]:
+        raise NeoError(
+            f"attention_types are for {len(types)} layers, num_layers is {fields['num_layers']}; "
+            "correct one of them."
         )
-    if fields.get("attention_layers"):
-        return tuple(fields["attention_layers"])
-    return ("global", "local")
+    return tuple(types)
 
 
 _HF_FIELDS = {
