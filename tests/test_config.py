@@ -166,7 +166,10 @@ def test_a_vocabulary_without_an_end_of_text(fields):
         ({"tie_word_embeddings": False}, "F: tie_word_embeddings is false"),
         ({"num_heads": 15}, "F: num_heads 15 x head_dim 136 is not embed_dim 2048: choose"),
         ({"num_layers": 23}, "F: attention_types are for 24 layers, num_layers is 23"),
-        ({"num_layers": 0, "attention_types": None}, "F: num_layers must be a whole number >= 1"),
+        (
+            {"num_layers": 0, "attention_types": None, "attention_layers": None},
+            "F: num_layers must be a whole number >= 1",
+        ),
         ({"hidden_size": "2048"}, "F: embed_dim must be a whole number >= 1, not '2048'"),
         ({"num_heads": True}, "F: num_heads must be a whole number >= 1, not True"),
         ({"window_size": 2.5}, "F: window_size must be a whole number >= 1, not 2.5"),
