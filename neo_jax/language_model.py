@@ -76,8 +76,10 @@ class LanguageModel:
         """Returns the ids of a text; ids are passed through.
 
         Raises:
-          NeoError: the checkpoint has no tokenizer files, or the prompt is empty.
+          NeoError: the checkpoint has no tokenizer files, or the prompt is empty or none.
         """
+        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise NeoError(f"{prompt!r} is not a prompt; give a text or a list of token ids.")
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise NeoError("the prompt is empty; give at least one token.")
@@ -121,6 +123,7 @@ class LanguageModel:
         Sample i of a prompt is drawn with the seed `seed + i`. The samples of a prompt follow each
         other, in the order of the prompts.
         """
+        _check_list(prompts)
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         ids = [self.encode(prompt) for prompt in repeated]
         seeds = [(sampling.seed + i) % 2**32 for _ in prompts for i in range(num_samples)]
@@ -156,6 +159,7 @@ class LanguageModel:
 
     def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
         """Like `score`, one at a time as they are computed."""
+        _check_list(texts)
         many = [self.encode(text) for text in texts]
         for text, ids, logprobs in zip(
             texts, many, token_logprobs(self.model, self.params, many, stride), strict=True
@@ -172,6 +176,7 @@ class LanguageModel:
         """
         if not -self.config.num_layers - 1 <= layer <= self.config.num_layers:
             raise NeoError(f"layer {layer} is not one of 0 to {self.config.num_layers}, or -1.")
+        _check_list(texts)
         features = []
         for ids in map(self.encode, texts):
             engine.check_tokens(self.model, ids)
@@ -201,7 +206,9 @@ class LanguageModel:
         if self.tokenizer is None:
             return 0
         whole = text if isinstance(text, str) else self.tokenizer.decode(ids)
-        return len(whole.encode()) - len(self.tokenizer.decode(ids[:1]).encode())
+        # A character that the first token leaves unfinished is for the others to predict.
+        first = self.tokenizer.decode(ids[:1]).rstrip("\ufffd")
+        return len(whole.encode()) - len(first.encode())
 
 
 def load(
@@ -259,6 +266,11 @@ def _dtype(name: str) -> np.dtype:
     if name not in ("float32", "bfloat16"):
         raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
     return jnp.dtype(name)
+
+
+def _check_list(prompts: Sequence[Prompt]) -> None:
+    if isinstance(prompts, str):  # a sequence too, of characters
+        raise NeoError("this takes several: give a list of prompts, as in ['one text'].")
 
 
 def _options(options: dict[str, Any]) -> SamplingOptions:

@@ -1,9 +1,13 @@
 """Eight CPU devices stand in for a mesh; shapes are checked wherever a signature names them."""
 
+import contextlib
+import functools
+
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+import tokenizers
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -17,7 +21,10 @@ _MODULES = [
 jaxtyping.install_import_hook(_MODULES, "beartype.beartype")
 
 from neo_jax.config import ModelConfig  # noqa: E402
+from neo_jax.data.tokenizer import END_OF_TEXT, load_tokenizer  # noqa: E402
+from neo_jax.data.tokenizer_training import train_sentencepiece  # noqa: E402
 from neo_jax.model import Neo, init_params  # noqa: E402
+from neo_jax.pretrained import save_pretrained  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +58,81 @@ def tiny(tiny_config):
 def rng():
     """A numpy generator of a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def compilations():
+    """A context in which a list grows by each program that XLA compiles."""
+
+    @contextlib.contextmanager
+    def count():
+        counted = []
+
+        def listen(event, duration, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                counted.append(duration)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield counted
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return count
+
+
+TEXT = """The quick brown fox jumps over the lazy dog, and the dog does not mind it at all.
+Call me Ishmael: some years ago, never mind how long, I thought I would sail about a little.
+A naïve café in 日本 sells 12 cups for $3.45; the fox and the dog go there, and so do I.
+"""
+
+
+@pytest.fixture(scope="session")
+def text():
+    """Three lines that the tokenizers of `checkpoints` have learned from."""
+    return TEXT
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory):
+    """Folders with a tokenizer of 320 pieces each: SentencePiece, and byte-level BPE."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    (root / "bytes").mkdir()
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    bpe.save(str(root / "bytes" / "tokenizer.json"))
+    train_sentencepiece([TEXT * 4], 320, root / "pieces")
+    return {name: root / name for name in ("pieces", "bytes")}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, tokenizer_folders):
+    """Folders of a tiny model: "pieces" and "bytes", named for their tokenizer, "bare" without.
+
+    The weights are wider than at the start of training, so that what the model says of a token
+    depends on all that it sees. Seven ids have no text: a vocabulary may be padded.
+    """
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in ("pieces", "bytes", "bare"):
+        tokenizer = load_tokenizer(tokenizer_folders[name]) if name != "bare" else None
+        config = ModelConfig(
+            num_layers=2,
+            embed_dim=32,
+            num_heads=2,
+            vocab_size=327,
+            max_length=64,
+            window_size=8,
+            eos_token_id=tokenizer.eos_id if tokenizer else -1,
+        )
+        params = jax.jit(functools.partial(init_params, Neo(config)))(jax.random.key(0))
+        params = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, params)
+        save_pretrained(root / name, config, params, tokenizer=tokenizer)
+    return {path.name: path for path in root.iterdir()}

@@ -98,4 +98,5 @@ def _one_line(box: str, verb: str) -> str:
         if text.startswith(("For full helptext", "Argument helptext")):
             break
         words.append(text)
-    return f"{' '.join(' '.join(words).split())}; see neo-jax {verb} --help."
+    text = " ".join(" ".join(words).split()).rstrip(".")
+    return f"{text}; see neo-jax {verb} --help."

@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import ModelOptions, output_lines, print_json, read_prompts
+from neo_jax.decode.engine import check_prompts
 from neo_jax.decode.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def main(args: Sequence[str]) -> None:
         else [options.prompt]
     )
     lm = options.model.load()
+    # All at once: no text is written before the last prompt is known to fit.
+    check_prompts(lm.model, [lm.encode(prompt) for prompt in prompts], options.max_new_tokens)
     plain = not (options.json or options.output)
     if plain and len(prompts) == options.num_samples == 1 and sys.stdout.isatty():
         _stream(lm, options)

@@ -1,13 +1,16 @@
 """neo-jax train: train by a config."""
 
+import dataclasses
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import neo_jax
 from neo_jax.cli import UsageError, parse
+from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
-from neo_jax.training.config import TrainConfig
+from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 
 def main(args: Sequence[str]) -> None:
@@ -47,11 +50,25 @@ def load_config(name: str) -> TrainConfig:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is a program: anything may go wrong
+        raise NeoError(f"{path}: {_reason(error)}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise NeoError(f"{path} does not define a TrainConfig called `config`.")
     return config
+
+
+def _reason(error: Exception) -> str:
+    """Says in one line why a config could not be read, and suggests a field for a wrong one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    for kind in (TrainConfig, OptimizerConfig, ModelConfig):
+        if wrong and wrong[1] == kind.__name__:
+            known = [field.name for field in dataclasses.fields(kind)]
+            return f"{kind.__name__} has no field '{wrong[2]}'.{suggest(wrong[2], known)}"
+    return text if isinstance(error, NeoError) else f"{type(error).__name__}: {text}"
 
 
 def _folder() -> Path:

@@ -52,9 +52,10 @@ def train(config: TrainConfig) -> TrainState:
                 state, metrics = train_step(state, _place(model, next(feed)))
                 report.step(step, metrics)
                 last = step == config.steps
-                if evaluate and config.eval_every and (last or step % config.eval_every == 0):
+                if evaluate and (last or step % config.eval_every == 0):
                     report.evaluation(step, evaluate(state))
                 if last or step % config.save_every == 0:
+                    report.flush()  # a run that goes on from here writes later lines only
                     checkpoints.save(state, config)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     save_pretrained(output / "model", config.model, state.params, tokenizer=tokenizer)
@@ -84,8 +85,8 @@ def _place(model: Neo, batch: HostBatch) -> Batch:
 
 
 def _make_evaluation(config: TrainConfig, model: Neo) -> Callable[[TrainState], Evaluation] | None:
-    """Returns a function that evaluates the held-out split; None where there is no such split."""
-    if "held_out" not in split_names(config.data):
+    """Returns a function that evaluates the held-out split; None where there is no need of it."""
+    if not config.eval_every or "held_out" not in split_names(config.data):
         return None
     dataset = _open_split(config, "held_out")
     loss_fn = jax.jit(lambda params, batch: loss_sum(model, params, batch))

@@ -66,7 +66,7 @@ class Report:
         trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._flush()
+            self.flush()
         self._progress.stop()
 
     def step(self, step: int, metrics: Metrics) -> None:
@@ -74,12 +74,12 @@ class Report:
 
         Reading a metric waits for its step; one step late, the device never waits for the host.
         """
-        self._flush()
+        self.flush()
         self._pending = (step, metrics)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports an evaluation; its time does not count as training."""
-        self._flush()
+        self.flush()
         values = {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
         self._file.write(step, **values)
         self._say(
@@ -88,7 +88,8 @@ class Report:
         )
         self._logged_step, self._logged_time = step, time.perf_counter()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Reports what is still to be reported; waits for the step that runs."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None

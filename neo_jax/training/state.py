@@ -32,11 +32,13 @@ def init_state(model: Neo, optimizer: optax.GradientTransformation, seed: int) -
         params = init_params(model, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shardings = state_shardings(model, jax.eval_shape(init, jax.random.key(0)))
+    shardings = state_shardings(model, optimizer, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def state_shardings(model: Neo, state: TrainState) -> TrainState | None:
+def state_shardings(
+    model: Neo, optimizer: optax.GradientTransformation, state: TrainState
+) -> TrainState | None:
     """Returns where each leaf of a state lives; None on one device.
 
     An optimizer slot lies as its parameter does; counters are everywhere.
@@ -47,7 +49,7 @@ def state_shardings(model: Neo, state: TrainState) -> TrainState | None:
     params = tree_shardings(sharding, logical_axes(model), state.params)
     replicated = sharding.named((), ())
     slots = optax.tree.map_params(
-        lambda p: jax.tree.map(lambda _: p, p),
+        optimizer,
         lambda _, named: named,
         state.opt_state,
         params,
@@ -72,7 +74,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -95,7 +95,7 @@ def test_equals_softmax_without_scale(rng, kernel, window):
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 8, 17, 40, None])
+@pytest.mark.parametrize("window", [1, 2, 8, 17, None])
 def test_a_query_sees_exactly_its_window(kernel, window):
     """With equal logits and one-hot values, the output is the row of weights."""
     length = 17

@@ -1,6 +1,5 @@
 """neo_jax/decode/engine.py: whole continuations, by transformers and by plain forward passes."""
 
-import contextlib
 import copy
 import dataclasses
 
@@ -40,7 +39,6 @@ PROMPTS = [
     for length in (1, 5, 16, 23)
 ]
 GREEDY = SamplingOptions(temperature=0.0)
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def settings_of(options, rows):
@@ -282,23 +280,7 @@ def test_settings_may_be_used_again(params, greedy):
 # Compilation.
 
 
-@contextlib.contextmanager
-def compilations():
-    """Counts the programs that XLA compiles."""
-    counted = []
-
-    def listen(event, duration, **_):
-        if event == COMPILED:
-            counted.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield counted
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_prompts_of_one_bucket_share_their_programs(params, greedy):
+def test_prompts_of_one_bucket_share_their_programs(params, compilations):
     with compilations() as counted:
         jax.jit(lambda x: x + 1)(jnp.ones(3)).block_until_ready()
     assert counted  # the count counts

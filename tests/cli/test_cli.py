@@ -1,0 +1,136 @@
+"""neo_jax/cli: help, real processes, and command lines that cannot be understood."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import neo_jax
+from neo_jax.cli import VERBS
+
+# What `neo-jax VERB --help` must name.
+OPTIONS = {
+    "generate": [
+        "--model", "--prompts-file", "--output", "--json", "--max-new-tokens", "--num-samples",
+        "--temperature", "--top-k", "--top-p", "--seed", "--mesh", "--rules", "--dtype",
+    ],
+    "score": ["--input", "--output", "--stride", "--model", "--mesh", "--dtype"],
+    "info": ["--model", "--revision", "--json"],
+    "prepare": ["--output", "--tokenizer", "--train-tokenizer", "--held-out", "--json"],
+    "train": ["CONFIG"],
+}  # fmt: skip
+
+
+def process(*args, cwd, stdout=subprocess.PIPE):
+    """Runs Python as a user would, outside the checkout."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cwd)},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_names_the_verbs_and_imports_no_jax(tmp_path):
+    script = (
+        "import sys\n"
+        "from neo_jax.cli import main\n"
+        "assert main(['--help']) == main(['-h']) == main(['--version']) == 0\n"
+        "print(sorted({'jax', 'flax', 'numpy', 'tyro'} & set(sys.modules)))"
+    )
+    done = process("-c", script, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout.endswith(f"neo-jax {neo_jax.__version__}\n[]\n")
+    for verb, what in VERBS.items():
+        assert f"  {verb:<10} {what}\n" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(run, verb):
+    status, out, err = run(verb, "--help")
+    assert (status, err) == (0, "")
+    for option in OPTIONS[verb]:
+        assert option in out, option
+
+
+def test_no_arguments_print_the_usage(run):
+    status, out, err = run()
+    assert status == 2
+    assert out.startswith("usage: neo-jax VERB")
+    assert err == ""
+
+
+def test_a_process_that_succeeds_and_keeps_its_programs(checkpoints, tmp_path):
+    args = ["generate", "The fox", "--max-new-tokens", 9, "--model", checkpoints["bytes"]]
+    done = process("-m", "neo_jax", *args, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("The fox")
+    assert done.stderr == ""
+    assert any((tmp_path / "neo_jax" / "xla").iterdir())
+
+
+def test_a_process_that_fails_has_no_traceback(tmp_path):
+    done = process("-m", "neo_jax", "generate", "hi", "--model", "nowhere", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("neo-jax: there is no folder and no published model 'nowhere'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = process("-m", "neo_jax", "info", "gpt-neo-125m", cwd=tmp_path, stdout=writer)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generat", "hi"], "'generat' is not a verb. Did you mean 'generate'?"),
+        (["--modle"], "'--modle' is not a verb."),
+        (["generate", "hi", "--temprature", "1"], "--temprature"),
+        (["generate", "hi", "--temprature", "1"], "--temperature"),
+        (["generate", "hi", "--temperature", "warm"], "--temperature: could not convert"),
+        (["generate", "hi", "--max-new-tokens", "1.5"], "--max-new-tokens"),
+        (["generate", "hi", "--top-p", "0"], "top_p must lie in (0, 1], not 0.0"),
+        (["generate", "hi", "--temperature", "-1"], "temperature must be 0 or more, not -1.0"),
+        (["generate", "hi", "--seed", "-1"], "seed must be a whole number from 0"),
+        (["generate", "hi", "--dtype", "float16"], "('auto', 'float32', 'bfloat16')"),
+        (["generate", "hi", "there"], "Unrecognized options: there"),
+        (["generate"], "give either a prompt or --prompts-file"),
+        (["generate", ""], "give either a prompt or --prompts-file"),
+        (["generate", "hi", "--prompts-file", "a.txt"], "give either a prompt or --prompts-file"),
+        (["generate", "hi", "--num-samples", "0"], "--num-samples and --batch-size must be"),
+        (["generate", "hi", "--batch-size", "0"], "--num-samples and --batch-size must be"),
+        (["score"], "--input"),
+        (["score", "--input", "a.txt", "--stride", "-1"], "--stride must be 0"),
+        (["info", "--jsn"], "--json"),
+        (["info", "a", "b"], "Unrecognized options: b"),
+        (["prepare", "a.txt"], "--output"),
+        (["prepare", "--output", "x"], "name the files to prepare"),
+        (["prepare", "a.txt", "--output", "x"], "give either --tokenizer FOLDER or"),
+        (
+            ["prepare", "a.txt", "--output", "x", "--tokenizer", "t", "--train-tokenizer", "9"],
+            "give either --tokenizer FOLDER or",
+        ),
+        (["train"], "name a config first: one of bundled"),
+        (["train", "--steps", "3"], "name a config first"),
+        (["train", "bundled", "--optimizer.lerning-rate", "1"], "--optimizer.learning-rate"),
+        (["train", "bundled", "--model.activation", "silu"], "('gelu_new', 'gelu', 'relu')"),
+        (["train", "bundled", "--steps", "0"], "steps must be at least 1, not 0"),
+        (["train", "bundled", "--length", "4096"], "length 4096 exceeds the model's context"),
+        (["train", "bundled", "--model.num-heads", "7"], "num_heads 7 x head_dim 64 is not"),
+    ],
+)
+def test_command_lines_that_cannot_be_understood(fail, args, message):
+    text = fail(*args, status=2)
+    assert message in text
+    assert ".;" not in text

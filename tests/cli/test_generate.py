@@ -1,0 +1,180 @@
+"""neo-jax generate."""
+
+import json
+import sys
+
+import pytest
+
+import neo_jax
+from neo_jax.decode.sampling import SamplingOptions
+
+FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
+OPTIONS = ["--max-new-tokens", 12, "--temperature", 0]
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def lm(checkpoints):
+    return neo_jax.load(checkpoints["bytes"])
+
+
+@pytest.fixture
+def model(checkpoints):
+    return ["--model", checkpoints["bytes"]]
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_prompt_is_continued(succeed, model, lm):
+    out = succeed("generate", "The fox", *model, *OPTIONS)
+    assert out == f"The fox{lm.generate('The fox', 12, temperature=0)}\n"
+    sampled = succeed("generate", "The fox", *model, "--max-new-tokens", 12, "--seed", 3)
+    assert sampled == f"The fox{lm.generate('The fox', 12, seed=3)}\n"
+    assert sampled != out
+
+
+def test_a_terminal_gets_a_stream(succeed, model, lm, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = succeed("generate", "The fox", *model, *OPTIONS)
+    assert out == f"The fox{lm.generate('The fox', 12, temperature=0)}\n"
+
+
+def test_a_terminal_gets_no_prompt_that_cannot_be_continued(fail, model, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "exceed the context of 64" in fail("generate", "The fox " * 40, *model)
+
+
+def test_json_tells_all_of_a_sample(succeed, model, lm):
+    fields = lines(succeed("generate", "The fox", *model, *OPTIONS, "--json"))
+    sample = lm.sample(["The fox"], 12, sampling=GREEDY)[0]
+    assert list(fields[0]) == FIELDS
+    assert fields == [{**vars(sample), "logprobs": pytest.approx(sample.logprobs, abs=1e-5)}]
+
+
+def test_several_samples_follow_each_other(succeed, model, lm):
+    args = ["--num-samples", 3, "--max-new-tokens", 12, "--seed", 7, "--json"]
+    found = lines(succeed("generate", "The fox", *model, *args))
+    samples = lm.sample(["The fox"], 12, 3, SamplingOptions(seed=7))
+    assert [line["ids"] for line in found] == [sample.ids for sample in samples]
+    assert len({line["text"] for line in found}) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_prompts_of_a_jsonl_file_and_an_output_file(run, model, lm, tmp_path, batch_size):
+    prompts = [lm.encode("Call me"), "The quick", "naïve 日"]
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "samples.jsonl"
+    path.write_text(
+        json.dumps({"ids": prompts[0]})
+        + "\n\n"
+        + "\n".join(json.dumps({"prompt": prompt, "other": 1}) for prompt in prompts[1:])
+    )
+    status, out, err = run(
+        "generate", "--prompts-file", path, "--output", output, *model, *OPTIONS,
+        "--batch-size", batch_size,
+    )  # fmt: skip
+    assert (status, out) == (0, "")
+    assert err.endswith("3/3 prompts\n")
+    found = lines(output.read_text(encoding="utf-8"))
+    assert [list(line) for line in found] == [FIELDS] * 3
+    expected = lm.sample(prompts, 12, sampling=GREEDY)
+    for line, sample in zip(found, expected, strict=True):
+        assert (line["prompt"], line["text"], line["ids"]) == (
+            sample.prompt,
+            sample.text,
+            sample.ids,
+        )
+        assert line["logprobs"] == pytest.approx(sample.logprobs, abs=1e-5)
+
+
+def test_prompts_of_a_text_file(succeed, model, lm, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"The fox\r\n\n  two\n")
+    out = succeed("generate", "--prompts-file", path, *model, *OPTIONS, "--json")
+    prompts = ["The fox", "  two"]
+    assert [line["prompt"] for line in lines(out)] == prompts
+    texts = lm.generate(prompts, 12, temperature=0)
+    assert [line["text"] for line in lines(out)] == texts
+
+
+def test_ids_without_a_tokenizer(succeed, fail, checkpoints, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"ids": [1, 2, 3]}\n')
+    bare = ["--model", checkpoints["bare"]]
+    fields = lines(succeed("generate", "--prompts-file", path, *bare, *OPTIONS, "--json"))[0]
+    assert fields["text"] is None
+    assert len(fields["ids"]) == 12
+    plain = succeed("generate", "--prompts-file", path, *bare, *OPTIONS)
+    assert plain == f"[1, 2, 3]{fields['ids']}\n"
+    assert "holds no tokenizer; give prompts as token ids" in fail("generate", "hi", *bare)
+
+
+def test_a_mesh_and_a_dtype(succeed, model, lm):
+    out = succeed("generate", "The fox", *model, *OPTIONS, "--mesh", "fsdp=4,model=2")
+    assert out == f"The fox{lm.generate('The fox', 12, temperature=0)}\n"
+    half = succeed("generate", "The fox", *model, *OPTIONS, "--dtype", "bfloat16", "--json")
+    assert len(lines(half)[0]["ids"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty; give a line for each text"),
+        ("a.jsonl", b"\n \n", "is empty; give a line for each text"),
+        ("a.txt", b"one\ncaf\xe9\n", "a.txt is not UTF-8: byte 7 is 0xe9"),
+        ("a.jsonl", b'{"prompt": "caf\xe9"}', "a.jsonl is not UTF-8: byte 15"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": ', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'["a"]', "a.jsonl:1: a list, not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}', 'a.jsonl:1: expected {"prompt": "text"} or {"ids": [1,'),
+        ("a.jsonl", b'{"ids": [1, 2.5]}', 'a.jsonl:1: expected {"prompt": "text"}'),
+        ("a.jsonl", b'{"ids": [true]}', 'a.jsonl:1: expected {"prompt": "text"}'),
+        ("a.jsonl", b'{"prompt": ""}', "the prompt is empty; give at least one token"),
+        ("a.jsonl", b'{"ids": []}', "the prompt is empty; give at least one token"),
+        ("a.jsonl", b'{"ids": [327]}', "token id 327 is not in the vocabulary, 0 to 326"),
+        ("a.jsonl", b'{"ids": [-1]}', "token id -1 is not in the vocabulary"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}', "the lone surrogate '\\ud800'"),
+        ("a.jsonl.gz", b"plain", "damaged"),
+    ],
+)
+def test_prompts_that_cannot_be_read(fail, model, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert message in fail("generate", "--prompts-file", tmp_path / name, *model, *OPTIONS)
+
+
+def test_a_bad_prompt_behind_good_ones_stops_all(fail, model, tmp_path):
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "samples.jsonl"
+    path.write_text('{"ids": [1]}\n' * 9 + '{"ids": [999]}\n')
+    args = ["generate", "--prompts-file", path, *model, *OPTIONS]
+    assert "token id 999 is not in the vocabulary" in fail(*args)
+    assert "token id 999 is not in the vocabulary" in fail(*args, "--output", output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "hi", "--max-new-tokens", 64], "exceed the context of 64; shorten the"),
+        (["generate", "hi " * 50], "tokens exceed the context of 64; shorten the text"),
+        (["generate", "hi", "--max-new-tokens", 0], "max_new_tokens must be at least 1, not 0"),
+        (["generate", "caf\udce9"], "the lone surrogate '\\udce9'"),
+        (["generate", "--prompts-file", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
+        (["generate", "--prompts-file", "."], "cannot read .: Is a directory"),
+        (["generate", "hi", "--max-new-tokens", 3, "--output", "."], "cannot write .: Is a dir"),
+        (
+            ["generate", "hi", "--max-new-tokens", 3, "--output", "/nowhere/x.jsonl"],
+            "cannot write /nowhere/x.jsonl: No such file or directory",
+        ),
+        (["generate", "hi", "--mesh", "fsdp=3"], "mesh 'fsdp=3' asks for 3 devices, but 8 are"),
+        (["generate", "hi", "--mesh", "fsdp"], "mesh axis 'fsdp' needs a size, as in 'fsdp=2'"),
+        (["generate", "hi", "--mesh", "fspd=8"], "unknown mesh axis 'fspd' in 'fspd=8'. Did you"),
+        (["generate", "hi", "--rules", "embed:fsdp"], "--rules needs a mesh"),
+        (["generate", "hi", "--mesh", "fsdp=8", "--rules", "embd:fsdp"], "Did you mean 'embed'?"),
+        (
+            ["generate", "hi", "--mesh", "model=8", "--rules", "heads:model"],
+            "axis 'heads' of size 2 does not divide over 8 devices",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_met(fail, model, args, message):
+    assert message in fail(*args, *model)

@@ -1,0 +1,146 @@
+"""neo-jax info, and checkpoints that are not as they should be, by any verb that loads one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from neo_jax.config import PRESETS, preset
+
+
+def test_a_folder(succeed, checkpoints):
+    for args in ([checkpoints["bytes"]], ["--model", checkpoints["bytes"]]):
+        fields = json.loads(succeed("info", *args, "--json"))
+        assert fields["model"] == str(checkpoints["bytes"])
+        assert (fields["num_layers"], fields["embed_dim"], fields["vocab_size"]) == (2, 32, 327)
+        weights = load_file(checkpoints["bytes"] / "model.safetensors")
+        assert fields["parameters"] == sum(array.size for array in weights.values())
+        assert fields["dtype"] == "float32"
+        assert fields["tokenizer"] == "BytePairTokenizer, 320 tokens"
+        assert (fields["global_layers"], fields["local_layers"]) == (1, 1)
+        # A key and a value of 32 numbers of two bytes for each token, in each layer that keeps it.
+        assert fields["cache_bytes_per_token_bfloat16"] == 2 * 2 * 32 * 2
+        assert fields["cache_bytes_per_token_bfloat16_beyond_window"] == 2 * 2 * 32
+        assert fields["cache_bytes_bfloat16"] == 2 * 2 * 32 * (64 + 8)
+
+
+def test_a_table_for_people(succeed, checkpoints):
+    rows = dict(line.split("  ", 1) for line in succeed("info", checkpoints["bare"]).splitlines())
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["attention types"] == "global, local"
+    assert rows["tokenizer"] == "none"
+    assert rows["parameters"] == f"{327 * 32 + 64 * 32 + 2 * 12_608 + 64:,}"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset(succeed, name):
+    fields = json.loads(succeed("info", name, "--json"))
+    assert fields["model"] == name
+    assert fields["parameters"] == preset(name).num_params
+    assert fields["attention_types"] == ["global", "local"]
+
+
+def edit_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder, edit):
+    path = folder / "model.safetensors"
+    arrays = load_file(path)
+    edit(arrays)
+    save_file(arrays, path)
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+DAMAGES = {
+    "truncated": (cut, "model.safetensors is damaged or cut short"),
+    "corrupt": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"not a checkpoint at all"),
+        "model.safetensors is damaged or cut short",
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "holds no model.safetensors",
+    ),
+    "a tensor is missing": (
+        lambda folder: edit_weights(folder, lambda a: a.pop("transformer.h.1.mlp.c_fc.weight")),
+        "lacks 1 of 30 tensors, the first transformer.h.1.mlp.c_fc.weight",
+    ),
+    "a wrong shape": (
+        lambda folder: edit_weights(
+            folder, lambda a: a.update({"transformer.wpe.weight": np.ones((63, 32), np.float32)})
+        ),
+        "transformer.wpe.weight is [63, 32], but config.json asks for [64, 32]",
+    ),
+    "a tensor too many": (
+        lambda folder: edit_weights(folder, lambda a: a.update({"x": np.ones(3, np.float32)})),
+        "holds 1 tensors that a GPT-Neo of this config.json has not",
+    ),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "holds no config.json; name the folder of a GPT-Neo checkpoint",
+    ),
+    "half a config": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt_'),
+        "config.json is not valid JSON",
+    ),
+    "another family": (
+        lambda folder: edit_config(folder, model_type="gpt2"),
+        "model_type is 'gpt2'; this loads 'gpt_neo' checkpoints",
+    ),
+    "an unknown field": (
+        lambda folder: edit_config(folder, hidden_sise=32),
+        "unknown field 'hidden_sise'. Did you mean 'hidden_size'?",
+    ),
+    "a field that contradicts": (
+        lambda folder: edit_config(folder, num_heads=5),
+        "num_heads 5",
+    ),
+    "half a tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"version": '),
+        "tokenizer.json is not a tokenizer.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(fail, checkpoints, tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["bytes"], folder)
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    text = fail("generate", "hi", "--model", folder)
+    assert message in text
+    assert str(folder) in text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no weights", "no config", "half a tokenizer"])
+def test_info_of_a_damaged_checkpoint(fail, checkpoints, tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["bytes"], folder)
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    assert message in fail("info", folder)
+
+
+@pytest.mark.parametrize("verb", ["generate", "info", "score"])
+def test_a_model_that_is_not_there(fail, tmp_path, verb):
+    lines = tmp_path / "in.txt"
+    lines.write_text("hi\n")
+    args = {"generate": ["hi"], "info": [], "score": ["--input", lines]}[verb]
+    assert "no folder and no published model 'gpt-neo-1.4b'" in fail(
+        verb, *args, "--model", "gpt-neo-1.4b"
+    )
+    assert "Did you mean 'gpt-neo-1.3b'?" in fail(verb, *args, "--model", "gpt-neo-1.4b")
+    assert "is a file; name the folder that holds it" in fail(verb, *args, "--model", lines)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert "holds no config.json" in fail(verb, *args, "--model", folder)
+    assert "is a folder" in fail(verb, *args, "--model", folder, "--revision", "main")

@@ -1,0 +1,134 @@
+"""The shape of the package: who may import whom, how long a file is, what has a docstring."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "neo_jax"
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.parts)
+
+# Imports go to earlier lines only; parts of one line do not import each other.
+LAYERS = [
+    ["axes", "errors"],
+    ["config"],
+    ["names", "weights", "hub", "data"],
+    ["pretrained"],
+    ["sharding"],
+    ["layers"],
+    ["attention"],
+    ["cache"],
+    ["model"],
+    ["decode", "training"],
+    ["evaluation"],
+    ["language_model"],
+    ["cli"],
+]
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+FILES_OF_CHECKPOINTS = {"names", "weights", "hub", "data", "pretrained"}
+MATHEMATICS = {"sharding", "layers", "attention", "cache", "model", "decode"}
+
+
+def name(path):
+    """The module of a file, as in "neo_jax.decode.engine"."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def part(module):
+    """The first name below the package: what the layers speak of."""
+    return module.split(".")[1]
+
+
+def imports(path):
+    """Every module of the package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            # `from neo_jax import cache` names a module, `from neo_jax.cache import Cache` does not
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [dotted if is_module(dotted) else node.module for dotted in inner]
+        else:
+            continue
+        yield from (module for module in found if module.split(".")[0] == "neo_jax")
+
+
+def is_module(dotted):
+    path = PACKAGE.parent.joinpath(*dotted.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+INNER = [
+    path for path in FILES if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+]
+
+
+def test_every_module_has_its_place():
+    assert {part(name(path)) for path in INNER} == set(RANK)
+
+
+@pytest.mark.parametrize("path", INNER, ids=name)
+def test_imports_go_one_way(path):
+    mine = part(name(path))
+    for module in imports(path):
+        if module == "neo_jax":  # the version, and where the package lies
+            assert mine == "cli"
+            continue
+        theirs = part(module)
+        assert theirs == mine or RANK[theirs] < RANK[mine], f"{name(path)} imports {module}"
+        if mine in MATHEMATICS:
+            assert theirs not in FILES_OF_CHECKPOINTS, f"{name(path)} imports {module}"
+
+
+def test_the_test_of_imports_sees_them_all():
+    found = {name(path): set(imports(path)) for path in FILES}
+    assert {"neo_jax.cache", "neo_jax.config", "neo_jax.attention"} <= found["neo_jax.model"]
+    assert {"neo_jax.hub", "neo_jax.decode.engine"} <= found["neo_jax.language_model"]
+    assert "neo_jax.training.loop" in found["neo_jax.cli.train"]  # inside a function
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_are_short_and_explain_themselves(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= (300 if path == PACKAGE / "model.py" else 400)
+    assert "TODO" not in source
+    tree = ast.parse(source)
+    assert ast.get_docstring(tree)
+    for node, owner in definitions(tree):
+        assert ast.get_docstring(node), f"{name(path)}: {owner}{node.name} has no docstring"
+
+
+def definitions(node, owner=""):
+    """Public functions, classes and methods; what is inside a function is its own affair."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            if not any(ast.unparse(mark) == "overload" for mark in child.decorator_list):
+                yield child, owner
+            if isinstance(child, ast.ClassDef):
+                yield from definitions(child, f"{owner}{child.name}.")
+        elif isinstance(child, ast.If):
+            yield from definitions(child, owner)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_partition_specs_are_made_in_one_file(path):
+    assert "PartitionSpec" not in path.read_text() or path == PACKAGE / "sharding.py"
+
+
+def test_importing_the_package_imports_nothing_heavy(tmp_path):
+    script = (
+        "import sys, neo_jax, neo_jax.errors, neo_jax.config, neo_jax.cli\n"
+        "print(sorted({'jax', 'flax', 'numpy', 'torch', 'tyro'} & set(sys.modules)))\n"
+        "neo_jax.NeoError\n"
+        "print('jax' in sys.modules)\n"
+        "neo_jax.load\n"
+        "print('jax' in sys.modules, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["[]", "False", "True False False"]

@@ -1,0 +1,339 @@
+"""neo_jax/language_model.py: what `neo_jax.load` gives, with and without a tokenizer."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import GPTNeoForCausalLM
+
+import neo_jax
+from neo_jax import language_model
+from neo_jax.data.tokenizer import BytePairTokenizer, SentencePieceTokenizer
+from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.errors import NeoError
+from neo_jax.evaluation.scoring import token_logprobs
+
+PROMPTS = ["The quick brown", "Call me", "naïve café in 日"]
+NEW = 20
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints):
+    return {name: neo_jax.load(folder) for name, folder in checkpoints.items()}
+
+
+@pytest.fixture(params=["pieces", "bytes"])
+def lm(models, request):
+    return models[request.param]
+
+
+@pytest.fixture(scope="module")
+def bare(models):
+    return models["bare"]
+
+
+def refused(call, *args, **options):
+    with pytest.raises(NeoError) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_parts_are_there(checkpoints, models):
+    for name, kind in (("pieces", SentencePieceTokenizer), ("bytes", BytePairTokenizer)):
+        lm = models[name]
+        assert isinstance(lm.tokenizer, kind)
+        assert lm.config is lm.model.config
+        assert (lm.config.vocab_size, lm.config.eos_token_id) == (327, lm.tokenizer.eos_id)
+        assert lm.folder == checkpoints[name]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"float32"}
+    assert models["bare"].tokenizer is None
+
+
+def test_text_lists_and_ids_are_continued_alike(lm):
+    ids = [lm.encode(prompt) for prompt in PROMPTS]
+    for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 5}):
+        texts = lm.generate(PROMPTS, NEW, **options)
+        assert lm.generate(PROMPTS[0], NEW, **options) == texts[0]
+        assert lm.generate([*ids[:2], PROMPTS[2]], NEW, **options) == texts
+        assert all(texts)
+    assert lm.generate([], NEW) == []
+
+
+def test_the_new_text_is_what_the_prompt_and_the_ids_decode_to(lm):
+    for sample in lm.sample(PROMPTS, NEW, num_samples=4, sampling=SamplingOptions(1.0)):
+        prompt = lm.encode(sample.prompt)
+        whole, start = lm.tokenizer.decode(prompt + sample.ids), lm.tokenizer.decode(prompt)
+        assert start.rstrip("\ufffd") + sample.text == whole
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1}, {"top_p": 1.0, "seed": 2}])
+def test_a_stream_joined_is_what_generate_gives(lm, options):
+    for prompt in (*PROMPTS, lm.encode(PROMPTS[1])):
+        pieces = list(lm.stream(prompt, NEW, **options))
+        assert len(pieces) > 3
+        assert all(pieces)
+        assert "".join(pieces) == lm.generate([prompt], NEW, **options)[0]
+
+
+def test_samples_of_a_prompt_have_seeds_in_a_row(lm):
+    options = SamplingOptions(temperature=1.0, top_p=1.0, seed=2**32 - 2)
+    many = lm.sample(PROMPTS[:2], NEW, num_samples=3, sampling=options)
+    assert [sample.prompt for sample in many] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert len({tuple(sample.ids) for sample in many}) == 6
+    for i, seed in ((0, 2**32 - 2), (1, 2**32 - 1), (2, 0)):
+        alone = dataclasses.replace(options, seed=seed)
+        assert lm.sample(PROMPTS[1:2], NEW, sampling=alone)[0].ids == many[3 + i].ids
+    for sample in many:
+        assert sample.finish_reason in ("eos", "length")
+        assert len(sample.logprobs) == len(sample.ids) <= NEW
+        assert max(sample.logprobs) <= 0
+
+
+# Scores.
+
+
+def test_scores_are_token_logprobs_and_their_sums(lm, text):
+    line = text.splitlines()[0]
+    ids = lm.encode(line)
+    score, again = lm.score([line, ids])
+    expected = next(token_logprobs(lm.model, lm.params, [ids]))
+    np.testing.assert_allclose(score.logprobs, expected, rtol=0, atol=1e-5)
+    assert score.ids == again.ids == ids
+    assert score.loss == pytest.approx(-expected.astype(float).mean(), rel=1e-6)
+    first = lm.tokenizer.decode(ids[:1])
+    assert line.startswith(first)
+    assert score.num_bytes == again.num_bytes == len(line) - len(first)  # ASCII
+    bits = -expected.astype(float).sum() / math.log(2) / (len(line) - len(first))
+    assert score.bits_per_byte == pytest.approx(bits, rel=1e-6)
+
+
+def test_bytes_of_the_text_beyond_its_first_token_are_counted(lm):
+    line = "the café 日本"
+    score = lm.score([line])[0]
+    first = lm.tokenizer.decode(score.ids[:1])
+    assert score.num_bytes == len(line.encode()) - len(first.encode())
+    assert len(line.encode()) == len(line) + 5
+
+
+@pytest.mark.parametrize("text", ["é", "日", "🙂"])
+def test_a_first_character_of_several_tokens_is_counted_whole(models, text):
+    lm = models["bytes"]
+    score = lm.score([text + "x"])[0]
+    assert lm.tokenizer.decode(score.ids[:1]) == "\ufffd"
+    assert score.num_bytes == len(text.encode()) + 1
+    assert score.bits_per_byte > 0
+
+
+def test_a_single_token_has_nothing_to_score(lm):
+    score = lm.score([[7]])[0]
+    assert score.logprobs.shape == (0,)
+    assert math.isnan(score.loss)
+    assert math.isnan(score.bits_per_byte)
+
+
+def test_scores_come_one_at_a_time_and_take_a_stride(lm, text):
+    long = lm.encode(text)
+    assert len(long) > lm.config.max_length
+    near, far = (next(lm.scores([long], stride)).logprobs for stride in (8, 60))
+    expected = next(token_logprobs(lm.model, lm.params, [long], 8))
+    np.testing.assert_allclose(near, expected, rtol=0, atol=1e-5)
+    assert np.abs(near - far).max() > 0.1
+
+
+# Features.
+
+
+def test_features_are_the_hidden_states_of_transformers(checkpoints, models):
+    reference = GPTNeoForCausalLM.from_pretrained(
+        checkpoints["bytes"], attn_implementation="eager"
+    ).eval()
+    lm = models["bytes"]
+    ids = [lm.encode(prompt) for prompt in PROMPTS]
+    for layer in (*range(lm.config.num_layers + 1), -1):
+        features = lm.embed([*PROMPTS, ids[0]], layer=layer)
+        for row, feature in zip([*ids, ids[0]], features, strict=True):
+            with torch.no_grad():
+                states = reference(torch.tensor([row]), output_hidden_states=True).hidden_states
+            assert feature.shape == (len(row), lm.config.embed_dim)
+            assert feature.dtype == np.float32
+            expected = states[layer][0].numpy()
+            np.testing.assert_allclose(
+                feature, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+            )
+
+
+def test_features_that_do_not_exist(lm):
+    for layer in (3, -4):
+        assert f"layer {layer} is not one of 0 to 2, or -1" in refused(
+            lm.embed, ["text"], layer=layer
+        )
+    assert "65 tokens exceed the context of 64" in refused(lm.embed, [[1] * 65])
+    assert "token id 327 is not in the vocabulary" in refused(lm.embed, [[327]])
+
+
+# Without a tokenizer.
+
+
+def test_ids_work_without_a_tokenizer(bare):
+    prompt = [5, 6, 7]
+    sample = bare.sample([prompt], NEW, sampling=SamplingOptions(0.0))[0]
+    assert sample.prompt == prompt
+    assert sample.text is None
+    assert len(sample.ids) == NEW
+    assert sample.finish_reason == "length"  # no end of text either
+    score = bare.score([prompt])[0]
+    assert len(score.logprobs) == 2
+    assert score.num_bytes == 0
+    assert math.isnan(score.bits_per_byte)
+    assert bare.embed([prompt])[0].shape == (3, 32)
+
+
+def test_text_without_a_tokenizer_says_what_is_missing(bare):
+    for call in (
+        lambda: bare.generate("text"),
+        lambda: bare.generate([[1, 2]]),
+        lambda: next(bare.stream("text")),
+        lambda: next(bare.stream([1, 2])),
+        lambda: bare.sample(["text"]),
+        lambda: bare.score(["text"]),
+        lambda: bare.embed(["text"]),
+    ):
+        message = refused(call)
+        assert f"{bare.folder} holds no tokenizer; give prompts as token ids" in message
+
+
+# How a model is held.
+
+
+def test_a_mesh_gives_the_same_model_in_parts(checkpoints, models):
+    whole = models["bytes"]
+    split = neo_jax.load(checkpoints["bytes"], mesh="fsdp=4,model=2")
+    kernel = split.params["h_0"]["mlp"]["c_fc"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 64)}
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), split.params, whole.params)
+    )
+    for prompts in (PROMPTS[:1], PROMPTS):
+        assert split.generate(prompts, NEW, seed=3) == whole.generate(prompts, NEW, seed=3)
+        for a, b in zip(split.score(prompts), whole.score(prompts), strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+        for a, b in zip(split.embed(prompts), whole.embed(prompts), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert list(split.stream(PROMPTS[0], NEW)) == list(whole.stream(PROMPTS[0], NEW))
+
+
+def test_rules_choose_what_a_mesh_splits(checkpoints):
+    split = neo_jax.load(checkpoints["bytes"], mesh="model=8", rules="mlp:model")
+    layer = split.params["h_1"]
+    assert layer["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.shape == (32, 16)
+    assert layer["attn"]["q_proj"]["kernel"].is_fully_replicated
+    message = refused(neo_jax.load, checkpoints["bytes"], mesh="model=8", rules="vocab:model")
+    assert "wte/embedding: axis 'vocab' of size 327 does not divide over 8 devices" in message
+    assert "unknown mesh axis 'modle'" in refused(
+        neo_jax.load, checkpoints["bytes"], mesh="modle=8"
+    )
+
+
+def test_dtypes(checkpoints, models):
+    half = neo_jax.load(checkpoints["bytes"], dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+    assert half.model.dtype == "bfloat16"
+    ours = half.score(PROMPTS)
+    for a, b in zip(ours, models["bytes"].score(PROMPTS), strict=True):
+        difference = np.abs(a.logprobs - b.logprobs).max()
+        assert 0 < difference < 0.3
+    assert half.embed(PROMPTS)[0].dtype == np.float32
+    message = refused(neo_jax.load, checkpoints["bytes"], dtype="float16")
+    assert message == "dtype 'float16' is not one of auto, float32, bfloat16."
+
+
+def test_kernels_agree(checkpoints, models):
+    expected = models["bytes"].embed(PROMPTS)
+    for kernel in ("dense", "blocked"):
+        lm = neo_jax.load(checkpoints["bytes"], kernel=kernel)
+        for a, b in zip(lm.embed(PROMPTS), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+# What a caller may get wrong.
+
+
+def test_options_that_do_not_exist_suggest_one_that_does(lm):
+    assert refused(lm.generate, "a", temprature=1) == (
+        "unknown option 'temprature'. Did you mean 'temperature'?"
+    )
+    assert "Did you mean 'top_k'?" in refused(lambda: next(lm.stream("a", topk=1)))
+    assert "top_p must lie in" in refused(lm.generate, "a", top_p=0)
+
+
+def test_prompts_that_are_none(lm):
+    for call in (lm.generate, lm.sample, lm.score, lm.embed):
+        assert "the prompt is empty" in refused(call, [""])
+        assert "the prompt is empty" in refused(call, [[]])
+        assert "3 is not a prompt; give a text or a list of token ids" in refused(call, [3])
+    assert "the prompt is empty" in refused(lm.generate, "")
+    assert "the prompt is empty" in refused(lambda: next(lm.stream("")))
+    for call in (lm.sample, lm.score, lm.embed):
+        assert "give a list of prompts" in refused(call, "one text")
+
+
+def test_more_than_the_context_holds(lm):
+    assert "4 new ones exceed the context of 64" in refused(lm.generate, [[1] * 61], 4)
+    assert len(lm.sample([[1] * 61], 3)[0].ids) <= 3
+
+
+# Compiled programs.
+
+
+@pytest.fixture
+def cache_settings():
+    """Puts JAX's settings back."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: jax.config.values[name] for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def cache_folder():
+    return jax.config.values["jax_compilation_cache_dir"]
+
+
+@pytest.mark.usefixtures("cache_settings")
+def test_compiled_programs_are_kept_unless_jax_was_told_otherwise(monkeypatch, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    language_model.enable_compilation_cache()
+    assert cache_folder() == str(tmp_path / "neo_jax" / "xla")
+
+    jax.config.update("jax_compilation_cache_dir", "/somewhere")
+    language_model.enable_compilation_cache()
+    assert cache_folder() == "/somewhere"
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    language_model.enable_compilation_cache()
+    assert cache_folder() is None
+
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    language_model.enable_compilation_cache()
+    assert cache_folder() == str(tmp_path / "home" / ".cache" / "neo_jax" / "xla")
+
+
+def test_names_of_the_package():
+    assert set(neo_jax.__all__) == {
+        "LanguageModel", "ModelConfig", "Neo", "NeoError", "__version__", "load",
+    }  # fmt: skip
+    assert all(getattr(neo_jax, name) for name in neo_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        neo_jax.laod  # noqa: B018

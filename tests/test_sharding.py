@@ -1,0 +1,199 @@
+"""neo_jax/sharding.py: its little language, its errors, and models spread over eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
+
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.names import tensors
+from neo_jax.sharding import DEFAULT_RULES, make_sharding, tree_shardings
+
+
+def test_no_mesh_is_no_sharding():
+    assert make_sharding() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("data=8", {"data": 8}),
+        ("data=2,fsdp=4", {"data": 2, "fsdp": 4}),
+        ("fsdp=4, model=2", {"fsdp": 4, "model": 2}),
+        ("fsdp=-1", {"fsdp": 8}),
+        ("data=2,fsdp=-1,model=2", {"data": 2, "fsdp": 2, "model": 2}),
+        ("data=8,model=-1", {"data": 8, "model": 1}),
+    ],
+)
+def test_meshes(text, sizes):
+    sharding = make_sharding(text)
+    assert dict(sharding.mesh.shape) == sizes
+    assert sharding.mesh.devices.flatten().tolist() == jax.devices()
+    assert hash(sharding) == hash(make_sharding(text))
+    assert sharding == make_sharding(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        (
+            "data=2,fsdp=2,model=2",
+            {"batch": ("data", "fsdp"), "embed": ("fsdp",), "heads": ("model",), "mlp": ("model",)},
+        ),
+        ("data=8", {"batch": ("data",)}),
+        ("fsdp=8", {"batch": ("fsdp",), "embed": ("fsdp",)}),
+        ("model=8", {"heads": ("model",), "mlp": ("model",)}),
+    ],
+)
+def test_default_rules_are_those_that_the_mesh_has(text, rules):
+    assert DEFAULT_RULES == "batch:data+fsdp,embed:fsdp,heads:model,mlp:model"
+    assert dict(make_sharding(text).rules) == rules
+
+
+def test_rules_replace_the_defaults():
+    sharding = make_sharding("data=2,model=4", "batch:data, vocab:data+model")
+    assert dict(sharding.rules) == {"batch": ("data",), "vocab": ("data", "model")}
+    assert sharding.spec(("vocab", "embed"), (16, 3)) == PartitionSpec(("data", "model"), None)
+    assert sharding.spec(("batch", None, "heads"), (4, 5, 3)) == PartitionSpec("data", None, None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "message"),
+    [
+        ("", "embed:fsdp", "--rules needs a mesh; add for example --mesh fsdp=-1"),
+        ("fspd=8", "", r"unknown mesh axis 'fspd' in 'fspd=8'\. Did you mean 'fsdp'\?"),
+        ("data=8,", "", "unknown mesh axis '' in 'data=8,'"),
+        ("data", "", "mesh axis 'data' needs a size, as in 'data=2'"),
+        ("data=x", "", "mesh axis 'data=x' needs a size"),
+        ("data=0", "", "mesh axis 'data=0' needs a size"),
+        ("data=-2", "", "mesh axis 'data=-2' needs a size"),
+        ("data=--1", "", "mesh axis 'data=--1' needs a size"),
+        ("data=²", "", "mesh axis 'data=²' needs a size"),
+        ("data=2,data=8", "", "'data=2,data=8' names the axis 'data' twice"),
+        ("data=-1,fsdp=-1", "", "more than one -1"),
+        ("data=3", "", "asks for 3 devices, but 8 are here; one size may be -1"),
+        ("data=3,fsdp=-1", "", "asks for 6 devices, but 8 are here"),
+        ("data=16,fsdp=-1", "", "asks for 16 devices, but 8 are here"),
+        ("data=8", "embd:data", r"unknown logical axis 'embd' in the rules\. Did you mean 'embed'"),
+        ("data=8", "embed:fsdp", r"rule 'embed:fsdp' names no axis of the mesh\. Known are: data"),
+        ("data=8", "embed", "rule 'embed' names no axis of the mesh"),
+        ("data=8", "embed:data+", r"rule 'embed:data\+' names no axis of the mesh"),
+        ("data=8", "embed:data,embed:data", "the rules name the axis 'embed' twice"),
+    ],
+)
+def test_errors_name_the_mend(mesh, rules, message):
+    with pytest.raises(NeoError, match=message):
+        make_sharding(mesh, rules)
+
+
+def test_an_indivisible_size_names_tensor_axis_and_sizes():
+    sharding = make_sharding("fsdp=4,model=2")
+    with pytest.raises(NeoError, match=r"^h_0/k: axis 'embed' of size 6 .* over 4 devices of fsdp"):
+        sharding.spec(("embed", "heads"), (6, 2), "h_0/k")
+    both = make_sharding("data=2,fsdp=4")
+    with pytest.raises(NeoError, match=r"'batch' of size 12 .* over 8 devices of data\+fsdp"):
+        both.spec(("batch",), (12,))
+
+
+def test_a_mesh_axis_splits_an_array_once():
+    sharding = make_sharding("data=8", "embed:data,mlp:data")
+    with pytest.raises(NeoError, match=r"^w: mesh axis 'data' would split both 'embed' and 'mlp'"):
+        sharding.spec(("embed", "mlp"), (8, 8), "w")
+    twice = make_sharding("data=8", "embed:data+data")
+    with pytest.raises(NeoError, match="would split both 'embed' and 'embed'"):
+        twice.spec(("embed",), (64,))
+
+
+def test_a_tree_names_its_leaf():
+    sharding = make_sharding("model=8")
+    shapes = {"h_0": {"kernel": jax.ShapeDtypeStruct((4, 12), jnp.float32)}}
+    axes = {"h_0": {"kernel": ("embed", "heads")}}
+    with pytest.raises(NeoError, match=r"^h_0/kernel: axis 'heads' of size 12 .* over 8 devices"):
+        tree_shardings(sharding, axes, shapes)
+
+
+def test_activations_that_do_not_divide_are_not_split():
+    """One prompt is served by a mesh of any size."""
+    sharding = make_sharding("data=4,model=2", "batch:data,vocab:model")
+    constrain = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "vocab"))
+    assert constrain(jnp.ones((8, 3, 6))).sharding.spec == PartitionSpec("data", None, "model")
+    one = constrain(jnp.ones((1, 3, 6)))
+    assert one.sharding.spec == PartitionSpec(None, None, "model")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    model, params = tiny
+    tokens = np.random.default_rng(0).integers(0, 96, (8, 20))
+    return tokens, np.asarray(jax.jit(model.apply)({"params": params}, tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "shards"),
+    [
+        (
+            "fsdp=4,model=2",
+            "",
+            {
+                "wte/embedding": (96, 8),
+                "h_1/attn/q_proj/kernel": (8, 1, 16),
+                "h_1/attn/out_proj/kernel": (1, 16, 8),
+                "h_1/mlp/c_fc/kernel": (8, 64),
+                "h_1/mlp/c_fc/bias": (64,),
+                "ln_f/scale": (8,),
+            },
+        ),
+        ("data=8", "", {"wte/embedding": (96, 32), "h_1/mlp/c_fc/kernel": (32, 128)}),
+        (
+            "data=2,model=4",
+            "batch:data,vocab:model,mlp:model,positions:data,head_dim:model",
+            {
+                "wte/embedding": (24, 32),
+                "wpe/embedding": (32, 32),
+                "h_1/attn/q_proj/kernel": (32, 2, 4),
+                "h_1/mlp/c_proj/kernel": (32, 32),
+            },
+        ),
+    ],
+)
+def test_a_mesh_changes_where_and_not_what(tiny, expected, mesh, rules, shards):
+    model, params = tiny
+    tokens, logits = expected
+    sharding = make_sharding(mesh, rules)
+    spread = Neo(model.config, sharding=sharding)
+    params = jax.device_put(params, tree_shardings(sharding, logical_axes(spread), params))
+    leaves = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
+    for name, shape in shards.items():
+        pieces = leaves[name].addressable_shards
+        assert {piece.data.shape for piece in pieces} == {shape}
+        assert len({piece.device for piece in pieces}) == 8
+        distinct = {str(piece.index) for piece in pieces}
+        assert len(distinct) * np.prod(shape) == leaves[name].size
+
+    forward = jax.jit(spread.apply)
+    ours = forward({"params": params}, tokens).logits
+    rows = {piece.data.shape[0] for piece in ours.addressable_shards}
+    assert rows == {8 // sharding.mesh.shape.get("data", 1) // sharding.mesh.shape.get("fsdp", 1)}
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=1e-5 * logits.std())
+    if mesh != "data=8":
+        return
+    one = forward({"params": params}, tokens[:1]).logits
+    np.testing.assert_allclose(one, logits[:1], rtol=0, atol=1e-5 * logits.std())
+
+
+def test_parameters_are_drawn_where_they_lie(tiny):
+    """The same values as on one device, without a copy of the whole on any."""
+    model, params = tiny
+    sharding = make_sharding("fsdp=4,model=2")
+    spread = Neo(model.config, sharding=sharding)
+    shardings = tree_shardings(sharding, logical_axes(spread), params)
+    drawn = jax.jit(lambda key: init_params(spread, key), out_shardings=shardings)(
+        jax.random.key(0)
+    )
+    table = {row.path: row for row in tensors(model.config)}
+    for path, leaf in flatten_dict(drawn).items():
+        assert leaf.sharding.spec == sharding.spec(table[path].axes, table[path].shape)
+        np.testing.assert_allclose(leaf, flatten_dict(params)[path], rtol=1e-6, atol=1e-9)

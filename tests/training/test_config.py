@@ -1,0 +1,48 @@
+"""configs/: every one loads, and its model fits the data it names."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from neo_jax.cli.train import _names, load_config
+from neo_jax.config import ModelConfig
+from neo_jax.errors import NeoError
+from neo_jax.training.config import TrainConfig
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.glob("[!_]*.py"))
+
+
+def test_there_are_configs_and_all_have_names():
+    assert "bundled" in _names()
+    assert _names() == [path.stem.replace("_", "-") for path in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_loads_and_says_how_it_is_run(path):
+    config = load_config(str(path))
+    assert load_config(path.stem.replace("_", "-")) == config
+    assert 0 < config.sequence_length <= config.model.max_length
+    assert config.optimizer.warmup_steps < config.steps
+    assert 0 <= config.model.eos_token_id < config.model.vocab_size
+    assert path.stem in config.output
+    source = path.read_text()
+    assert f"neo-jax train {path.stem.replace('_', '-')}" in source
+    assert config.data in source.split('"""')[1]  # the docstring says where it comes from
+    for word in ("\ncost ", "\nexpected "):
+        assert word in source
+
+
+def test_the_length_is_the_context_unless_it_is_said():
+    config = TrainConfig("data", "run", 1, 1, model=ModelConfig(max_length=100))
+    assert config.sequence_length == 100
+    assert dataclasses.replace(config, length=40).sequence_length == 40
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "save_every", "keep"])
+def test_counts_are_positive(name):
+    config = TrainConfig("data", "run", 1, 1)
+    for value in (0, -1):
+        with pytest.raises(NeoError, match=f"{name} must be at least 1, not {value}"):
+            dataclasses.replace(config, **{name: value})

@@ -1,0 +1,254 @@
+"""neo_jax/training/loop.py: whole runs of a tiny model."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import GPTNeoForCausalLM
+
+import neo_jax
+from neo_jax.data.feed import batches
+from neo_jax.data.packing import TokenDataset
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo
+from neo_jax.sharding import make_sharding
+from neo_jax.training import loop
+from neo_jax.training.loop import train
+from neo_jax.training.optimizer import make_optimizer, make_schedule
+from neo_jax.training.state import init_state, make_step
+
+
+def metrics(config, name="loss"):
+    """What metrics.jsonl says of each step."""
+    lines = map(json.loads, (Path(config.output) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def assert_identical(ours, theirs):
+    ours, theirs = map(jax.tree.leaves_with_path, (ours, theirs))
+    assert len(ours) == len(theirs)
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def finished(six_steps, tmp_path_factory):
+    """An uninterrupted run of six steps: its config and its final state."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    config = dataclasses.replace(six_steps, output=str(output))
+    return config, train(config)
+
+
+def test_a_run_learns_and_leaves_a_model(config, text):
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2)
+    every = {"log_every": 30, "eval_every": 60, "save_every": 60}
+    config = dataclasses.replace(config, steps=90, optimizer=optimizer, **every)
+    state = train(config)
+    assert int(state.step) == 90
+    losses = metrics(config)
+    assert list(losses) == [30, 60, 90]
+    assert losses[90] < losses[60] < losses[30] < math.log(320)
+    assert losses[90] < 3
+    # The held-out lines are of the same text.
+    held_out, bits = metrics(config, "eval_loss"), metrics(config, "eval_bits_per_byte")
+    assert list(held_out) == [60, 90]
+    assert held_out[90] == pytest.approx(losses[90], abs=0.5)
+    dataset = TokenDataset.open(config.data, "held_out", 32)
+    nats = held_out[90] * (dataset.num_tokens - 1)
+    assert bits[90] == pytest.approx(nats / math.log(2) / dataset.num_bytes, rel=1e-4)
+
+    folder = Path(config.output) / "model"
+    lm = neo_jax.load(folder)
+    assert lm.config == config.model
+    assert_identical(lm.params, state.params)
+    assert lm.tokenizer.eos_id == config.model.eos_token_id
+    reference = GPTNeoForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ids = torch.tensor([lm.encode(text)[:32]])
+    with torch.no_grad():
+        theirs = reference(ids).logits.numpy()
+    ours = lm.model.apply({"params": lm.params}, jnp.asarray(ids.numpy())).logits
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+class Killed(BaseException):
+    """What a signal does to a run."""
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(config, finished, monkeypatch):
+    killed, (config, whole) = config, finished
+
+    def dying(*args, **options):
+        for i, batch in enumerate(batches(*args, **options)):
+            if i == 5:  # two steps after the checkpoint of step 3
+                raise Killed
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", dying)
+    with pytest.raises(Killed):
+        train(killed)
+    assert list(metrics(killed)) == [1, 2, 3, 4]
+    assert not (Path(killed.output) / "model").exists()
+
+    steps = []
+
+    def watched(*args, **options):
+        steps.append(options["start_step"])
+        return batches(*args, **options)
+
+    monkeypatch.setattr(loop, "batches", watched)
+    resumed = train(killed)
+    assert steps == [3]
+    assert int(resumed.step) == 6
+    assert_identical(resumed, whole)
+    assert metrics(killed) == metrics(config)
+    assert list(metrics(killed)) == [1, 2, 3, 4, 5, 6]
+    models = [Path(c.output) / "model" / "model.safetensors" for c in (config, killed)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+    # A finished run is left as it is.
+    assert_identical(train(killed), whole)
+    assert metrics(killed) == metrics(config)
+
+
+def test_only_the_newest_checkpoints_are_kept(config):
+    train(dataclasses.replace(config, save_every=2, keep=2))
+    kept = {path.name for path in (Path(config.output) / "checkpoints").iterdir()}
+    assert kept == {"4", "6"}
+
+
+def test_seeds_choose_the_weights_and_the_order_of_the_data(config, finished):
+    other = dataclasses.replace(config, seed=1)
+    states = train(other), finished[1]
+    kernels = [state.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in states]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+    dataset = TokenDataset.open(config.data, length=32)
+    first, again, second = (
+        next(batches(dataset, batch_size=8, seed=seed))["tokens"] for seed in (0, 0, 1)
+    )
+    assert (first == again).all()
+    assert (first != second).any()
+
+
+# Meshes.
+
+
+def test_a_mesh_changes_nothing(config, finished):
+    split = dataclasses.replace(config, mesh="data=2,fsdp=4")
+    config, whole = finished
+    state = train(split)
+    for name in ("loss", "gradient_norm"):
+        ours, theirs = metrics(split, name), metrics(config, name)
+        assert list(ours) == list(theirs) == [1, 2, 3, 4, 5, 6]
+        for step, value in ours.items():
+            assert value == pytest.approx(theirs[step], rel=1e-5)
+    # Adam divides small gradients by themselves, so rounding moves a weight by part of a step.
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=3e-4)
+
+
+def test_a_run_goes_on_upon_another_mesh(config, finished, monkeypatch):
+    moved = config
+
+    def dying(*args, **options):
+        yield from (batch for _, batch in zip(range(3), batches(*args, **options), strict=False))
+        raise Killed
+
+    monkeypatch.setattr(loop, "batches", dying)
+    with pytest.raises(Killed):
+        train(moved)
+    monkeypatch.undo()
+    train(dataclasses.replace(moved, mesh="fsdp=4,model=2"))
+    ours, theirs = metrics(moved), metrics(finished[0])
+    assert list(ours) == list(theirs)
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=1e-5)
+
+
+def test_a_step_leaves_every_array_where_it_was(config, compilations):
+    """Else what is split would not stay split, and the next step would compile anew."""
+    model = Neo(config.model, jnp.float32, sharding=make_sharding("data=2,fsdp=2,model=2"))
+    optimizer = make_optimizer(config.optimizer, 10)
+    step = make_step(model, optimizer, make_schedule(config.optimizer, 10))
+    state = init_state(model, optimizer, 0)
+    before = jax.tree.map(lambda leaf: leaf.sharding, state)
+    kernel = state.opt_state[1][0].mu["h_0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (16, 64)
+    batch = next(batches(TokenDataset.open(config.data, length=32), batch_size=8, seed=0))
+    for compiles in (True, False, False):
+        with compilations() as counted:
+            state, _ = step(state, loop._place(model, batch))
+        assert bool(counted) == compiles
+        same = jax.tree.map(
+            lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim),
+            state,
+            before,
+        )
+        assert jax.tree.all(same)
+
+
+# What cannot be done.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere holds no data set; make one: neo-jax prepare FILE..."),
+        ({"length": 33}, "length 33 exceeds the model's context of 32; shorten it, or raise"),
+        ({"batch_size": 6, "mesh": "fsdp=4,data=2"}, "batch: axis 'batch' of size 6 does not"),
+        ({"mesh": "fsdp=5"}, "mesh 'fsdp=5' asks for 5 devices, but 8 are here"),
+        ({"mesh": "model=8"}, "axis 'heads' of size 2 does not divide over 8 devices of model"),
+        ({"mesh": "fsdp=8", "rules": "embed:model"}, "names no axis of the mesh"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+    ],
+)
+def test_runs_that_cannot_be(config, fields, message):
+    with pytest.raises(NeoError) as error:
+        train(dataclasses.replace(config, **fields))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (Path(config.output) / "model").exists()
+
+
+def test_a_vocabulary_that_does_not_fit(config):
+    small = dataclasses.replace(config.model, vocab_size=319)
+    with pytest.raises(NeoError, match="has a vocabulary of 320, the model one of 319"):
+        train(dataclasses.replace(config, model=small))
+
+
+def test_an_output_that_belongs_to_another_model(config):
+    train(dataclasses.replace(config, steps=1))
+    other = dataclasses.replace(config.model, window_size=9)
+    with pytest.raises(NeoError, match="trains another model; choose another output"):
+        train(dataclasses.replace(config, model=other))
+
+
+def test_an_output_that_is_a_file(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NeoError, match="file/checkpoints: Not a directory; choose another output"):
+        train(dataclasses.replace(config, output=str(tmp_path / "file")))
+
+
+def test_a_held_out_split_too_short_to_evaluate_matters_only_where_it_is(config, tmp_path):
+    data = tmp_path / "data"
+    data.symlink_to(config.data)
+    short = tmp_path / "short"
+    short.mkdir()
+    fields = json.loads((data / "dataset.json").read_text())
+    fields["splits"]["held_out"]["tokens"] = 7
+    (short / "dataset.json").write_text(json.dumps(fields))
+    (short / "train").symlink_to(data / "train")
+    (short / "tokenizer.model").symlink_to(data / "tokenizer.model")
+    (short / "held_out").mkdir()
+    (short / "held_out" / "tokens.bin").write_bytes(bytes(14))
+    config = dataclasses.replace(config, data=str(short), steps=1)
+    with pytest.raises(NeoError, match=r"split 'held_out' of .* has 7 tokens, too few"):
+        train(dataclasses.replace(config, eval_every=1))
+    assert int(train(config).step) == 1

@@ -1,0 +1,94 @@
+"""neo_jax/training/metrics.py: FLOPs, and the file of a run that is resumed."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neo_jax.attention import Mask
+from neo_jax.config import ModelConfig, preset
+from neo_jax.names import tensors
+from neo_jax.training import metrics
+from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
+
+TINY = ModelConfig(
+    num_layers=4, embed_dim=32, num_heads=2, vocab_size=96, max_length=64, window_size=8
+)
+
+
+def counted(config, length):
+    """Multiplications and additions of a forward pass, counted one by one, three times over.
+
+    The backward pass multiplies twice where the forward pass does once.
+    """
+    weights = sum(math.prod(row.shape) for row in tensors(config) if row.path[0] != "wpe")
+    positions = jnp.arange(length)[None]
+    seen = 0
+    for layer in range(config.num_layers):
+        seen += int(Mask(positions, positions, config.window(layer)).visible().sum())
+    heads = config.num_heads * config.head_dim
+    per_pair = 2 * heads + 2 * heads  # a logit, and a value's share of the output
+    return 3 * (2 * weights * length + per_pair * seen) / length
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 40, 64])
+@pytest.mark.parametrize(
+    "attention_types", [("global", "local"), ("global",), ("local",), ("global", "local", "local",
+                                                                       "local")]
+)  # fmt: skip
+def test_flops_are_what_a_count_gives(length, attention_types):
+    config = dataclasses.replace(TINY, attention_types=attention_types)
+    assert flops_per_token(config, length) == pytest.approx(counted(config, length), rel=1e-12)
+
+
+def test_flops_of_the_smallest_published_model():
+    """Six a parameter and a half more for attention at the full context, by hand."""
+    config = preset("gpt-neo-125m")
+    keys = 6 * 2049 / 2 + 6 * (256 * 257 / 2 + 1792 * 256) / 2048
+    expected = 6 * (125_198_592 - 2048 * 768) + 12 * 768 * keys
+    assert flops_per_token(config, 2048) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "expected"),
+    [("TPU v4", 8, 8 * 275e12), ("NVIDIA H200", 1, 989e12), ("Abacus", 1, math.nan)],
+)
+def test_the_peak_of_known_devices(monkeypatch, kind, devices, expected):
+    device = SimpleNamespace(platform="tpu", device_kind=kind)
+    fake = SimpleNamespace(devices=lambda: [device], device_count=lambda: devices)
+    monkeypatch.setattr(metrics, "jax", fake)
+    np.testing.assert_equal(peak_flops("bfloat16"), expected)
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    assert 1e8 < peak_flops("float32") < 1e15
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_new_file_takes_a_line_a_call(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write(1, loss=1.23456789, speed=123456.789)
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.23457, "speed": 123457.0}]
+    file.write(2, loss=0.5)
+    assert read(tmp_path / "metrics.jsonl")[1:] == [{"step": 2, "loss": 0.5}]
+
+
+def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.5}]
+    later = [{"step": 21, "loss": 1.0}, {"step": 30, "loss": 0.5}]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, *later])
+    path.write_text(text + '{"note": 1}\n{"step": 40, "lo')  # cut off by a kill
+    file = MetricsFile(path, 20)
+    assert read(path) == lines
+    file.write(21, loss=1.5)
+    assert read(path) == [*lines, {"step": 21, "loss": 1.5}]
+    MetricsFile(path, 0)
+    assert read(path) == []
