@@ -90,3 +90,7 @@ class MetricsFile:
         """Appends one line: the step, and the values rounded to six digits."""
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         print(json.dumps({"step": step, **rounded}), file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

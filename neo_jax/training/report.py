@@ -68,6 +68,7 @@ class Report:
         if kind is None:
             self.flush()
         self._progress.stop()
+        self._file.close()
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that is still running, and reports those of the one before.

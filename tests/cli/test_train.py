@@ -117,7 +117,7 @@ def test_every_field_of_a_config_has_an_option(run, config_file):
         (("embed_dim", "embd_dim"), "ModelConfig has no field 'embd_dim'. Did you mean 'embed_dim"),
         (("steps=2", "steps=0"), "tiny.py: steps must be at least 1, not 0"),
         (("steps=2,", ""), "tiny.py: TypeError: TrainConfig.__init__() missing 1 required"),
-        (("steps=2", "steps=="), "tiny.py: SyntaxError: invalid syntax"),
+        (("steps=2", "steps=="), "tiny.py: SyntaxError: "),
         (("import ModelConfig", "import Model"), "tiny.py: ImportError: cannot import name 'Mod"),
         (("config =", "settings ="), "tiny.py does not define a TrainConfig called `config`"),
     ],

@@ -1,15 +1,14 @@
 """neo_jax/training/metrics.py: FLOPs, and the file of a run that is resumed."""
 
+import contextlib
 import dataclasses
 import json
 import math
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neo_jax.attention import Mask
 from neo_jax.config import ModelConfig, preset
 from neo_jax.names import tensors
 from neo_jax.training import metrics
@@ -26,10 +25,10 @@ def counted(config, length):
     The backward pass multiplies twice where the forward pass does once.
     """
     weights = sum(math.prod(row.shape) for row in tensors(config) if row.path[0] != "wpe")
-    positions = jnp.arange(length)[None]
     seen = 0
-    for layer in range(config.num_layers):
-        seen += int(Mask(positions, positions, config.window(layer)).visible().sum())
+    for kind in config.layer_types:
+        window = config.window_size if kind == "local" else length
+        seen += sum(query - key < window for query in range(length) for key in range(query + 1))
     heads = config.num_heads * config.head_dim
     per_pair = 2 * heads + 2 * heads  # a logit, and a value's share of the output
     return 3 * (2 * weights * length + per_pair * seen) / length
@@ -73,11 +72,12 @@ def read(path):
 
 
 def test_a_new_file_takes_a_line_a_call(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file.write(1, loss=1.23456789, speed=123456.789)
-    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.23457, "speed": 123457.0}]
-    file.write(2, loss=0.5)
-    assert read(tmp_path / "metrics.jsonl")[1:] == [{"step": 2, "loss": 0.5}]
+    path = tmp_path / "metrics.jsonl"
+    with contextlib.closing(MetricsFile(path, 0)) as file:
+        file.write(1, loss=1.23456789, speed=123456.789)
+        assert read(path) == [{"step": 1, "loss": 1.23457, "speed": 123457.0}]
+        file.write(2, loss=0.5)
+        assert read(path)[1:] == [{"step": 2, "loss": 0.5}]
 
 
 def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
@@ -86,9 +86,9 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
     later = [{"step": 21, "loss": 1.0}, {"step": 30, "loss": 0.5}]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, *later])
     path.write_text(text + '{"note": 1}\n{"step": 40, "lo')  # cut off by a kill
-    file = MetricsFile(path, 20)
-    assert read(path) == lines
-    file.write(21, loss=1.5)
+    with contextlib.closing(MetricsFile(path, 20)) as file:
+        assert read(path) == lines
+        file.write(21, loss=1.5)
     assert read(path) == [*lines, {"step": 21, "loss": 1.5}]
-    MetricsFile(path, 0)
+    MetricsFile(path, 0).close()
     assert read(path) == []

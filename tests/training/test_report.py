@@ -1,0 +1,89 @@
+"""neo_jax/training/report.py: what is written, and when."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from neo_jax.training import report as report_module
+from neo_jax.training.metrics import flops_per_token
+from neo_jax.training.report import Evaluation, Report
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand, and a device of 1e9 FLOP/s."""
+    now = [0.0]
+    monkeypatch.setattr(report_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(report_module, "peak_flops", lambda dtype: 1e9)
+    return now
+
+
+@pytest.fixture
+def config(config):
+    Path(config.output).mkdir()
+    return dataclasses.replace(config, log_every=2)
+
+
+def lines(config):
+    return list(map(json.loads, (Path(config.output) / "metrics.jsonl").read_text().splitlines()))
+
+
+def values(step):
+    return {"loss": jnp.float32(step / 2)}
+
+
+def test_steps_are_reported_one_late_and_all_at_the_end(config, clock):
+    with Report(config, 0) as report:
+        for step in range(1, 6):
+            clock[0] += 0.5
+            report.step(step, values(step))
+            assert [line["step"] for line in lines(config)] == [2, 4][: (step - 1) // 2]
+        clock[0] += 0.5
+        report.step(6, values(6))
+    assert [(line["step"], line["loss"]) for line in lines(config)] == [
+        (2, 1.0),
+        (4, 2.0),
+        (6, 3.0),
+    ]
+
+
+def test_speed_is_tokens_over_time_without_evaluations(config, clock, capsys):
+    with Report(config, 0) as report:
+        for step in (1, 2):
+            clock[0] += 0.25
+            report.step(step, values(step))
+        report.flush()
+        clock[0] += 1000  # an evaluation
+        report.evaluation(2, Evaluation(2.5, 1.25))
+        for step in (3, 4):
+            clock[0] += 2
+            report.step(step, values(step))
+    fast, evaluation, slow = lines(config)
+    tokens = 2 * config.batch_size * config.sequence_length
+    assert fast["tokens_per_second"] == tokens / 0.5
+    assert slow["tokens_per_second"] == tokens / 4
+    assert evaluation == {"step": 2, "eval_loss": 2.5, "eval_bits_per_byte": 1.25}
+    flops = flops_per_token(config.model, config.sequence_length)
+    assert slow["mfu"] == pytest.approx(tokens / 4 * flops / 1e9, rel=1e-5)
+    err = capsys.readouterr().err
+    assert "step 2/6: loss 1.0000  1,024 tokens/s" in err
+    assert "step 2: held-out loss 2.5000 nats a token, 1.2500 bits a byte" in err
+
+
+def test_an_error_closes_the_file_too(config, clock):
+    report = Report(config, 0)
+    with pytest.raises(KeyboardInterrupt), report:
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="closed file"):
+        report.evaluation(1, Evaluation(1.0, 1.0))
+
+
+def test_a_run_without_log_lines_in_reach_still_tells_its_last_step(config, clock):
+    with Report(dataclasses.replace(config, log_every=100), 4) as report:
+        for step in (5, 6):
+            clock[0] += 1
+            report.step(step, values(step))
+    assert [line["step"] for line in lines(config)] == [6]
