@@ -84,29 +84,40 @@ def prepare(
                 tokenizer = train_sentencepiece(training, train_tokenizer, staging)
         if tokenizer.eos_id is None:
             raise NeoError("the tokenizer has no end-of-text token; name one as its eos_token.")
-        names = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
-        with contextlib.ExitStack() as stack:
-            splits = {
-                name: stack.enter_context(_SplitWriter(staging / name, tokenizer)) for name in names
-            }
-            texts = stack.enter_context(_bar("tokenizing", show))
-            for batch in _batches(text for text in texts(documents(inputs)) if text):
-                for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                    split = HELD_OUT if is_held_out(text, held_out) else TRAIN
-                    splits[split].write(len(text.encode()), ids)
-        statistics = {name: split.statistics() for name, split in splits.items()}
-        _check_splits(statistics, held_out)
         fields = {
             "version": VERSION,
             "dtype": _dtype(tokenizer).name,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
-            "splits": statistics,
+            "splits": _write_splits(inputs, staging, tokenizer, held_out, show),
         }
         tokenizer.save(staging)
         text = json.dumps(fields, indent=2) + "\n"
         (staging / DATASET_FILE).write_text(text, encoding="utf-8")
     return fields
+
+
+def _write_splits(
+    inputs: Sequence[str | os.PathLike[str]],
+    folder: Path,
+    tokenizer: Tokenizer,
+    held_out: float,
+    show: bool,
+) -> dict[str, dict[str, Any]]:
+    """Writes the splits into sub-folders; returns the statistics of each."""
+    names = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
+    with contextlib.ExitStack() as stack:
+        splits = {
+            name: stack.enter_context(_SplitWriter(folder / name, tokenizer)) for name in names
+        }
+        texts = stack.enter_context(_bar("tokenizing", show))
+        for batch in _batches(text for text in texts(documents(inputs)) if text):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                split = HELD_OUT if is_held_out(text, held_out) else TRAIN
+                splits[split].write(len(text.encode()), ids)
+    statistics = {name: split.statistics() for name, split in splits.items()}
+    _check_splits(statistics, held_out)
+    return statistics
 
 
 class _SplitWriter:

@@ -1,0 +1,161 @@
+"""neo_jax/hub.py: from the name of a model to its folder; the network is replaced."""
+
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from neo_jax import hub as hub_module
+from neo_jax.errors import NeoError
+from neo_jax.hub import resolve
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith((".", "?", ".)"))
+    return text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Replaces the download; returns its calls, and a function that makes it fail."""
+    calls = []
+
+    def fail(error):
+        def download(name, **options):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    def download(name, **options):
+        calls.append((name, options))
+        return "/cache/snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls, fail
+
+
+def response(status=404):
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/org/name")
+    return httpx2.Response(status, request=request)
+
+
+def failed_resolve(name="org/name", **options):
+    with pytest.raises(NeoError) as error:
+        resolve(name, **options)
+    return one_line(error)
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch, hub):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/name") == Path("org/name")
+    assert resolve(tmp_path) == tmp_path
+    assert hub[0] == []
+    assert "is a folder" in failed_resolve("org/name", revision="v1")
+    (tmp_path / "file").write_text("")
+    assert "file is a file" in failed_resolve("file")
+
+
+def test_no_name_is_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_module.importlib.resources, "files", lambda package: tmp_path)
+    assert "without its bundled model" in failed_resolve(None)
+    (tmp_path / "bundled").mkdir()
+    assert resolve(None) == tmp_path / "bundled"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("gpt-neo-125m", "EleutherAI/gpt-neo-125m"),
+        ("gpt-neo-1.3B", "EleutherAI/gpt-neo-1.3B"),
+        ("gpt-neo-2.7b", "EleutherAI/gpt-neo-2.7B"),
+        ("roneneldan/TinyStories-1M", "roneneldan/TinyStories-1M"),
+    ],
+)
+def test_other_names_are_downloaded(tmp_path, monkeypatch, hub, name, repository):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(name, revision="v1", token="t") == Path("/cache/snapshot")
+    ((asked, options),) = hub[0]
+    assert asked == repository
+    assert (options["revision"], options["token"]) == ("v1", "t")
+    files = [
+        "config.json", "model.safetensors",
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model",
+        "pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors", "README.md",
+    ]  # fmt: skip
+    wanted = huggingface_hub.utils.filter_repo_objects(
+        files,
+        allow_patterns=options["allow_patterns"],
+        ignore_patterns=options["ignore_patterns"],
+    )
+    assert list(wanted) == files[:8]
+
+
+@pytest.mark.parametrize("name", ["gpt-neo-125", "/no/such/folder", "a/b/c", "", "org/na me", "x/"])
+def test_an_unknown_name(tmp_path, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    text = failed_resolve(name)
+    assert f"no folder and no published model '{name}'" in text
+    assert "org/name" in text
+    assert "gpt-neo-125m" in text
+    assert hub[0] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            hub_errors.GatedRepoError("two\nlines", response=response(403)),
+            ["gated", "licence", "HF_TOKEN"],
+        ),
+        (
+            hub_errors.RepositoryNotFoundError("two\nlines", response=response()),
+            ["neither a folder nor a repository", "check the name"],
+        ),
+        (
+            hub_errors.RevisionNotFoundError("two\nlines", response=response()),
+            ["no revision 'v9'"],
+        ),
+        (
+            hub_errors.LocalEntryNotFoundError("two\nlines"),
+            ["hub's cache", "does not answer", "connection"],
+        ),
+        (hub_errors.HfHubHTTPError("500 error\nmore", response=response(500)), ["500 error"]),
+        (httpx2.ProxyError("proxy\nmore"), ["proxy", "try again"]),
+        (httpx2.ReadTimeout(""), ["ReadTimeout", "try again"]),
+        (OSError(28, "No space left on device"), ["No space left"]),
+        (hub_errors.HFValidationError("two\nlines"), ["neither a folder nor a repository"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_failure_of_the_hub_is_one_line(hub, error, parts):
+    hub[1](error)
+    text = failed_resolve(revision="v9")
+    assert "'org/name'" in text
+    assert all(part in text for part in parts), text
+
+
+def test_offline_without_a_copy(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub[1](hub_errors.LocalEntryNotFoundError("two\nlines"))
+    assert "HF_HUB_OFFLINE is set: unset it" in failed_resolve()
+
+
+def test_offline_with_a_copy_uses_it_without_the_network(tmp_path, monkeypatch):
+    """Runs the hub library itself on a cache as it lays one out."""
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert resolve("org/name") == snapshot
+    assert "HF_HUB_OFFLINE" in failed_resolve("org/other")
+    assert "HF_HUB_OFFLINE" in failed_resolve("org/name", revision="other")
