@@ -23,9 +23,9 @@ class SamplingOptions:
       NeoError: a value is out of its range.
     """
 
-    temperature: float = 0.8  # divides the logits; 0 takes the likeliest token
+    temperature: float = 0.7  # divides the logits; 0 takes the likeliest token
     top_k: int = 0  # keep only the k likeliest tokens; 0 is off
-    top_p: float = 0.95  # keep the fewest tokens that hold this probability; 1 is off
+    top_p: float = 0.9  # keep the fewest tokens that hold this probability; 1 is off
     seed: int = 0  # the same prompt, options and seed give the same text
 
     def __post_init__(self) -> None:
