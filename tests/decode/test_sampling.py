@@ -23,7 +23,7 @@ choose = jax.jit(sampling.choose)
 kept_tokens = jax.jit(sampling._kept)
 
 ROWS, VOCAB = 4, 32
-NUM_DRAWS = 20_000
+NUM_DRAWS = 100_000
 
 temperatures = st.floats(0.25, 4, width=32)
 top_ks = st.just(0) | st.integers(1, VOCAB + 8)
@@ -144,7 +144,7 @@ def draws(logits, options, seeds, positions):
     ids=str,
 )
 def test_draws_follow_the_softmax_of_what_is_kept(options, along):
-    """Pearson's chi-square of 20,000 draws; for a right sampler p < 0.01 once in a hundred."""
+    """Pearson's chi-square of 100,000 draws; for a right sampler p < 0.01 once in a hundred."""
     logits = normal(12, seed=3, scale=0.7)
     counter, fixed = list(range(NUM_DRAWS)), [7] * NUM_DRAWS
     seeds, positions = (fixed, counter) if along == "positions" else (counter, fixed)
