@@ -175,11 +175,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         raise NeoError(f"{path} does not exist; name a folder that holds a tokenizer's files.")
     if path.is_file():
         return SentencePieceTokenizer(path) if path.suffix == ".model" else BytePairTokenizer(path)
-    byte_pair = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
-    if byte_pair or (path / "tokenizer.json").is_file():
-        return BytePairTokenizer(path)
-    if any(path.glob("*.model")):
-        return SentencePieceTokenizer(path)
+    kind = _kind(path)
+    if kind is not None:
+        return kind(path)
     raise NeoError(
         f"{path} holds no tokenizer; put tokenizer.json there, or vocab.json and merges.txt, or a "
         "SentencePiece tokenizer.model."
@@ -188,9 +186,14 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Returns whether a folder holds files that `load_tokenizer` reads."""
-    folder = Path(folder)
+    return _kind(Path(folder)) is not None
+
+
+def _kind(folder: Path) -> type[BytePairTokenizer] | type[SentencePieceTokenizer] | None:
     byte_pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    return byte_pair or (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
+    if byte_pair or (folder / "tokenizer.json").is_file():
+        return BytePairTokenizer
+    return SentencePieceTokenizer if any(folder.glob("*.model")) else None
 
 
 class StreamDecoder:
