@@ -4,7 +4,7 @@
       --train-tokenizer 4096 --held-out 0.03
   neo-jax train bundled
 
-cost      18 million tokens, about 70 minutes on two CPU cores that multiply bfloat16
+cost      18 million tokens, about an hour on two CPU cores that multiply bfloat16
 expected  see its card, neo_jax/bundled/README.md
 """
 
