@@ -13,6 +13,7 @@ every parameter carries, in sharding rules and on the command line, the fields i
 | H      | head_dim     | head_dim     | width of a head                |
 | F      | mlp          | mlp_dim      | hidden width of the MLP        |
 | V      | vocab        | vocab_size   | tokens of the vocabulary       |
+| Vp     |              |              | the same, padded for any mesh  |
 | P      | positions    | max_length   | learned positions, the context |
 | L      | layers       | num_layers   | blocks                         |
 | W      |              | window_size  | keys that a local layer sees   |

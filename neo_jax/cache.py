@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from neo_jax.axes import Array, Float, Int
+from neo_jax.axes import BATCH, HEAD_DIM, HEADS, KV_LENGTH, Array, Float, Int
 from neo_jax.config import ModelConfig
+from neo_jax.sharding import Sharding, constrain
 
 SLACK = 16
 """Slots of a local layer beyond its window: one step may append up to SLACK + 1 tokens."""
@@ -29,6 +30,24 @@ class LayerCache(NamedTuple):
 
 Cache = tuple[LayerCache, ...]
 """One `LayerCache` for each layer."""
+
+
+LOGICAL_AXES = {
+    "k": (BATCH, HEADS, KV_LENGTH, HEAD_DIM),
+    "v": (BATCH, HEADS, KV_LENGTH, HEAD_DIM),
+    "positions": (BATCH, KV_LENGTH),
+}
+"""How the leaves of a layer's cache are split."""
+
+
+def place(sharding: Sharding | None, cache: LayerCache) -> LayerCache:
+    """Tells the compiler how a layer's cache lies on the mesh."""
+    return LayerCache(
+        **{
+            name: constrain(sharding, leaf, LOGICAL_AXES[name], f"the cache's {name}")
+            for name, leaf in cache._asdict().items()
+        }
+    )
 
 
 def num_slots(config: ModelConfig, layer: int, length: int) -> int:

@@ -14,6 +14,8 @@ from neo_jax.errors import NeoError, suggest
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]
 
+VOCAB_MULTIPLE = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -76,6 +78,15 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Keys that a query of this layer sees; None where it sees all that came before."""
         return self.window_size if self.layer_types[layer] == "local" else None
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: the vocabulary, rounded up to a multiple of 128.
+
+        So it divides over any usual mesh and fills a TPU's tiles. The rows beyond the vocabulary
+        are zeros and never leave the package.
+        """
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def num_params(self) -> int:

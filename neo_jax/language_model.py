@@ -23,7 +23,7 @@ from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.model import Neo
-from neo_jax.sharding import make_sharding
+from neo_jax.sharding import make_sharding, padded_rows
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -181,7 +181,7 @@ class LanguageModel:
         for ids in map(self.encode, texts):
             engine.check_tokens(self.model, ids)
             width = engine.bucket(len(ids), engine.MIN_PREFILL, self.config.max_length)
-            padded = np.zeros((1, width), np.int32)
+            padded = np.zeros((padded_rows(self.model.sharding, 1), width), np.int32)
             padded[0, : len(ids)] = ids
             states = _hidden_state(self.model, layer, self.params, padded)
             features.append(np.asarray(states[0, : len(ids)]))
@@ -229,7 +229,8 @@ def load(
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
       dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
       mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
-      rules: see `neo_jax.sharding`.
+      rules: how the mesh splits it, "fsdp+tensor" or "embed:fsdp,heads:model"; see
+        `neo_jax.sharding`.
       kernel: the attention implementation.
 
     Raises:

@@ -15,6 +15,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from neo_jax.axes import EMBED, Array, Float, Int
+from neo_jax.sharding import Sharding, gather
 
 
 def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
@@ -95,17 +96,16 @@ class Einsum(nn.Module):
     kernel_init: Initializer
     bias_axes: Sequence[str] = ()
     dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, equation: str, x: Array) -> Array:
         """Returns einsum(equation, x, kernel) + bias, in float32."""
-        init = nn.with_logical_partitioning(self.kernel_init, tuple(self.axes))
-        kernel = self.param("kernel", init, tuple(self.shape))
+        kernel = _param(self, "kernel", self.kernel_init, self.axes, self.shape)
         y = einsum(equation, x, kernel, self.dtype)
         if self.bias_axes:
-            shape = tuple(self.shape[self.axes.index(axis)] for axis in self.bias_axes)
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.bias_axes))
-            bias = self.param("bias", zeros, shape)
+            shape = [self.shape[self.axes.index(axis)] for axis in self.bias_axes]
+            bias = _param(self, "bias", nn.initializers.zeros, self.bias_axes, shape)
             y += bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
 
@@ -118,11 +118,12 @@ class Embed(nn.Module):
     axis: str
     embedding_init: Initializer
     dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         """Declares the table, [rows, D]."""
-        init = nn.with_logical_partitioning(self.embedding_init, (self.axis, EMBED))
-        self.embedding = self.param("embedding", init, (self.num_rows, self.embed_dim))
+        shape = (self.num_rows, self.embed_dim)
+        self.embedding = _param(self, "embedding", self.embedding_init, (self.axis, EMBED), shape)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up rows, in float32. Ids outside the table take its first or last row."""
@@ -140,17 +141,29 @@ class LayerNorm(nn.Module):
     """
 
     epsilon: float
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the normalised activations, in float32."""
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (EMBED,))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (EMBED,))
-        scale = self.param("scale", ones, (x.shape[-1],)).astype(jnp.float32)
-        bias = self.param("bias", zeros, (x.shape[-1],)).astype(jnp.float32)
+        width = (x.shape[-1],)
+        scale = _param(self, "scale", nn.initializers.ones, (EMBED,), width).astype(jnp.float32)
+        bias = _param(self, "bias", nn.initializers.zeros, (EMBED,), width).astype(jnp.float32)
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
         return (
             centred * jax.lax.rsqrt(variance + self.epsilon) * scale[None, None] + bias[None, None]
         )
+
+
+def _param(
+    module: Einsum | Embed | LayerNorm,
+    name: str,
+    init: Initializer,
+    axes: Sequence[str],
+    shape: Sequence[int],
+) -> Array:
+    """Declares a parameter with its logical axes; returns it as products take it."""
+    weight = module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
+    return gather(module.sharding, weight, axes, "/".join((*module.path, name)))

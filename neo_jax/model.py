@@ -8,12 +8,13 @@ pass follow transformers' `modeling_gpt_neo.py` and EleutherAI's Mesh-TensorFlow
     logits = ln_f(x) wte^T
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import normal
+from jax.nn.initializers import Initializer, normal
 from jax.typing import DTypeLike
 
 from neo_jax import axes
@@ -23,7 +24,7 @@ from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.cache import Cache, LayerCache
 from neo_jax.config import ModelConfig
 from neo_jax.layers import Einsum, Embed, LayerNorm
-from neo_jax.sharding import Sharding
+from neo_jax.sharding import Sharding, constrain
 
 ACTIVATIONS = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -47,6 +48,7 @@ class Attention(nn.Module):
     window: int | None
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "auto"
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -57,15 +59,16 @@ class Attention(nn.Module):
 
         # Mesh-TensorFlow's initialisation keeps the unscaled logits near unit variance.
         def project(name: str, stddev: float) -> Array:
-            shape = (config.embed_dim, config.num_heads, config.head_dim)
             kernel = Einsum(
-                shape,
+                (config.embed_dim, config.num_heads, config.head_dim),
                 (axes.EMBED, axes.HEADS, axes.HEAD_DIM),
                 normal(stddev),
                 dtype=self.dtype,
+                sharding=self.sharding,
                 name=name,
             )
-            return kernel("btd,dnh->btnh", x).swapaxes(1, 2).astype(self.dtype)
+            y = kernel("btd,dnh->btnh", x).swapaxes(1, 2).astype(self.dtype)
+            return constrain(self.sharding, y, (axes.BATCH, axes.HEADS, ..., axes.HEAD_DIM), name)
 
         q = project("q_proj", (config.embed_dim * config.head_dim) ** -0.5)
         k = project("k_proj", config.embed_dim**-0.5)
@@ -76,6 +79,7 @@ class Attention(nn.Module):
         else:
             cache = caching.extend(cache, k, v, positions)
             mask = Mask(positions, cache.positions, self.window)
+        cache = caching.place(self.sharding, cache)
         y = attend(q, cache.k, cache.v, mask, self.kernel if mask.aligned else "auto")
         out_proj = Einsum(
             (config.num_heads, config.head_dim, config.embed_dim),
@@ -83,6 +87,7 @@ class Attention(nn.Module):
             normal(config.embed_dim**-0.5),
             bias_axes=(axes.EMBED,),
             dtype=self.dtype,
+            sharding=self.sharding,
             name="out_proj",
         )
         return out_proj("btnh,nhd->btd", y.swapaxes(1, 2)), cache
@@ -93,29 +98,32 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns c_proj(activation(c_fc(x)))."""
         config = self.config
-        wide, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
         c_fc = Einsum(
-            wide,
+            (config.embed_dim, config.mlp_dim),
             (axes.EMBED, axes.MLP),
             normal(0.02),
             bias_axes=(axes.MLP,),
             dtype=self.dtype,
+            sharding=self.sharding,
             name="c_fc",
         )
         c_proj = Einsum(
-            narrow,
+            (config.mlp_dim, config.embed_dim),
             (axes.MLP, axes.EMBED),
             normal(0.02 * config.num_layers**-0.5),
             bias_axes=(axes.EMBED,),
             dtype=self.dtype,
+            sharding=self.sharding,
             name="c_proj",
         )
         x = ACTIVATIONS[config.activation](c_fc("btd,df->btf", x))
+        x = constrain(self.sharding, x, (axes.BATCH, ..., axes.MLP), "c_fc's output")
         return c_proj("btf,fd->btd", x)
 
 
@@ -126,13 +134,15 @@ class Block(nn.Module):
     window: int | None
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "auto"
+    sharding: Sharding | None = None
 
     def setup(self) -> None:
         """Declares the parts, named as in Hugging Face's checkpoints."""
-        self.ln_1 = LayerNorm(self.config.norm_epsilon)
-        self.attn = Attention(self.config, self.window, self.dtype, self.kernel)
-        self.ln_2 = LayerNorm(self.config.norm_epsilon)
-        self.mlp = MLP(self.config, self.dtype)
+        config, sharding = self.config, self.sharding
+        self.ln_1 = LayerNorm(config.norm_epsilon, sharding)
+        self.attn = Attention(config, self.window, self.dtype, self.kernel, sharding)
+        self.ln_2 = LayerNorm(config.norm_epsilon, sharding)
+        self.mlp = MLP(config, self.dtype, sharding)
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache | None
@@ -161,16 +171,23 @@ class Neo(nn.Module):
 
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
-        config = self.config
-        self.wte = Embed(config.vocab_size, config.embed_dim, axes.VOCAB, normal(0.02), self.dtype)
+        config, dtype, sharding = self.config, self.dtype, self.sharding
+        self.wte = Embed(
+            config.padded_vocab_size,
+            config.embed_dim,
+            axes.VOCAB,
+            _zeros_beyond(config.vocab_size, normal(0.02)),
+            dtype,
+            sharding,
+        )
         self.wpe = Embed(
-            config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), self.dtype
+            config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), dtype, sharding
         )
         self.h = [
-            Block(config, config.window(i), self.dtype, self.kernel)
+            Block(config, config.window(i), dtype, self.kernel, sharding)
             for i in range(config.num_layers)
         ]
-        self.ln_f = LayerNorm(config.norm_epsilon)
+        self.ln_f = LayerNorm(config.norm_epsilon, sharding)
 
     def __call__(
         self,
@@ -187,7 +204,8 @@ class Neo(nn.Module):
           cache: what earlier calls returned; None for a sequence that starts here.
         """
         hidden_states, cache = self._hidden_states(tokens, positions, cache)
-        return Output(self.unembed(hidden_states[-1]), cache, hidden_states)
+        logits = self.unembed(hidden_states[-1])[..., : self.config.vocab_size]
+        return Output(logits, cache, hidden_states)
 
     def encode(
         self,
@@ -199,9 +217,15 @@ class Neo(nn.Module):
         hidden_states, cache = self._hidden_states(tokens, positions, cache)
         return hidden_states[-1], cache
 
-    def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Returns output logits, float32, for ln_f's output."""
-        return self._constrain(self.wte.attend(x), axes.BATCH, axes.LENGTH, axes.VOCAB)
+    def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vp"]:
+        """Returns output logits, float32, for ln_f's output, over the padded vocabulary.
+
+        Logits of the padding are the least float32: no draw, maximum or sum ever notices them.
+        """
+        logits = self.wte.attend(x)
+        logits = constrain(self.sharding, logits, (axes.BATCH, ..., axes.VOCAB), "logits")
+        exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
+        return jnp.where(exists[None, None], logits, jnp.finfo(jnp.float32).min)
 
     def _hidden_states(
         self, tokens: Array, positions: Array | None, cache: Cache | None
@@ -209,30 +233,42 @@ class Neo(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.wte(tokens) + self.wpe(positions)
+        # Tokens that are appended to a cache are too few to be split.
+        length = axes.LENGTH if cache is None else None
         hidden_states, caches = [], []
         for i, block in enumerate(self.h):
-            x = self._constrain(x, axes.BATCH, axes.LENGTH, None)
+            x = constrain(self.sharding, x, (axes.BATCH, length, None), "the residual stream")
             hidden_states.append(x)
             x, layer_cache = block(x, positions, cache[i] if cache else None)
             caches.append(layer_cache)
         return (*hidden_states, self.ln_f(x)), tuple(caches)
 
-    def _constrain(self, x: Array, *logical_axes: str | None) -> Array:
-        return self.sharding.constrain(x, *logical_axes) if self.sharding else x
+
+def _zeros_beyond(rows: int, init: Initializer) -> Initializer:
+    """Returns an initializer whose rows from `rows` on are zeros; they also stay zeros."""
+
+    def padded(key: Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> Array:
+        exists = jnp.arange(shape[0])[:, None] < rows
+        return jnp.where(exists, init(key, shape, *args, **kwargs), 0)
+
+    return padded
 
 
 def init_params(model: Neo, key: Array) -> Params:
     """Draws parameters with Mesh-TensorFlow's initialisation, float32; pure, may be jitted."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return nn.meta.unbox(model.init(key, tokens, method=Neo.encode)["params"])
+    return nn.meta.unbox(_init(model, key)["params"])
 
 
 def logical_axes(model: Neo) -> Params:
     """Returns the parameter tree with each leaf's tuple of logical axes in its place."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, method=Neo.encode))
+    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
     return jax.tree.map(
         lambda box: tuple(box.names),
         boxed["params"],
         is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )
+
+
+def _init(model: Neo, key: Array) -> Params:
+    # A single token does not lie on a mesh; where parameters lie is for the caller to say.
+    return model.clone(sharding=None).init(key, jnp.zeros((1, 1), jnp.int32), method=Neo.encode)

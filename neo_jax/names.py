@@ -3,7 +3,7 @@
 One row a tensor. Kernels differ in layout, not only in name: ours keep heads and head_dim apart
 and put the axes that a product sums over first, so that an einsum equation reads off the shape;
 Hugging Face stores the matrix [outputs, inputs] of `torch.nn.Linear`. Both ways between them are
-views, never copies.
+views, never copies. The embedding of tokens has rows of zeros beyond the vocabulary here only.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ class Tensor:
     path: tuple[str, ...]  # keys of the nested dictionaries, ("h_0", "attn", "q_proj", "kernel")
     axes: tuple[str, ...]  # logical axes, one a dimension
     shape: tuple[int, ...]  # as the canonical tree holds it
+    stored_shape: tuple[int, ...]  # the same without the padding of the vocabulary
     num_inputs: int  # leading axes that a product sums over; 0 for what is no kernel
     hf_name: str
 
@@ -32,19 +33,20 @@ class Tensor:
     def hf_shape(self) -> tuple[int, ...]:
         """The shape under `hf_name`: [outputs, inputs] for kernels, ours for all others."""
         if not self.num_inputs:
-            return self.shape
+            return self.stored_shape
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         return (math.prod(outputs), math.prod(inputs))
 
     def to_hf(self, array: AnyArray) -> AnyArray:
         """Returns `array`, of `shape`, as a view of `hf_shape`."""
-        return array.transpose(self._outputs_first).reshape(self.hf_shape)
+        trimmed = array[: self.stored_shape[0]]
+        return trimmed.transpose(self._outputs_first).reshape(self.hf_shape)
 
     def from_hf(self, array: AnyArray) -> AnyArray:
-        """Returns `array`, of `hf_shape`, as a view of `shape`."""
+        """Returns `array`, of `hf_shape`, as a view of `stored_shape`."""
         order = self._outputs_first
         back = tuple(order.index(axis) for axis in range(len(order)))
-        return array.reshape([self.shape[axis] for axis in order]).transpose(back)
+        return array.reshape([self.stored_shape[axis] for axis in order]).transpose(back)
 
     @property
     def _outputs_first(self) -> tuple[int, ...]:
@@ -64,8 +66,12 @@ def tensors(config: ModelConfig) -> list[Tensor]:
 
 
 def _row(config: ModelConfig, path: str, hf_name: str, axes: tuple, num_inputs: int = 0) -> Tensor:
-    shape = tuple(getattr(config, _SIZES[axis]) for axis in axes)
-    return Tensor(tuple(path.split("/")), axes, shape, num_inputs, f"transformer.{hf_name}")
+    stored = tuple(getattr(config, _SIZES[axis]) for axis in axes)
+    shape = tuple(
+        config.padded_vocab_size if axis == VOCAB else size
+        for axis, size in zip(axes, stored, strict=True)
+    )
+    return Tensor(tuple(path.split("/")), axes, shape, stored, num_inputs, f"transformer.{hf_name}")
 
 
 _SIZES = {

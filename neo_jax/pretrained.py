@@ -7,6 +7,7 @@ or shards that `model.safetensors.index.json` lists.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
@@ -89,10 +90,12 @@ def load_params(
             views = [tensor.from_hf(stored.view()) for tensor, stored in batch]
             dtypes = [cast_to or _float_dtype(view.dtype) for view in views]
             paths = [tensor.path for tensor, _ in batch]
+            shapes = [tensor.shape for tensor, _ in batch]
             if placement is None:
-                arrays = jax.device_put(list(map(_copy, views, dtypes)))
+                arrays = jax.device_put(list(map(_copy, views, dtypes, shapes)))
             else:
-                arrays = list(map(_shard, views, dtypes, [placement[path] for path in paths]))
+                places = [placement[path] for path in paths]
+                arrays = list(map(_shard, views, dtypes, shapes, places))
             # Transfers are asynchronous: without a wait, copies of the whole model could queue up.
             params.update(zip(paths, jax.block_until_ready(arrays), strict=True))
     return unflatten_dict(params)
@@ -211,32 +214,39 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype:
     return jax.dtypes.canonicalize_dtype(named)
 
 
-def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns a contiguous copy, block by block along the outermost axis of what is stored.
+def _copy(view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a contiguous copy, filled up with zeros to `shape`.
 
-    numpy transposes a large matrix with a cache miss for every element; within a block that fits
-    the cache it is about five times as fast. A memory map is read in order.
+    numpy transposes a large matrix with a cache miss for every element; block by block along the
+    outermost axis of what is stored, where a block fits the cache, it is about five times as fast.
+    A memory map is read in order.
     """
-    out = np.empty(view.shape, dtype)
+    whole = np.empty(shape, dtype)
+    out, padding = np.split(whole, [len(view)])  # only the vocabulary, a first axis, has any
+    padding[:] = 0
     axis = int(np.argmax(view.strides))
-    step = max(1, _BLOCK_BYTES * view.shape[axis] // view.nbytes)
+    step = max(1, _BLOCK_BYTES * view.shape[axis] // max(view.nbytes, 1))
     for start in range(0, view.shape[axis], step):
         block = (slice(None),) * axis + (slice(start, start + step),)
         out[block] = view[block]
-    return out
+    return whole
 
 
-def _shard(view: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding) -> Array:
-    """Places `view` on its devices, copying each distinct slice once."""
+def _shard(
+    view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> Array:
+    """Places `view`, padded to `shape`, on its devices, copying each distinct slice once."""
     pieces: dict[tuple, np.ndarray] = {}
 
     def piece(index: Any) -> np.ndarray:
-        key = tuple((part.start, part.stop) for part in index)
+        parts = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        key = tuple((part.start, part.stop) for part in parts)
         if key not in pieces:
-            pieces[key] = _copy(view[index], dtype)
+            # Indices beyond what is stored are cut off by numpy, and the padding fills in.
+            pieces[key] = _copy(view[index], dtype, tuple(map(len, parts)))
         return pieces[key]
 
-    return jax.make_array_from_callback(view.shape, sharding, piece, dtype=dtype)
+    return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
 
 
 def _groups(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -262,11 +272,15 @@ class _Row:
     dtype: np.dtype
 
     @property
+    def size(self) -> int:
+        return math.prod(self.tensor.hf_shape)
+
+    @property
     def num_bytes(self) -> int:
-        return self.array.size * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def stored(self) -> np.ndarray:
-        return _copy(self.tensor.to_hf(_to_host(self.array)), self.dtype)
+        return _copy(self.tensor.to_hf(_to_host(self.array)), self.dtype, self.tensor.hf_shape)
 
 
 def _to_write(config: ModelConfig, params: Params, dtype: DTypeLike | None) -> list[_Row]:
@@ -321,7 +335,7 @@ def _index(shards: Sequence[Sequence[_Row]], names: Sequence[str]) -> dict[str, 
     rows = [row for shard in shards for row in shard]
     return {
         "metadata": {
-            "total_parameters": sum(row.array.size for row in rows),
+            "total_parameters": sum(row.size for row in rows),
             "total_size": sum(row.num_bytes for row in rows),
         },
         "weight_map": {

@@ -1,38 +1,62 @@
-"""Where arrays live: a mesh of devices, and rules from logical axes to mesh axes.
+"""Where arrays live: a mesh of devices, and rules from logical to mesh axes.
 
-A strategy is two lines of text, here and on the command line:
+A strategy is two lines of text, the same in configs, on the command line and in Python:
 
-    mesh  = "data=2,fsdp=4"
-    rules = "batch:data+fsdp,embed:fsdp"
+    mesh  = "data=2,fsdp=4,model=2"
+    rules = "embed:fsdp,heads:model,mlp:model,vocab:model", or the name of a strategy: "fsdp+tensor"
 
-Every PartitionSpec of the package is made in this file.
+This table places every parameter, optimizer slot, activation and cache leaf, and every
+PartitionSpec of the package is made in this file. What the table cannot do is an error.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neo_jax.axes import LOGICAL_AXES, Array
+from neo_jax.axes import BATCH, LOGICAL_AXES, Array
 from neo_jax.errors import NeoError, suggest
 
-MESH_AXES = ("data", "fsdp", "model")
+MESH_AXES = ("data", "fsdp", "model", "context")
 
-DEFAULT_RULES = "batch:data+fsdp,embed:fsdp,heads:model,mlp:model"
-"""What an unnamed strategy does: split the batch, shard weights over fsdp, heads over model."""
+STRATEGIES = {
+    # Every device holds the whole model and works on its share of the batch.
+    "data": ("data=-1", ""),
+    # Weights and optimizer are split as well, and gathered as they are needed: ZeRO, stage 3
+    # (Rajbhandari et al., 2020).
+    "fsdp": ("fsdp=-1", "embed:fsdp"),
+    # Heads, MLP and vocabulary are split, activations summed: Megatron (Shoeybi et al., 2019).
+    "tensor": ("model=-1", "heads:model,mlp:model,vocab:model"),
+    "fsdp+tensor": ("fsdp=-1,model=2", "embed:fsdp,heads:model,mlp:model,vocab:model"),
+    # Weights are split both ways and stay; activations, small in decoding, travel: the 2D
+    # weight-stationary layout of Pope et al., 2022.
+    "decode": ("model=-1", "batch:data,embed:fsdp,heads:model,mlp:model,vocab:model"),
+}
+"""The named strategies: a mesh, taken where none is given, whose axes each needs; and rules."""
+
+_DEFAULT = "fsdp+tensor"  # what a mesh without rules gets, as far as its axes go
+_BATCH_AXES = ("data", "fsdp")  # split the batch where the rules do not say
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """A mesh and the table from logical axis to mesh axes. Hashable, immutable, no global state."""
 
-    mesh: Mesh
-    rules: tuple[tuple[str, tuple[str, ...]], ...]
+    mesh: Mesh | AbstractMesh
+    rules: Rules
+
+    def num_shards(self, axis: str | None) -> int:
+        """Returns into how many parts the rules split an axis."""
+        return math.prod(self.mesh.shape[name] for name in self._mesh_axes(axis))
 
     def spec(
         self, axes: Sequence[str | None], shape: Sequence[int], path: str = "array"
@@ -41,28 +65,26 @@ class Sharding:
 
         Raises:
           NeoError: a size is not divisible by its mesh axes, or one mesh axis would split two axes
-            of the same array; the message names the array, the axis, the sizes and the mend.
+            of the same array; the message names the array, the axes, the sizes and the mend.
         """
-        table = dict(self.rules)
-        entries: list[tuple[str, ...] | None] = []
         used: dict[str, str] = {}
         for axis, size in zip(axes, shape, strict=True):
-            mesh_axes = table.get(axis, ()) if axis else ()
+            mesh_axes = self._mesh_axes(axis)
             for name in mesh_axes:
+                here = f"'{axis}' of size {size}"
                 if name in used:
                     raise NeoError(
-                        f"{path}: mesh axis '{name}' would split both '{used[name]}' and '{axis}'; "
-                        f"drop one of the two from the rules."
+                        f"{path}: mesh axis '{name}' of {self.mesh.shape[name]} devices would "
+                        f"split both {used[name]} and {here}; drop one of the two from the rules."
                     )
-                used[name] = str(axis)
-            parts = self._num_parts(axis)
-            if size % parts:
+                used[name] = here
+            if size % self.num_shards(axis):
                 raise NeoError(
-                    f"{path}: axis '{axis}' of size {size} does not divide over {parts} devices "
-                    f"of {'+'.join(mesh_axes)}; change the mesh or drop '{axis}' from the rules."
+                    f"{path}: axis '{axis}' of size {size} does not divide over "
+                    f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; change the mesh "
+                    f"or drop '{axis}' from the rules."
                 )
-            entries.append(mesh_axes or None)
-        return PartitionSpec(*entries)
+        return PartitionSpec(*(self._mesh_axes(axis) or None for axis in axes))
 
     def named(
         self, axes: Sequence[str | None], shape: Sequence[int], path: str = "array"
@@ -70,47 +92,136 @@ class Sharding:
         """Like `spec`, bound to the mesh: what `jax.device_put` and `jax.jit` take."""
         return NamedSharding(self.mesh, self.spec(axes, shape, path))
 
-    def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Tells the compiler how an activation with these logical axes lies on the mesh.
-
-        An axis that does not divide, such as the batch of a single prompt, is not split: the
-        parameters are, and they decide whether a model fits.
-        """
-        whole = [
-            axis if size % self._num_parts(axis) == 0 else None
-            for axis, size in zip(axes, x.shape, strict=True)
-        ]
-        return jax.lax.with_sharding_constraint(x, self.named(whole, x.shape, "activation"))
-
-    def _num_parts(self, axis: str | None) -> int:
-        """Returns over how many devices the rules split an axis."""
-        mesh_axes = dict(self.rules).get(axis, ()) if axis else ()
-        return math.prod(self.mesh.shape[name] for name in mesh_axes)
+    def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        return dict(self.rules).get(axis, ()) if axis else ()
 
 
-def make_sharding(mesh: str = "", rules: str = "") -> Sharding | None:
-    """Builds a strategy from its text; returns None where no mesh is asked for.
+def constrain(
+    sharding: Sharding | None, x: Array, axes: Sequence[str | EllipsisType | None], name: str
+) -> Array:
+    """Tells the compiler how an activation lies; without a strategy returns it as it is.
+
+    Args:
+      sharding: the strategy.
+      x: the activation.
+      axes: its logical axes; None for one that stays whole, ... for one that the compiler places.
+      name: what errors call it.
+
+    Raises:
+      NeoError: see `Sharding.spec`.
+    """
+    if sharding is None:
+        return x
+    told = sharding.spec([axis if axis is not ... else None for axis in axes], x.shape, name)
+    spec = PartitionSpec(
+        *(
+            PartitionSpec.UNCONSTRAINED if axis is ... else entry
+            for axis, entry in zip(axes, told, strict=True)
+        )
+    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def padded_rows(sharding: Sharding | None, rows: int) -> int:
+    """Returns the least number of rows, at least `rows`, that the batch axis can be split into."""
+    shards = sharding.num_shards(BATCH) if sharding else 1
+    return -(-rows // shards) * shards
+
+
+def gather(sharding: Sharding | None, weight: Array, axes: Sequence[str], name: str) -> Array:
+    """Returns a parameter as products take it: whole along the mesh axes that split the batch.
+
+    Its gradient goes the other way, summed over the batch and split again.
+    """
+    if sharding is None:
+        return weight
+    of_batch = dict(sharding.rules).get(BATCH, ())
+    rules = ((axis, tuple(n for n in names if n not in of_batch)) for axis, names in sharding.rules)
+    stored, used = sharding, Sharding(sharding.mesh, tuple(rules))
+    for place in (stored, used):  # stored first, so that the gradient ends up there
+        weight = constrain(place, weight, axes, name)
+    return weight
+
+
+def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
+    """Returns the tree of NamedShardings for a tree of arrays or ShapeDtypeStructs.
+
+    Args:
+      sharding: the strategy.
+      axes: a tree like `shapes` with a tuple of logical axes at each leaf.
+      shapes: anything with `.shape` at its leaves.
+
+    Raises:
+      NeoError: see `Sharding.spec`; the message names the leaf.
+    """
+    return jax.tree.map_with_path(
+        lambda path, leaf, names: sharding.named(
+            names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/")
+        ),
+        shapes,
+        axes,
+    )
+
+
+def make_sharding(
+    mesh: str = "", rules: str = "", devices: Sequence[jax.Device] | int | None = None
+) -> Sharding | None:
+    """Builds a strategy from its text; returns None where none is asked for.
 
     Args:
       mesh: sizes of mesh axes, "data=2,fsdp=4"; one size may be -1 and takes what is left.
-      rules: logical axis to mesh axes, "batch:data+fsdp,embed:fsdp"; empty for `DEFAULT_RULES`
-        restricted to the axes of the mesh.
+      rules: a name of `STRATEGIES`, or logical axis to mesh axes, "batch:data,embed:fsdp+model".
+        Rules that do not name the batch split it over data and fsdp. Empty is "fsdp+tensor", as
+        far as the mesh has its axes.
+      devices: what to lay the mesh over; all devices by default. A number stands for that many
+        that are not there: such a strategy can be traced and looked at, but not run.
 
     Raises:
-      NeoError: unknown names, sizes that are no numbers, or a mesh that does not fit the devices.
+      NeoError: unknown names, a mesh that does not fit the devices, a strategy whose axes the mesh
+        lacks, or a mesh axis that would split nothing.
     """
+    if rules and rules not in STRATEGIES and not re.search("[:,]", rules):
+        raise NeoError(f"no strategy is called '{rules}'.{suggest(rules, STRATEGIES)}")
     if not mesh:
-        if rules:
+        if not rules:
+            return None
+        if rules not in STRATEGIES:
             raise NeoError("--rules needs a mesh; add for example --mesh fsdp=-1.")
-        return None
-    sizes = _parse_mesh(mesh, jax.device_count())
-    devices = np.asarray(jax.devices()[: math.prod(sizes.values())])
-    built = Mesh(
-        devices.reshape(tuple(sizes.values())),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-    )
-    return Sharding(built, _parse_rules(rules, sizes) if rules else _default_rules(sizes))
+        mesh = STRATEGIES[rules][0]
+    if devices is None:
+        devices = jax.devices()
+    sizes = _parse_mesh(mesh, devices if isinstance(devices, int) else len(devices))
+    table = _table(rules, sizes)
+    _check_all_used(mesh, rules, table, sizes)
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    auto = (AxisType.Auto,) * len(sizes)
+    if isinstance(devices, int):
+        return Sharding(AbstractMesh(shape, names, axis_types=auto), table)
+    return Sharding(Mesh(_arrange(sizes, devices), names, axis_types=auto), table)
+
+
+def _arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Returns the devices as an array over the mesh, neighbours where the hardware has them.
+
+    TPU slices are joined by a slower network: the first axis that their number divides is laid
+    across them, which should be `data`.
+    """
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices)
+    across = [1] * len(shape)
+    for i, size in enumerate(shape):
+        if size % slices == 0:
+            across[i] = slices
+            break
+    else:
+        raise NeoError(
+            f"no axis of the mesh divides over {slices} TPU slices; write for example "
+            f"--mesh data={slices},fsdp=-1."
+        )
+    within = [size // outer for size, outer in zip(shape, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
 def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
@@ -137,47 +248,53 @@ def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def _parse_rules(text: str, sizes: Mapping[str, int]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    rules: dict[str, tuple[str, ...]] = {}
-    for entry in text.split(","):
+def _table(rules: str, sizes: Mapping[str, int]) -> Rules:
+    """Returns the rules of a strategy by name, or as they are written out, for a mesh."""
+    if rules and rules not in STRATEGIES:
+        table = _parse_rules(rules)
+        for axis, targets in table.items():
+            for name in targets:
+                if name not in sizes:
+                    raise NeoError(
+                        f"rule '{axis}:{'+'.join(targets)}' names no axis of the mesh."
+                        f"{suggest(name, sizes)}"
+                    )
+    else:
+        mesh, text = STRATEGIES[rules or _DEFAULT]
+        for name in re.findall("[a-z]+", mesh if rules else ""):
+            if name not in sizes:
+                raise NeoError(
+                    f"strategy '{rules}' needs the mesh axis '{name}'; write for example "
+                    f"--mesh {mesh}."
+                )
+        table = {
+            axis: tuple(name for name in targets if name in sizes)
+            for axis, targets in _parse_rules(text).items()
+        }
+    table = {BATCH: tuple(name for name in _BATCH_AXES if name in sizes), **table}
+    return tuple((axis, targets) for axis, targets in table.items() if targets)
+
+
+def _parse_rules(text: str) -> dict[str, tuple[str, ...]]:
+    table: dict[str, tuple[str, ...]] = {}
+    for entry in text.split(",") if text else ():
         axis, _, target = entry.strip().partition(":")
         if axis not in LOGICAL_AXES:
             raise NeoError(
                 f"unknown logical axis '{axis}' in the rules.{suggest(axis, LOGICAL_AXES)}"
             )
-        if axis in rules:
+        if axis in table:
             raise NeoError(f"the rules name the axis '{axis}' twice; join targets as in 'x:a+b'.")
-        mesh_axes = tuple(target.split("+"))
-        for name in mesh_axes:
-            if name not in sizes:
-                raise NeoError(f"rule '{entry}' names no axis of the mesh.{suggest(name, sizes)}")
-        rules[axis] = mesh_axes
-    return tuple(rules.items())
+        table[axis] = tuple(target.split("+"))
+    return table
 
 
-def _default_rules(sizes: Mapping[str, int]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The default table without the mesh axes that this mesh does not have."""
-    table = []
-    for entry in DEFAULT_RULES.split(","):
-        axis, _, target = entry.partition(":")
-        mesh_axes = tuple(name for name in target.split("+") if name in sizes)
-        if mesh_axes:
-            table.append((axis, mesh_axes))
-    return tuple(table)
-
-
-def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
-    """Returns the tree of NamedShardings for a tree of arrays or ShapeDtypeStructs.
-
-    Args:
-      sharding: the strategy.
-      axes: a tree like `shapes` with a tuple of logical axes at each leaf.
-      shapes: anything with `.shape` at its leaves.
-    """
-    return jax.tree.map_with_path(
-        lambda path, leaf, names: sharding.named(
-            names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/")
-        ),
-        shapes,
-        axes,
-    )
+def _check_all_used(mesh: str, rules: str, table: Rules, sizes: Mapping[str, int]) -> None:
+    used = {name for _, targets in table for name in targets}
+    for name, size in sizes.items():
+        if size > 1 and name not in used:
+            by = f"the rules '{rules}'" if rules else "the default rules"
+            raise NeoError(
+                f"by {by} the {size} devices of mesh axis '{name}' in '{mesh}' would split "
+                f"nothing; give '{name}' a rule, or leave it out of the mesh."
+            )

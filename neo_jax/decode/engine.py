@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax import cache as caching
-from neo_jax.axes import Array, Bool, Float, Int, Params
+from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
 from neo_jax.decode.sampling import Settings, choose, logprobs_of
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
+from neo_jax.sharding import Sharding, constrain, padded_rows
 
 MIN_PREFILL = 16
 MIN_ROOM = 64
@@ -88,13 +89,19 @@ def start(
       NeoError: see `check_prompts`.
     """
     check_prompts(model, prompts, max_new_tokens)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths.max())
+    longest = max(len(prompt) for prompt in prompts)
     room = bucket(longest + max_new_tokens, MIN_ROOM, model.config.max_length)
-    tokens = np.zeros((len(prompts), bucket(longest, MIN_PREFILL, room)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return _prefill(model, room, params, tokens, lengths, lengths + max_new_tokens, settings)
+    # A mesh may want more rows than there are prompts: the others are done before they begin.
+    rows = padded_rows(model.sharding, len(prompts))
+    tokens = np.zeros((rows, bucket(longest, MIN_PREFILL, room)), np.int32)
+    lengths, limits = np.ones((2, rows), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row], limits[row] = len(prompt), len(prompt) + max_new_tokens
+    if rows > len(prompts):
+        fill = ((0, rows - len(prompts)),)
+        settings = jax.tree.map(lambda x: np.pad(x, fill, mode="edge"), settings)
+    return _prefill(model, room, params, tokens, lengths, limits, settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -110,15 +117,26 @@ def _prefill(
     # Prompts are padded on the right: padding lies in the future, which nothing sees. The newest
     # token is left to the first step, which so is a step like all others.
     _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
-    return DecodeState(
+    state = DecodeState(
         tokens=jnp.pad(tokens, ((0, 0), (0, room - tokens.shape[1]))),
         logprobs=jnp.zeros((tokens.shape[0], room), jnp.float32),
         lengths=lengths,
         limits=limits,
-        done=jnp.zeros(tokens.shape[0], bool),
+        done=lengths >= limits,
         settings=settings,
         cache=caching.from_sequence(model.config, sequence, lengths - 1, room),
     )
+    return _place(model.sharding, state)
+
+
+def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
+    """Tells the compiler how a state lies on the mesh."""
+
+    def rows(x: Array) -> Array:
+        return constrain(sharding, x, (BATCH, *[None] * (x.ndim - 1)), "the decoding state")
+
+    placed = jax.tree.map(rows, state._replace(cache=()))
+    return placed._replace(cache=tuple(caching.place(sharding, layer) for layer in state.cache))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -145,18 +163,24 @@ def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -
 
     start = (jnp.int32(0), state._replace(cache=carried(state.cache)))
     _, state = jax.lax.while_loop(unfinished, advance, start)
-    return state._replace(cache=restored(state.cache))
+    return _place(model.sharding, state._replace(cache=restored(state.cache)))
 
 
 def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
     """Reads each row's newest token and appends the next."""
     rows = jnp.arange(state.tokens.shape[0])
     newest = state.lengths - 1
-    output = model.apply(
-        {"params": params}, state.tokens[rows, newest][:, None], newest[:, None], state.cache
+    variables = {"params": params}
+    hidden, cache = model.apply(
+        variables,
+        state.tokens[rows, newest][:, None],
+        newest[:, None],
+        state.cache,
+        method=Neo.encode,
     )
-    token = choose(output.logits[:, 0], state.settings, state.lengths)
-    logprob = logprobs_of(output.logits, token[:, None])[:, 0]
+    logits = model.apply(variables, hidden, method=Neo.unembed)
+    token = choose(logits[:, 0], state.settings, state.lengths)
+    logprob = logprobs_of(logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     ended = (token == model.config.eos_token_id) | (lengths >= state.limits)
@@ -167,7 +191,7 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
         limits=state.limits,
         done=state.done | ended,
         settings=state.settings,
-        cache=output.cache,
+        cache=cache,
     )
 
 

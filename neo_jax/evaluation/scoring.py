@@ -18,6 +18,7 @@ from neo_jax.decode.engine import bucket
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
+from neo_jax.sharding import padded_rows
 
 _MIN_LENGTH = 16
 _POSITIONS = 256  # whose logits exist at one time
@@ -59,6 +60,7 @@ def token_logprobs(
         for batch in _batches(windows):
             width = bucket(max(w.stop - w.first for w in batch), _MIN_LENGTH, context)
             rows = bucket(len(batch), 1, max(_BATCH_TOKENS // width, 1))
+            rows = padded_rows(model.sharding, rows)
             tokens = np.zeros((rows, width), np.int32)
             for row, w in zip(tokens, batch, strict=False):
                 row[: w.stop - w.first] = texts[w.text][w.first : w.stop]
@@ -110,8 +112,8 @@ def _batches(windows: list[_Window]) -> Iterator[list[_Window]]:
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(model: Neo, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
     variables = {"params": params}
-    hidden, _ = model.apply(variables, tokens[:, :-1], method=Neo.encode)
-    targets = tokens[:, 1:]
+    hidden, _ = model.apply(variables, tokens, method=Neo.encode)
+    hidden, targets = hidden[:, :-1], tokens[:, 1:]
 
     # A block of positions at a time: all logits at once would be the largest array by far.
     blocks = []

@@ -18,7 +18,9 @@ class Batch(NamedTuple):
 
 def loss_sum(model: Neo, params: Params, batch: Batch) -> tuple[Array, Array]:
     """Returns the weighted sum of -log p(next token), in nats, and the sum of the weights."""
-    logits = model.apply({"params": params}, batch.tokens[:, :-1]).logits
+    variables = {"params": params}
+    hidden, _ = model.apply(variables, batch.tokens[:, :-1], method=Neo.encode)
+    logits = model.apply(variables, hidden, method=Neo.unembed)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
     return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
 
