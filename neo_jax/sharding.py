@@ -54,9 +54,13 @@ class Sharding:
     mesh: Mesh | AbstractMesh
     rules: Rules
 
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """Returns the mesh axes that split a logical axis, none where it stays whole."""
+        return dict(self.rules).get(axis, ()) if axis else ()
+
     def num_shards(self, axis: str | None) -> int:
         """Returns into how many parts the rules split an axis."""
-        return math.prod(self.mesh.shape[name] for name in self._mesh_axes(axis))
+        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
 
     def spec(
         self, axes: Sequence[str | None], shape: Sequence[int], path: str = "array"
@@ -69,7 +73,7 @@ class Sharding:
         """
         used: dict[str, str] = {}
         for axis, size in zip(axes, shape, strict=True):
-            mesh_axes = self._mesh_axes(axis)
+            mesh_axes = self.mesh_axes(axis)
             for name in mesh_axes:
                 here = f"'{axis}' of size {size}"
                 if name in used:
@@ -84,16 +88,13 @@ class Sharding:
                     f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; change the mesh "
                     f"or drop '{axis}' from the rules."
                 )
-        return PartitionSpec(*(self._mesh_axes(axis) or None for axis in axes))
+        return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
     def named(
         self, axes: Sequence[str | None], shape: Sequence[int], path: str = "array"
     ) -> NamedSharding:
         """Like `spec`, bound to the mesh: what `jax.device_put` and `jax.jit` take."""
         return NamedSharding(self.mesh, self.spec(axes, shape, path))
-
-    def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
-        return dict(self.rules).get(axis, ()) if axis else ()
 
 
 def constrain(
@@ -135,7 +136,7 @@ def gather(sharding: Sharding | None, weight: Array, axes: Sequence[str], name: 
     """
     if sharding is None:
         return weight
-    of_batch = dict(sharding.rules).get(BATCH, ())
+    of_batch = sharding.mesh_axes(BATCH)
     rules = ((axis, tuple(n for n in names if n not in of_batch)) for axis, names in sharding.rules)
     stored, used = sharding, Sharding(sharding.mesh, tuple(rules))
     for place in (stored, used):  # stored first, so that the gradient ends up there

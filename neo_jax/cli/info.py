@@ -1,7 +1,10 @@
 """neo-jax info: what a checkpoint holds."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
@@ -9,8 +12,10 @@ from tyro.conf import Positional
 from neo_jax import hub, pretrained
 from neo_jax.cli import parse
 from neo_jax.cli.options import print_json, print_table
-from neo_jax.config import PRESETS, preset
+from neo_jax.cli.placement import describe, lines
+from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.sharding import Sharding, make_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,26 +25,38 @@ class Options:
     name: Positional[str] = ""  # a folder, hub name or preset; else the bundled model
     model: str = ""  # the same, as other verbs take it
     revision: str = ""  # of a hub repository
+    mesh: str = ""  # show where everything would lie on these devices, as in fsdp=4,model=2
+    rules: str = ""  # by this strategy: a name such as fsdp+tensor, or embed:fsdp,heads:model
     json: bool = False  # print JSON
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "info", args)
-    fields = _describe(options.name or options.model, options.revision)
-    if options.json:
-        print_json(fields)
-    else:
-        print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
-
-
-def _describe(name: str, revision: str) -> dict[str, Any]:
-    folder = None
+    name, folder = options.name or options.model, None
     if name in PRESETS:
         config = preset(name)
     else:
-        folder = hub.resolve(name or None, revision=revision or None)
+        folder = hub.resolve(name or None, revision=options.revision or None)
         config = pretrained.read_config(folder)
+    fields = _describe(config, folder, name)
+    sharding = _sharding(options.mesh, options.rules)
+    if options.json:
+        print_json(fields | ({"sharding": describe(config, sharding)} if sharding else {}))
+        return
+    placement = ["", *lines(config, sharding)] if sharding else []
+    print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
+    print(*placement, sep="\n", end="\n" if placement else "")
+
+
+def _sharding(mesh: str, rules: str) -> Sharding | None:
+    """Returns a strategy over devices that need not be there, unless a size is left open."""
+    sizes = re.findall(r"=([0-9]+)", mesh)
+    open_ended = not sizes or "-1" in mesh
+    return make_sharding(mesh, rules, None if open_ended else math.prod(map(int, sizes)))
+
+
+def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, Any]:
     window = config.window_size
     local = sum(kind == "local" for kind in config.layer_types)
     values = 2 * config.embed_dim  # a key and a value

@@ -1,5 +1,6 @@
 """The state of training, and the pure step from one state to the next."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,13 +28,27 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 def init_state(model: Neo, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Draws a state; each array is created where it lives, never whole on one host."""
-
-    def init(key: Array) -> TrainState:
-        params = init_params(model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
+    init = functools.partial(_init, model, optimizer)
     shardings = state_shardings(model, optimizer, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def abstract_state(model: Neo, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the shape, dtype and place of every leaf of a state, as `ShapeDtypeStruct`s."""
+    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), jax.random.key(0))
+    shardings = state_shardings(model, optimizer, shapes)
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+
+
+def _init(model: Neo, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    params = init_params(model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def state_shardings(
@@ -77,6 +92,10 @@ def make_step(
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        state = TrainState(state.step + 1, params, opt_state)
+        shardings = state_shardings(model, optimizer, state)
+        if shardings is not None:  # else the compiler may choose another place
+            state = jax.lax.with_sharding_constraint(state, shardings)
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -42,6 +42,27 @@ def test_a_preset(succeed, name):
     assert fields["attention_types"] == ["global", "local"]
 
 
+def test_where_it_would_lie_on_devices_that_are_not_here(succeed):
+    args = ("info", "gpt-neo-2.7b", "--mesh", "data=2,fsdp=8,model=4")
+    fields = json.loads(succeed(*args, "--json"))["sharding"]
+    assert fields["mesh"] == {"data": 2, "fsdp": 8, "model": 4}
+    assert fields["rules"]["vocab"] == ["model"]
+    out = succeed(*args)
+    assert "rules  batch:data+fsdp, embed:fsdp, heads:model, mlp:model, vocab:model" in out
+    assert "h_*/mlp/c_fc/kernel       32 x embed 2560/fsdp x mlp 10240/model" in out
+    assert " embed │ 0 32  │ 1 33  │ 2 34  │ 3 35  │" in out
+
+
+def test_where_it_would_lie_on_the_devices_that_are_here(succeed, fail, checkpoints):
+    fields = json.loads(succeed("info", checkpoints["bytes"], "--rules", "fsdp", "--json"))
+    assert fields["sharding"]["mesh"] == {"fsdp": 8}
+    fields = json.loads(succeed("info", "--mesh", "data=2,fsdp=-1", "--json"))
+    assert fields["sharding"]["mesh"] == {"data": 2, "fsdp": 4}
+    assert "axis 'heads' of size 12 does not divide over 8 devices of model" in fail(
+        "info", "gpt-neo-125m", "--rules", "tensor"
+    )
+
+
 def edit_config(folder, **fields):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
