@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
 from neo_jax.errors import NeoError
+from neo_jax.paths import absolute, check_writable, make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import TrainState
 
@@ -21,13 +21,8 @@ class Checkpoints:
         Raises:
           NeoError: the folder cannot be written.
         """
-        path = Path(folder).resolve()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NeoError(f"cannot create {path}: {error.strerror}; choose another output.") from (
-                error
-            )
+        path = absolute(make_path(folder))
+        check_writable(path)
         self._manager = ocp.CheckpointManager(
             path, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
