@@ -27,8 +27,8 @@ def resolve(
     """Returns the folder of a checkpoint, downloading it where need be.
 
     Args:
-      model: a folder, also gs://bucket/folder; a published model, "gpt-neo-1.3b"; a name on the Hugging Face hub,
-        "org/name"; or None for the small model that comes with the package.
+      model: a folder, also gs://bucket/folder; a published model, "gpt-neo-1.3b"; a name on the
+        Hugging Face hub, "org/name"; or None for the small model that comes with the package.
       revision: branch, tag or commit on the hub.
       token: for gated and private repositories; by default what `hf auth login` or HF_TOKEN set.
 
