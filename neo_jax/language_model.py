@@ -224,7 +224,8 @@ def load(
     """Loads a checkpoint in Hugging Face's format.
 
     Args:
-      model: a folder, a hub name such as "EleutherAI/gpt-neo-1.3B", or None for the bundled model.
+      model: a folder, also gs://bucket/folder; a hub name such as "EleutherAI/gpt-neo-1.3B"; or
+        None for the bundled model.
       revision: of the hub repository: a branch, tag or commit.
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
       dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.

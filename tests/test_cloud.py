@@ -252,10 +252,11 @@ def config(datasets, bucket):
         steps=2,
         batch_size=4,
         model=ModelConfig(
-            num_layers=2,
+            num_layers=1,
             embed_dim=32,
             num_heads=2,
             vocab_size=320,
+            attention_types=("local",),
             max_length=32,
             window_size=8,
             eos_token_id=1,
@@ -265,22 +266,30 @@ def config(datasets, bucket):
         log_every=1,
         eval_every=2,
         save_every=1,
-        keep=1,
     )
 
 
 def test_a_run_and_its_continuation(cloud, bucket, config):
-    train(config)
-    state = train(dataclasses.replace(config, steps=3))
-    assert int(state.step) == 3
+    whole = train(config)
+    for name in cloud.names(bucket):  # as if it had been stopped at the second step
+        if name.startswith(("run/model/", "run/checkpoints/2/")):
+            del cloud[f"{bucket}/{name}"]
+    state = train(config)
+    assert_identical(state, whole)
     lines = [json.loads(line) for line in cloud[f"{bucket}/run/metrics.jsonl"].splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 3]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2]
     folders = {name.split("/")[0] for name in cloud.names(f"{bucket}/run/checkpoints")}
-    assert folders == {"3"}
+    assert folders == {"1", "2"}
     lm = neo_jax.load(f"gs://{bucket}/run/model")
     assert_identical(lm.params, state.params)
     assert lm.tokenizer is not None
+
+
+def test_old_checkpoints_are_removed(cloud, bucket, config):
+    train(dataclasses.replace(config, keep=1, eval_every=0))
+    folders = {name.split("/")[0] for name in cloud.names(f"{bucket}/run/checkpoints")}
+    assert folders == {"2"}
 
 
 def test_a_run_that_may_not_write_says_so_first(cloud, bucket, config):

@@ -17,7 +17,7 @@ from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
 class Options:
     """Tells what a checkpoint or a preset holds, without reading its weights."""
 
-    name: Positional[str] = ""  # a folder, hub name or preset; else the bundled model
+    name: Positional[str] = ""  # a folder, also gs://, hub name or preset; else the bundled model
     model: str = ""  # the same, as other verbs take it
     revision: str = ""  # of a hub repository
     json: bool = False  # print JSON

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class ModelOptions:
     """Which model, and how to hold it."""
 
-    model: str = ""  # a folder or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
+    # a folder, also gs://, or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
+    model: str = ""
     revision: str = ""  # of a hub repository: a branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
     kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
