@@ -24,6 +24,7 @@ class Objects(dict):
         self.requests = []  # ("GET", "bucket/name", range or None), ("PUT", ...), ("DELETE", ...)
         self.read_only = set()  # buckets that refuse to change
         self.closed = set()  # buckets that refuse everything
+        self.discreet = set()  # buckets that refuse to tell about themselves, not their objects
         self.lock = threading.Lock()
         self._counter = itertools.count(1)
 
@@ -95,7 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def get_bucket(self, bucket):
-        self.send_json({"kind": "storage#bucket", "id": bucket, "name": bucket})
+        if bucket in self.objects.discreet:
+            self.fail(403, f"no access to {bucket} itself")
+        else:
+            self.send_json({"kind": "storage#bucket", "id": bucket, "name": bucket})
 
     def list_objects(self, bucket):
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")

@@ -292,6 +292,13 @@ def test_old_checkpoints_are_removed(cloud, bucket, config):
     assert folders == {"2"}
 
 
+def test_a_run_that_may_not_ask_about_its_bucket_says_so_first(cloud, bucket, config):
+    cloud.discreet.add(bucket)
+    with pytest.raises(NeoError, match=r"cannot keep checkpoints in .*; ask for storage\.buckets"):
+        train(config)
+    assert not cloud.names(f"{bucket}/run")
+
+
 def test_a_run_that_may_not_write_says_so_first(cloud, bucket, config):
     cloud.read_only.add(bucket)
     with pytest.raises(NeoError, match=rf"cannot write in gs://{bucket}/run/checkpoints \(Forb"):

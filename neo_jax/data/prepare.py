@@ -49,7 +49,8 @@ def prepare(
 
     Args:
       inputs: files, folders and globs, as `sources.documents` takes them.
-      output: the folder to write; a data set that is there already is replaced.
+      output: the folder to write; a data set that is there already is replaced. One on gs:// is
+        made in a temporary folder first.
       tokenizer: a tokenizer, or the folder or file of one.
       train_tokenizer: instead of `tokenizer`, the number of pieces of a SentencePiece tokenizer
         to train on the documents that are not held out.
