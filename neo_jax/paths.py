@@ -68,14 +68,14 @@ def find_files(folder: Path) -> list[Path]:
     """Returns the files in a folder and its sub-folders, sorted."""
     if not is_remote(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
-    return _remote(_store().find(str(folder)))
+    return sorted(_remote(_store().find(str(folder))))
 
 
 def match(pattern: str) -> list[Path]:
     """Returns what a glob matches, sorted; ** stands for any sub-folders."""
     if not is_remote(pattern):
-        return sorted(map(Path, glob.glob(pattern, recursive=True)))
-    return _remote(_store().glob(pattern))
+        return list(map(Path, sorted(glob.glob(pattern, recursive=True))))
+    return _remote(sorted(_store().glob(pattern)))
 
 
 def open_binary(path: Path) -> IO[bytes]:
@@ -118,7 +118,7 @@ def _remote(names: Iterable[str]) -> list[Path]:
     """Returns paths for names as fsspec gives them, "bucket/name"."""
     from etils import epath
 
-    return [epath.Path(f"gs://{name}") for name in sorted(names)]
+    return [epath.Path(f"gs://{name}") for name in names]
 
 
 def _store() -> Any:

@@ -69,7 +69,7 @@ def test_a_bucket_without_access(cloud, bucket):
 
 
 def test_files_below_a_folder_and_by_glob(cloud, bucket, tmp_path):
-    names = ["a.txt", "deep/b.txt", "deep/er/c.txt", "d.bin"]
+    names = ["a.txt", "d.bin", "deep/b.txt", "deep/er/c.txt", "deep-sea/f.txt"]
     for name in names:
         cloud[f"{bucket}/data/{name}"] = b"x"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +79,10 @@ def test_files_below_a_folder_and_by_glob(cloud, bucket, tmp_path):
         def inside(found, root=root):
             return [path.relative_to(root).as_posix() for path in found]
 
-        assert inside(paths.find_files(root)) == sorted(names)
+        assert inside(paths.find_files(root)) == names
         assert inside(paths.match(f"{root}/*.txt")) == ["a.txt"]
         assert inside(paths.match(f"{root}/deep/**/*.txt")) == ["deep/b.txt", "deep/er/c.txt"]
+        assert inside(paths.match(f"{root}/deep*/*.txt")) == ["deep-sea/f.txt", "deep/b.txt"]
         assert inside(paths.match(f"{root}/nothing*")) == []
 
 
