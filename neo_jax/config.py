@@ -6,10 +6,10 @@ Sizes of the presets: README of EleutherAI/gpt-neo and its `configs/` folder.
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any, Literal
 
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, reason, suggest
+from neo_jax.paths import make_path
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]
@@ -260,9 +260,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
       NeoError: the file is missing, unreadable, or holds no JSON object.
     """
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(make_path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise NeoError(f"cannot read {path}: {error.strerror}.") from error
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
     except ValueError as error:
         raise NeoError(f"{path} is not valid JSON ({error}); is the file whole?") from error
     if not isinstance(fields, dict):

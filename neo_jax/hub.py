@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from neo_jax.errors import NeoError, suggest
+from neo_jax.paths import is_remote, make_path
 
 _PUBLISHED = {
     "gpt-neo-125m": "EleutherAI/gpt-neo-125m",
@@ -26,8 +27,8 @@ def resolve(
     """Returns the folder of a checkpoint, downloading it where need be.
 
     Args:
-      model: a folder; a published model, "gpt-neo-1.3b"; a name on the Hugging Face hub,
-        "org/name"; or None for the small model that comes with the package.
+      model: a folder, also gs://bucket/folder; a published model, "gpt-neo-1.3b"; a name on the
+        Hugging Face hub, "org/name"; or None for the small model that comes with the package.
       revision: branch, tag or commit on the hub.
       token: for gated and private repositories; by default what `hf auth login` or HF_TOKEN set.
 
@@ -40,9 +41,11 @@ def resolve(
             raise NeoError("this installation came without its bundled model; name a model.")
     else:
         name = os.fspath(model)
-        folder = Path(name).expanduser()
+        folder = make_path(name) if is_remote(name) else Path(name).expanduser()
         if folder.is_file():
             raise NeoError(f"{name} is a file; name the folder that holds it.")
+        if is_remote(folder) and not folder.is_dir():
+            raise NeoError(f"there is no folder {name}; check the name of the bucket and the path.")
         if not name or not folder.is_dir():
             return _download(_hub_name(name), revision, token)
     if revision is not None:

@@ -224,7 +224,8 @@ def load(
     """Loads a checkpoint in Hugging Face's format.
 
     Args:
-      model: a folder, a hub name such as "EleutherAI/gpt-neo-1.3B", or None for the bundled model.
+      model: a folder, also gs://bucket/folder; a hub name such as "EleutherAI/gpt-neo-1.3B"; or
+        None for the bundled model.
       revision: of the hub repository: a branch, tag or commit.
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
       dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
@@ -253,11 +254,21 @@ def load(
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told where, or not to."""
+    """Keeps compiled programs in the user's cache folder, if it can be written.
+
+    Where JAX was told another folder, or to keep none, that counts.
+    """
     chosen = jax.config.values
     if not chosen["jax_compilation_cache_dir"] and chosen["jax_enable_compilation_cache"]:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "neo_jax" / "xla"))
+        folder = Path(home) / "neo_jax" / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(folder, os.W_OK):
+            return  # JAX would warn of every program that it cannot keep
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig, read_json
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.names import Tensor, tensors
+from neo_jax.paths import is_remote, make_path
 from neo_jax.weights import CODES, DTYPES, INDEX, SINGLE, StoredTensor, open_weights
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     Raises:
       NeoError: it is missing, damaged, or describes another architecture.
     """
-    path = Path(folder) / "config.json"
+    path = make_path(folder) / "config.json"
     if not path.is_file():
         raise NeoError(f"{folder} holds no config.json; name the folder of a GPT-Neo checkpoint.")
     return ModelConfig.from_hf(read_json(path), source=str(path))
@@ -50,7 +52,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 def stored_dtypes(folder: str | os.PathLike[str]) -> list[str]:
     """Returns the names of the dtypes that the weights of a folder are stored in; reads headers."""
     with contextlib.ExitStack() as files:
-        _, found = open_weights(Path(folder), files)
+        _, found = open_weights(make_path(folder), files)
     return sorted({DTYPES.get(stored.code, stored.code) for stored in found.values()})
 
 
@@ -84,7 +86,7 @@ def load_params(
     placement = None if shardings is None else flatten_dict(shardings)
     params: dict[tuple[str, ...], Array] = {}
     with contextlib.ExitStack() as files:
-        source, found = open_weights(Path(folder), files)
+        source, found = open_weights(make_path(folder), files)
         rows = _match(tensors(config), found, source)
         for batch in _groups(rows, lambda row: row[1].num_bytes, _BATCH_BYTES):
             views = [tensor.from_hf(stored.view()) for tensor, stored in batch]
@@ -126,16 +128,14 @@ def save_pretrained(
     Raises:
       NeoError: `params` is not what `config` describes, or the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = make_path(folder)
     rows = _to_write(config, params, dtype)
     shards = list(_groups(rows, lambda row: row.num_bytes, max_shard_bytes))
     widest = max((row.dtype for row in rows), key=lambda kind: kind.itemsize)
     hf_config = {**config.to_hf(), "dtype": widest.name}
     generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id")}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            staging = Path(name)
+        with _staging(folder) as staging:
             _write_json(staging / "config.json", hf_config)
             _write_json(
                 staging / "generation_config.json", {"_from_model_config": True, **generation}
@@ -153,7 +153,22 @@ def save_pretrained(
                 _write_weights(staging / name, shard)
             _publish(staging, folder)
     except OSError as error:
-        raise NeoError(f"cannot save to {folder}: {error.strerror or error}.") from error
+        raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """Gives a folder inside `folder` that is gone at the end."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+            yield Path(name)
+        return
+    staging: Any = folder / f".saving-{uuid.uuid4().hex}"
+    try:
+        yield staging
+    finally:
+        staging.rmtree(missing_ok=True)
 
 
 def _match(
@@ -327,8 +342,9 @@ def _write_weights(path: Path, rows: Sequence[_Row]) -> None:
         file.write(text)
         for row in rows:
             file.write(row.stored().reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())  # a rename may reach the disk before what it renames
+        if not is_remote(path):
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before what it renames
 
 
 def _index(shards: Sequence[Sequence[_Row]], names: Sequence[str]) -> dict[str, Any]:
@@ -359,7 +375,7 @@ def _publish(staging: Path, folder: Path) -> None:
     if entry == INDEX:
         (folder / SINGLE).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: name == entry):
-        os.replace(staging / name, folder / name)
+        (staging / name).replace(folder / name)
     for path in folder.glob("model-*-of-*.safetensors"):
         if path.name not in new:
             path.unlink()

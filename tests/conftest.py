@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
 import tokenizers
+from fake_gcs import serve
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -136,3 +138,24 @@ def checkpoints(tmp_path_factory, tokenizer_folders):
         params = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, params)
         save_pretrained(root / name, config, params, tokenizer=tokenizer)
     return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def cloud():
+    """Google Cloud Storage on this machine: its objects, by "bucket/name"."""
+    with serve() as (address, objects), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # else tensorstore looks for one
+        # Else gcsfs asks the kind of a bucket by gRPC, which the stand-in does not speak.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        yield objects
+
+
+_BUCKETS = itertools.count()
+
+
+@pytest.fixture
+def bucket(cloud):
+    """The name of an empty bucket."""
+    return f"bucket-{next(_BUCKETS)}"

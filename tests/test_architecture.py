@@ -13,6 +13,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 # Imports go to earlier lines only; parts of one line do not import each other.
 LAYERS = [
     ["axes", "errors"],
+    ["paths"],
     ["config"],
     ["names", "weights", "hub", "data"],
     ["pretrained"],
@@ -27,7 +28,7 @@ LAYERS = [
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-FILES_OF_CHECKPOINTS = {"names", "weights", "hub", "data", "pretrained"}
+FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "pretrained"}
 MATHEMATICS = {"sharding", "layers", "attention", "cache", "model", "decode"}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import OmitArgPrefixes, Positional
 
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import ModelOptions, output_lines, print_json, read_prompts
+from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
 from neo_jax.decode.engine import check_prompts
 from neo_jax.decode.sampling import SamplingOptions
 
@@ -43,6 +43,7 @@ def main(args: Sequence[str]) -> None:
         if options.prompts_file
         else [options.prompt]
     )
+    check_output(options.output)
     lm = options.model.load()
     # All at once: no text is written before the last prompt is known to fit.
     check_prompts(lm.model, [lm.encode(prompt) for prompt in prompts], options.max_new_tokens)

@@ -22,7 +22,7 @@ from neo_jax.sharding import Sharding, make_sharding
 class Options:
     """Tells what a checkpoint or a preset holds, without reading its weights."""
 
-    name: Positional[str] = ""  # a folder, hub name or preset; else the bundled model
+    name: Positional[str] = ""  # a folder, also gs://, hub name or preset; else the bundled model
     model: str = ""  # the same, as other verbs take it
     revision: str = ""  # of a hub repository
     mesh: str = ""  # show where everything would lie on these devices, as in fsdp=4,model=2

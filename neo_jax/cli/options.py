@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from neo_jax.data.sources import json_lines, text_lines
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, reason
+from neo_jax.paths import check_writable, is_remote, make_path
 
 if TYPE_CHECKING:
     from neo_jax.language_model import LanguageModel
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class ModelOptions:
     """Which model, and how to hold it."""
 
-    model: str = ""  # a folder or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
+    # a folder, also gs://, or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
+    model: str = ""
     revision: str = ""  # of a hub repository: a branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
     kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
@@ -51,9 +53,9 @@ def read_prompts(path: str, key: str) -> list[str | list[int]]:
       NeoError: the file cannot be read, or a line is neither; the message names the line.
     """
     if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        prompts: list[str | list[int]] = [line for _, line in text_lines(Path(path))]
+        prompts: list[str | list[int]] = [line for _, line in text_lines(make_path(path))]
     else:
-        prompts = [_prompt(fields, key, where) for where, fields in json_lines(Path(path))]
+        prompts = [_prompt(fields, key, where) for where, fields in json_lines(make_path(path))]
     if not prompts:
         raise NeoError(f"{path} is empty; give a line for each text.")
     return prompts
@@ -68,8 +70,24 @@ def _prompt(fields: dict[str, Any], key: str, where: str) -> str | list[int]:
     raise NeoError(f'{where}: expected {{"{key}": "text"}} or {{"ids": [1, 2, 3]}}.')
 
 
+def check_output(path: str) -> None:
+    """Tries whether `output_lines` can write a file, and leaves it as it is.
+
+    Raises:
+      NeoError: the file cannot be written.
+    """
+    new = not os.path.lexists(path)
+    if is_remote(path):
+        check_writable(make_path(path).parent)
+    elif path and (new or os.path.isfile(path) or os.path.isdir(path)):  # no pipe, no device
+        with output_lines(path, "a"):
+            pass
+        if new:
+            os.unlink(path)
+
+
 @contextlib.contextmanager
-def output_lines(path: str) -> Iterator[IO[str]]:
+def output_lines(path: str, mode: str = "w") -> Iterator[IO[str]]:
     """Opens a file to write lines to, or stdout where the path is empty.
 
     Raises:
@@ -79,9 +97,9 @@ def output_lines(path: str) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     try:
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed below)
+        file = make_path(path).open(mode, encoding="utf-8")
     except OSError as error:
-        raise NeoError(f"cannot write {path}: {error.strerror}.") from error
+        raise NeoError(f"cannot write {path}: {reason(error)}.") from error
     with file:
         yield file
 

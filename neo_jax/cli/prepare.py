@@ -14,8 +14,8 @@ from neo_jax.data.prepare import prepare
 class Options:
     """Tokenizes .txt and .jsonl files, folders and globs into a data set for training."""
 
-    output: str  # the folder to write
-    inputs: Positional[tuple[str, ...]] = ()  # .txt or .jsonl, also .gz or .xz; folders, globs
+    output: str  # the folder to write, also gs://
+    inputs: Positional[tuple[str, ...]] = ()  # .txt, .jsonl, also .gz, .xz; folders, globs, gs://
     tokenizer: str = ""  # a folder with a tokenizer's files
     train_tokenizer: int = 0  # or the size of a SentencePiece vocabulary to learn from the text
     held_out: float = 0.0  # share of documents kept from training, to evaluate on

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import ModelOptions, output_lines, print_json, read_prompts
+from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ def main(args: Sequence[str]) -> None:
     if options.stride < 0:
         raise UsageError("--stride must be 0 (half the context) or more.")
     texts = read_prompts(options.input, "text")
+    check_output(options.output)
     lm = options.model.load()
     tokens = num_bytes = 0
     nats = 0.0

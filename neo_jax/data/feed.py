@@ -18,8 +18,8 @@ from neo_jax.errors import NeoError
 Batch = dict[str, np.ndarray]
 
 _EPOCHS = 2**20  # "without end": grain's own endless repetition overflows with batches of one
-_THREADS = 4
 _AHEAD = 8  # batches read ahead
+_THREADS = _AHEAD  # in the cloud each of them waits for its answer
 
 
 def batches(

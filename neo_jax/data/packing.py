@@ -9,7 +9,29 @@ import numpy as np
 
 from neo_jax.config import read_json
 from neo_jax.data.prepare import DATASET_FILE, VERSION
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, reason, suggest
+from neo_jax.paths import file_size, is_remote, make_path, read_range
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteTokens:
+    """The tokens of a file in the cloud: what a memory map is on disk, of which slices are read."""
+
+    path: Path
+    dtype: np.dtype
+    num_tokens: int
+
+    def __len__(self) -> int:
+        """Returns the number of tokens."""
+        return self.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Reads the tokens of a slice without a step."""
+        start, stop, _ = part.indices(self.num_tokens)
+        if stop <= start:
+            return np.empty(0, self.dtype)
+        size = self.dtype.itemsize
+        return np.frombuffer(read_range(self.path, start * size, stop * size), self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +43,7 @@ class TokenDataset:
     target exactly once, save the fewer than `length` at the end that fill no sequence.
     """
 
-    tokens: np.ndarray  # [num_tokens], memory-mapped; uint16 or uint32
+    tokens: np.ndarray | RemoteTokens  # [num_tokens], memory-mapped; uint16 or uint32
     length: int  # targets of a sequence
     num_bytes: int  # of the documents' text in UTF-8
     num_documents: int
@@ -38,7 +60,7 @@ class TokenDataset:
           NeoError: no data set, no such split, files that do not match dataset.json, or fewer
             tokens than one sequence takes.
         """
-        folder = Path(folder)
+        folder = make_path(folder)
         if not (folder / DATASET_FILE).is_file():
             raise NeoError(
                 f"{folder} holds no data set; make one: neo-jax prepare FILE... --output {folder}"
@@ -89,7 +111,8 @@ class TokenDataset:
 
 def split_names(folder: str | os.PathLike[str]) -> list[str]:
     """Returns the splits that a data set has."""
-    return list(_field(Path(folder), read_json(Path(folder) / DATASET_FILE), "splits", dict))
+    folder = make_path(folder)
+    return list(_field(folder, read_json(folder / DATASET_FILE), "splits", dict))
 
 
 def _field(folder: Path, fields: Any, name: str, kind: type) -> Any:
@@ -99,18 +122,20 @@ def _field(folder: Path, fields: Any, name: str, kind: type) -> Any:
     return value
 
 
-def _map(folder: Path, split: str, dtype: str, num_tokens: int) -> np.ndarray:
+def _map(folder: Path, split: str, dtype: str, num_tokens: int) -> np.ndarray | RemoteTokens:
     if dtype not in ("uint16", "uint32"):
         raise NeoError(f"{folder / DATASET_FILE}: dtype '{dtype}' is not uint16 or uint32.")
     path = folder / split / "tokens.bin"
     item = np.dtype(dtype).newbyteorder("<")
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         if size != num_tokens * item.itemsize:
             raise NeoError(
                 f"{path} has {size} bytes where {num_tokens} tokens take "
                 f"{num_tokens * item.itemsize}; copy it again, or run neo-jax prepare again."
             )
+        if is_remote(path):
+            return RemoteTokens(path, item, num_tokens)
         return np.memmap(path, item, mode="r", shape=(num_tokens,))
     except OSError as error:
-        raise NeoError(f"cannot read {path}: {error.strerror}.") from error
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import numpy as np
 from neo_jax.data.sources import documents
 from neo_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from neo_jax.data.tokenizer_training import train_sentencepiece
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, reason
+from neo_jax.paths import absolute, check_writable, find_files, is_remote, make_path
 
 VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -47,7 +49,8 @@ def prepare(
 
     Args:
       inputs: files, folders and globs, as `sources.documents` takes them.
-      output: the folder to write; a data set that is there already is replaced.
+      output: the folder to write; a data set that is there already is replaced. One on gs:// is
+        made in a temporary folder first.
       tokenizer: a tokenizer, or the folder or file of one.
       train_tokenizer: instead of `tokenizer`, the number of pieces of a SentencePiece tokenizer
         to train on the documents that are not held out.
@@ -70,7 +73,7 @@ def prepare(
     if not 0 <= held_out < 1:
         raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
     show = sys.stderr.isatty() if progress is None else progress
-    target = Path(output).resolve()
+    target = absolute(make_path(output))
     _check_replaceable(target)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
@@ -223,7 +226,13 @@ def _check_replaceable(target: Path) -> None:
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """Gives a folder beside `target` that takes its place at the end, or vanishes on an error."""
+    """Gives a local folder that takes the place of `target` at the end, or vanishes on an error."""
+    if is_remote(target):
+        check_writable(target)
+        with tempfile.TemporaryDirectory(prefix="neo_jax-") as name:
+            yield Path(name)
+            _upload(Path(name), target)
+        return
     staging = target.with_name(f".{target.name}.{os.getpid()}.new")
     replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -236,13 +245,28 @@ def _staging(target: Path) -> Iterator[Path]:
             target.rename(replaced)
         staging.rename(target)
     except OSError as error:
-        raise NeoError(f"cannot write {target}: {error.strerror or error}.") from error
+        raise NeoError(f"cannot write {target}: {reason(error)}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         elif replaced.exists():
             replaced.rename(target)
+
+
+def _upload(folder: Path, target: Path) -> None:
+    """Replaces a data set in the cloud; without its dataset.json it is none, so that goes last."""
+    old = {path.relative_to(target).as_posix() for path in find_files(target)}
+    new = {path.relative_to(folder).as_posix() for path in find_files(folder)}
+    (target / DATASET_FILE).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name == DATASET_FILE):
+        with (folder / name).open("rb") as source, (target / name).open("wb") as file:
+            shutil.copyfileobj(source, file, _UPLOAD_BYTES)
+    for name in old - new - {DATASET_FILE}:
+        (target / name).unlink()
+
+
+_UPLOAD_BYTES = 8 << 20
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, reason
+from neo_jax.paths import find_files, make_path, match, open_binary
 
 ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz")
 """A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}."""
@@ -37,25 +38,26 @@ def documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
 
 
 def _files(path: str) -> list[Path]:
-    if os.path.exists(path):
-        matches = [path]
+    named = make_path(path)
+    if named.exists():
+        matches = [named]
     elif glob.has_magic(path):
-        matches = sorted(glob.glob(path, recursive=True))
+        matches = match(path)
         if not matches:
             raise NeoError(f"nothing matches '{path}'; is the folder right?")
     else:
         raise NeoError(f"{path} does not exist.")
     files = []
-    for match in map(Path, matches):
-        if match.is_dir():
-            inside = sorted(file for file in match.rglob("*") if _is_document_file(file, match))
+    for found in matches:
+        if found.is_dir():
+            inside = [file for file in find_files(found) if _is_document_file(file, found)]
             if not inside and len(matches) == 1:
-                raise NeoError(f"{match} holds no file that ends in {', '.join(ENDINGS)}.")
+                raise NeoError(f"{found} holds no file that ends in {', '.join(ENDINGS)}.")
             files += inside
-        elif not match.name.endswith(ENDINGS):
-            raise NeoError(f"{match}: unknown ending; known are {', '.join(ENDINGS)}.")
+        elif not found.name.endswith(ENDINGS):
+            raise NeoError(f"{found}: unknown ending; known are {', '.join(ENDINGS)}.")
         else:
-            files.append(match)
+            files.append(found)
     if not files:
         raise NeoError(f"no file that '{path}' matches ends in {', '.join(ENDINGS)}.")
     return files
@@ -63,7 +65,7 @@ def _files(path: str) -> list[Path]:
 
 def _is_document_file(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.name.endswith(ENDINGS) and not hidden and file.is_file()
+    return file.name.endswith(ENDINGS) and not hidden
 
 
 def _read(path: Path) -> Iterator[str]:
@@ -118,14 +120,14 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    unpackers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            yield file
+        with open_binary(path) as file:
+            yield unpackers[path.suffix](file) if path.suffix in unpackers else file
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise NeoError(f"{path} is damaged ({error}); copy it again.") from error
     except OSError as error:
-        raise NeoError(f"cannot read {path}: {error.strerror or error}.") from error
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
 
 
 def _decode(path: Path, data: bytes, offset: int) -> str:

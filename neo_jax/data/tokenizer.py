@@ -5,13 +5,13 @@ The libraries are imported by the class that uses them, so importing this module
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from neo_jax.config import read_json
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, reason
+from neo_jax.paths import is_remote, make_path
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -66,7 +66,7 @@ class BytePairTokenizer:
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
-        source = Path(source)
+        source = make_path(source)
         self._folder = source if source.is_dir() else source.parent
         file = source / "tokenizer.json" if source.is_dir() else source
         self._file = file if file.is_file() else None  # None for vocab.json and merges.txt
@@ -109,7 +109,8 @@ class BytePairTokenizer:
         if self._file:
             _copy(self._file, folder / "tokenizer.json")
         else:
-            self._tokenizer.save(str(folder / "tokenizer.json"))
+            text = self._tokenizer.to_str(pretty=True)
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         config = folder / "tokenizer_config.json"
         if not config.exists():
             end = None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id)
@@ -131,12 +132,12 @@ class SentencePieceTokenizer:
     def __init__(self, source: str | os.PathLike[str]) -> None:
         import sentencepiece
 
-        self._file = _model_file(Path(source))
+        self._file = _model_file(make_path(source))
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(self._file.read_bytes())
         except OSError as error:
-            raise NeoError(f"cannot read {self._file}: {error.strerror}.") from error
+            raise NeoError(f"cannot read {self._file}: {reason(error)}.") from error
         except RuntimeError as error:
             raise NeoError(f"{self._file} is not a SentencePiece model; is it whole?") from error
         self.vocab_size: int = self._pieces.GetPieceSize()
@@ -170,7 +171,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       NeoError: there is no tokenizer, or a file of it is corrupt.
     """
-    path = Path(source)
+    path = make_path(source)
     if not path.exists():
         raise NeoError(f"{path} does not exist; name a folder that holds a tokenizer's files.")
     if path.is_file():
@@ -186,7 +187,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Returns whether a folder holds files that `load_tokenizer` reads."""
-    return _kind(Path(folder)) is not None
+    return _kind(make_path(folder)) is not None
 
 
 def _kind(folder: Path) -> type[BytePairTokenizer] | type[SentencePieceTokenizer] | None:
@@ -279,9 +280,9 @@ def _from_json(path: Path) -> Any:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing more precise
-        raise NeoError(f"{path} is not a tokenizer.json ({error}); is it whole?") from error
+        raise NeoError(f"{path} is not a tokenizer.json ({reason(error)}); is it whole?") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -291,10 +292,15 @@ def _from_vocab_and_merges(folder: Path, names: dict[str, str]) -> Any:
     import tokenizers
 
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    ids = read_json(vocab)
     try:
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+        lines = filter(None, merges.read_text(encoding="utf-8").split("\n"))
+        pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, pairs))  # type: ignore[arg-type]
     except Exception as error:  # the library raises nothing more precise
-        raise NeoError(f"cannot read {vocab} and merges.txt ({error}); are they whole?") from error
+        raise NeoError(
+            f"cannot read {vocab} and merges.txt ({reason(error)}); are they whole?"
+        ) from error
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     added = folder / "added_tokens.json"
@@ -317,6 +323,7 @@ def _model_file(source: Path) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_file() and not (target.exists() and source.samefile(target)):
-        shutil.copyfile(source, target)
+    if not is_remote(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        target.write_bytes(source.read_bytes())  # read before it is written: both may be one file

@@ -4,10 +4,10 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from neo_jax.data.tokenizer import END_OF_TEXT, SentencePieceTokenizer, check_unicode
 from neo_jax.errors import NeoError
+from neo_jax.paths import is_remote, make_path
 
 _SENTENCE = 1000  # characters: four bytes each at most, within SentencePiece's limit of 4192
 _MOST_CHARACTERS = 200_000_000  # training holds them in memory, several times over
@@ -34,7 +34,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    path = Path(output)
+    path = make_path(output)
     path = path if path.suffix == ".model" else path / "tokenizer.model"
     model = io.BytesIO()
     try:
@@ -61,7 +61,8 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise NeoError(_training_error(str(error), vocab_size)) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)
 

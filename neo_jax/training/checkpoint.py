@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, reason
+from neo_jax.paths import absolute, check_writable, is_remote, make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import TrainState
 
@@ -19,15 +20,12 @@ class Checkpoints:
         """Opens the folder, creating it if need be.
 
         Raises:
-          NeoError: the folder cannot be written.
+          NeoError: the folder cannot be written, or its bucket not be asked about.
         """
-        path = Path(folder).resolve()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NeoError(f"cannot create {path}: {error.strerror}; choose another output.") from (
-                error
-            )
+        path = absolute(make_path(folder))
+        check_writable(path)
+        if is_remote(path):
+            _check_bucket(path)
         self._manager = ocp.CheckpointManager(
             path, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
@@ -74,3 +72,20 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )
         return restored.state
+
+
+def _check_bucket(folder: Path) -> None:
+    """Asks about the bucket as orbax will, the first time it removes a checkpoint: hours from now.
+
+    Raises:
+      NeoError: the answer is refused.
+    """
+    from google.cloud import storage
+
+    try:
+        storage.Client().get_bucket(str(folder).split("/")[2])
+    except Exception as error:  # of several libraries, which share no base
+        raise NeoError(
+            f"cannot keep checkpoints in {folder} ({reason(error)}); ask for storage.buckets.get, "
+            "as in the role Storage Legacy Bucket Reader, beside the right to write objects."
+        ) from error

@@ -26,8 +26,8 @@ class OptimizerConfig:
 class TrainConfig:
     """Everything that decides a run. The same config gives the same batches and the same model."""
 
-    data: str  # a folder that `neo-jax prepare` wrote
-    output: str  # the run's folder: checkpoints, metrics.jsonl, and at the end model/
+    data: str  # a folder that `neo-jax prepare` wrote, also gs://
+    output: str  # the run's folder, also gs://: checkpoints, metrics.jsonl, at the end model/
     steps: int
     batch_size: int  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from neo_jax.data.packing import TokenDataset, split_names
 from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
+from neo_jax.paths import make_path
 from neo_jax.pretrained import save_pretrained
 from neo_jax.sharding import make_sharding
 from neo_jax.training.checkpoint import Checkpoints
@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> TrainState:
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, make_schedule(config.optimizer, config.steps))
     evaluate = _make_evaluation(config, model)
-    output = Path(config.output)
+    output = make_path(config.output)
     with Checkpoints(output / "checkpoints", config.keep) as checkpoints:
         state = checkpoints.restore_latest(init_state(model, optimizer, config.seed), config)
         start = int(state.step)
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> TrainState:
                 if evaluate and (last or step % config.eval_every == 0):
                     report.evaluation(step, evaluate(state))
                 if last or step % config.save_every == 0:
-                    report.flush()  # a run that goes on from here writes later lines only
+                    report.sync()  # a run that goes on from here writes later lines only
                     checkpoints.save(state, config)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     save_pretrained(output / "model", config.model, state.params, tokenizer=tokenizer)

@@ -1,15 +1,17 @@
 """What a run tells: a line of JSON every few steps, and how well it uses the device."""
 
+import io
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 
 from neo_jax.config import ModelConfig
+from neo_jax.paths import is_remote
 
 # Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`. Sources: Google Cloud's TPU
 # system architecture pages and NVIDIA's data sheets. A TPU v2 or v3 chip is two devices.
@@ -71,7 +73,10 @@ def _measured_flops(dtype: Any) -> float:
 
 
 class MetricsFile:
-    """Appends lines to metrics.jsonl; a resumed run goes on where its checkpoint was."""
+    """Appends lines to metrics.jsonl; a resumed run goes on where its checkpoint was.
+
+    Nothing can be appended in the cloud: there the lines are kept, and `sync` writes all of them.
+    """
 
     def __init__(self, path: Path, start_step: int):
         """Opens the file, dropping lines of steps that will be done again."""
@@ -83,14 +88,23 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
                     continue  # a line cut off by a kill
+        self._path = path
         path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file: IO[str] = io.StringIO() if is_remote(path) else path.open("a", encoding="utf-8")
+        if is_remote(path):
+            self._file.write("".join(kept))
 
     def write(self, step: int, **values: float) -> None:
         """Appends one line: the step, and the values rounded to six digits."""
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         print(json.dumps({"step": step, **rounded}), file=self._file, flush=True)
 
+    def sync(self) -> None:
+        """Brings the file in the cloud up to date; one on disk always is."""
+        if isinstance(self._file, io.StringIO):
+            self._path.write_text(self._file.getvalue(), encoding="utf-8")
+
     def close(self) -> None:
-        """Closes the file."""
+        """Writes what is still to be written, and closes the file."""
+        self.sync()
         self._file.close()

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from neo_jax.paths import make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
 from neo_jax.training.state import Metrics
@@ -33,7 +33,7 @@ class Report:
     def __init__(self, config: TrainConfig, start_step: int):
         """Opens metrics.jsonl in the run's folder, to go on after `start_step`."""
         self._config = config
-        self._file = MetricsFile(Path(config.output) / "metrics.jsonl", start_step)
+        self._file = MetricsFile(make_path(config.output) / "metrics.jsonl", start_step)
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._peak = peak_flops(config.dtype)
         self._pending: tuple[int, Metrics] | None = None
@@ -77,6 +77,7 @@ class Report:
         self.flush()
         values = {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
         self._file.write(step, **values)
+        self._file.sync()
         self._say(
             f"step {step}: held-out loss {evaluation.loss:.4f} nats a token, "
             f"{evaluation.bits_per_byte:.4f} bits a byte"
@@ -102,6 +103,11 @@ class Report:
         self._progress.update(self._task, text=text)
         if self._quiet:
             self._say(f"step {step}/{self._config.steps}: {text}")
+
+    def sync(self) -> None:
+        """Reports what is still to be reported, and brings metrics.jsonl up to date with it."""
+        self.flush()
+        self._file.sync()
 
     def _say(self, line: str) -> None:
         if self._quiet:

@@ -1,6 +1,7 @@
 """neo_jax/cli: help, real processes, and command lines that cannot be understood."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -134,3 +135,30 @@ def test_command_lines_that_cannot_be_understood(fail, args, message):
     text = fail(*args, status=2)
     assert message in text
     assert ".;" not in text
+
+
+@pytest.mark.parametrize("cache", ["cache", "file/cache"], ids=["cache", "no cache"])
+def test_inference_writes_nothing_but_the_compilation_cache(checkpoints, tmp_path, cache):
+    model = shutil.copytree(checkpoints["pieces"], tmp_path / "model")
+    folders = [tmp_path / name for name in ("home", "work", "temporary")]
+    for folder in folders:
+        folder.mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    home, work, temporary = folders
+    done = subprocess.run(
+        [sys.executable, "-m", "neo_jax", "generate", "the fox", "--model", model,
+         "--max-new-tokens", "3"],
+        cwd=work,
+        env={
+            **os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(home), "TMPDIR": str(temporary),
+            "XDG_CACHE_HOME": str(tmp_path / cache),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("the fox")
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path not in before]
+    assert {path.parts[0] for path in written} == ({"cache"} if cache == "cache" else set())

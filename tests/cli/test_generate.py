@@ -149,6 +149,17 @@ def test_a_bad_prompt_behind_good_ones_stops_all(fail, model, tmp_path):
     assert "token id 999 is not in the vocabulary" in fail(*args)
     assert "token id 999 is not in the vocabulary" in fail(*args, "--output", output)
     assert not output.exists()
+    output.write_text("from another day")
+    fail(*args, "--output", output)
+    assert output.read_text() == "from another day"
+
+
+@pytest.mark.parametrize("verb", [("generate", "hi"), ("score", "--input", "prompts.txt")])
+def test_an_output_is_tried_before_the_model_is_loaded(fail, tmp_path, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("hi")
+    args = ("--output", "nowhere/x.jsonl", "--model", "nothing")
+    assert "cannot write nowhere/x.jsonl: No such file or directory" in fail(*verb, *args)
 
 
 @pytest.mark.parametrize(

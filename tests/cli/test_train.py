@@ -177,6 +177,6 @@ def test_a_data_set_that_does_not_fit(succeed, fail, source, config_file, tmp_pa
         "train", config_file, "--mesh", "data=8"
     )
     (tmp_path / "file").write_text("")
-    assert "file/checkpoints: Not a directory; choose another output" in fail(
+    assert "file/checkpoints (Not a directory); choose another output" in fail(
         "train", config_file, "--output", tmp_path / "file"
     )

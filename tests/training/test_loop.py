@@ -232,7 +232,7 @@ def test_an_output_that_belongs_to_another_model(config):
 
 def test_an_output_that_is_a_file(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NeoError, match="file/checkpoints: Not a directory; choose another output"):
+    with pytest.raises(NeoError, match=r"file/checkpoints \(Not a directory\); choose another"):
         train(dataclasses.replace(config, output=str(tmp_path / "file")))
 
 
