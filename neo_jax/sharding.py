@@ -204,25 +204,25 @@ def make_sharding(
 def _arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Returns the devices as an array over the mesh, neighbours where the hardware has them.
 
-    TPU slices are joined by a slower network: the first axis that their number divides is laid
-    across them, which should be `data`.
+    TPU slices are joined by a slower network, across which one axis is laid: `data`, which talks
+    least, or else the first that their number divides.
     """
-    shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices)
-    across = [1] * len(shape)
-    for i, size in enumerate(shape):
-        if size % slices == 0:
-            across[i] = slices
-            break
-    else:
-        raise NeoError(
-            f"no axis of the mesh divides over {slices} TPU slices; write for example "
-            f"--mesh data={slices},fsdp=-1."
+        return mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
         )
-    within = [size // outer for size, outer in zip(shape, across, strict=True)]
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    for outer in sorted(sizes, key=lambda name: name != "data"):
+        if sizes[outer] % slices == 0:
+            across = [slices if name == outer else 1 for name in sizes]
+            within = [size // n for size, n in zip(sizes.values(), across, strict=True)]
+            return mesh_utils.create_hybrid_device_mesh(
+                within, across, devices, allow_split_physical_axes=True
+            )
+    raise NeoError(
+        f"no axis of the mesh divides over {slices} TPU slices; write for example "
+        f"--mesh data={slices},fsdp=-1."
+    )
 
 
 def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
