@@ -12,17 +12,23 @@ if TYPE_CHECKING:
     from neo_jax.errors import NeoError
     from neo_jax.language_model import LanguageModel, load
     from neo_jax.model import Neo
+    from neo_jax.sharding import Sharding, make_sharding
 
 __version__ = "0.1.0"
 
-__all__ = ["LanguageModel", "ModelConfig", "Neo", "NeoError", "__version__", "load"]
+__all__ = [
+    "LanguageModel", "ModelConfig", "Neo", "NeoError", "Sharding", "__version__", "load",
+    "make_sharding",
+]  # fmt: skip
 
 _HOMES = {
     "LanguageModel": "language_model",
     "ModelConfig": "config",
     "Neo": "model",
     "NeoError": "errors",
+    "Sharding": "sharding",
     "load": "language_model",
+    "make_sharding": "sharding",
 }
 
 

@@ -25,8 +25,8 @@ class ModelOptions:
     revision: str = ""  # of a hub repository: a branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
     kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
-    mesh: str = ""  # devices, as in fsdp=4,model=2
-    rules: str = ""  # logical axis to mesh axis, as in embed:fsdp,heads:model
+    mesh: str = ""  # devices, as in fsdp=4,model=2; -1 takes what is left
+    rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
 
     def load(self) -> "LanguageModel":
         """Loads the model."""

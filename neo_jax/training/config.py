@@ -36,8 +36,8 @@ class TrainConfig:
     seed: int = 0  # of the initial weights and of the order of the data
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights stay float32
     kernel: Kernel = "auto"  # attention
-    mesh: str = ""  # as in "data=2,fsdp=4"; empty is one device
-    rules: str = ""  # as in "batch:data,embed:fsdp"; empty is the default strategy
+    mesh: str = ""  # as in "data=2,fsdp=-1"; empty is one device, unless the rules have a name
+    rules: str = ""  # a strategy such as "fsdp+tensor", or as in "embed:fsdp,heads:model"
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between evaluations on the held-out split; 0 is never
     save_every: int = 500  # steps between checkpoints

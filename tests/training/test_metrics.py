@@ -24,7 +24,7 @@ def counted(config, length):
 
     The backward pass multiplies twice where the forward pass does once.
     """
-    weights = sum(math.prod(row.shape) for row in tensors(config) if row.path[0] != "wpe")
+    weights = sum(math.prod(row.stored_shape) for row in tensors(config) if row.path[0] != "wpe")
     seen = 0
     for kind in config.layer_types:
         window = config.window_size if kind == "local" else length
