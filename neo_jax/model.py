@@ -224,6 +224,8 @@ class Neo(nn.Module):
         """
         logits = self.wte.attend(x)
         logits = constrain(self.sharding, logits, (axes.BATCH, ..., axes.VOCAB), "logits")
+        if logits.shape[-1] == self.config.vocab_size:
+            return logits
         exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(exists[None, None], logits, jnp.finfo(jnp.float32).min)
 
