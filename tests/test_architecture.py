@@ -13,7 +13,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 # Imports go to earlier lines only; parts of one line do not import each other.
 LAYERS = [
     ["axes", "errors"],
-    ["config"],
+    ["config", "distributed"],
     ["names", "weights", "hub", "data"],
     ["pretrained"],
     ["sharding"],

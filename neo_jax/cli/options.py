@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,12 +73,17 @@ def _prompt(fields: dict[str, Any], key: str, where: str) -> str | list[int]:
 def output_lines(path: str) -> Iterator[IO[str]]:
     """Opens a file to write lines to, or stdout where the path is empty.
 
+    Of several processes the first writes the file, and the others nothing.
+
     Raises:
       NeoError: the file cannot be written.
     """
     if not path:
         yield sys.stdout
         return
+    from neo_jax.distributed import is_leader
+
+    path = path if is_leader() else os.devnull
     try:
         file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed below)
     except OSError as error:

@@ -181,9 +181,10 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
     kernel = state.opt_state[1][0].mu["h_0"]["mlp"]["c_fc"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16, 64)
     batch = next(batches(TokenDataset.open(config.data, length=32), batch_size=8, seed=0))
+    place = loop.Placement(model, 8)
     for compiles in (True, False, False):
         with compilations() as counted:
-            state, _ = step(state, loop._place(model, batch))
+            state, _ = step(state, place(batch))
         assert bool(counted) == compiles
         same = jax.tree.map(
             lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim),
