@@ -55,6 +55,8 @@ def join(
             "process_id": process_id,
             "cluster_detection_method": "deactivate",
         }
+    # It would keep SIGTERM from ending a process, for a checkpoint on which nobody has agreed.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **where,

@@ -92,17 +92,16 @@ class ClusterOptions:
             sys.stdout.flush()
             jax.distributed.shutdown()  # waits for the others
             log.unlink()
+        except EXPECTED as error:
+            log.unlink()
+            os._exit(explain(error))
         except BaseException as error:
-            expected = isinstance(error, EXPECTED)
-            if expected:
-                log.unlink()
-            else:
-                # It may be how the death of another process shows first. Then JAX will say so.
+            try:
+                # It may be how the death of another process shows first: then JAX will say so.
                 time.sleep(self.heartbeat_timeout + _MARGIN)
+            finally:
                 traceback.print_exception(error)
-            status = explain(error) if expected else 1
-            sys.stderr.flush()
-            os._exit(status)
+                os._exit(1)
 
 
 def _divert() -> tuple[Path, Callable[[], None]]:
