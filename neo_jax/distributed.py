@@ -60,7 +60,8 @@ def join(
     try:
         jax.distributed.initialize(
             **where,
-            heartbeat_timeout_seconds=heartbeat_timeout,
+            # JAX counts from the last sign of life, and then has to look, to tell and to act.
+            heartbeat_timeout_seconds=max(1, 3 * heartbeat_timeout // 4),
             initialization_timeout=start_timeout,
         )
     except Exception as error:  # a metadata server, a package of the cluster: anything may go wrong

@@ -25,7 +25,6 @@ from neo_jax.distributed import HEARTBEAT_TIMEOUT, START_TIMEOUT, is_leader, joi
 from neo_jax.errors import NeoError
 
 _FATAL = b"the JAX distributed service detected fatal errors"
-_MARGIN = 5  # seconds from the end of a heartbeat's time until JAX acts
 
 _PyOS_setsig = ctypes.pythonapi.PyOS_setsig
 _PyOS_setsig.restype = ctypes.c_void_p
@@ -98,7 +97,7 @@ class ClusterOptions:
         except BaseException as error:
             try:
                 # It may be how the death of another process shows first: then JAX will say so.
-                time.sleep(self.heartbeat_timeout + _MARGIN)
+                time.sleep(self.heartbeat_timeout)
             finally:
                 traceback.print_exception(error)
                 os._exit(1)
