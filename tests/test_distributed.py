@@ -48,6 +48,7 @@ def start(tmp_path_factory):
             "XDG_CACHE_HOME": str(cache),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
         }
         processes = []
         for i in range(min(count, come)):
@@ -150,7 +151,9 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"
     )
-    first, second = start("-m", "neo_jax", "train", file, "--mesh", "data=2,fsdp=4")
+    # With these rules the rows of a process are every other one of the batch.
+    args = ["--mesh", "data=2,fsdp=4", "--rules", "batch:fsdp+data,embed:fsdp"]
+    first, second = start("-m", "neo_jax", "train", file, *args)
     deadline = time.monotonic() + 100
     while not newest(config):
         assert time.monotonic() < deadline

@@ -44,6 +44,8 @@ def train(config: TrainConfig) -> TrainState:
     """
     dataset = _open_split(config, "train")
     sharding = make_sharding(config.mesh, config.rules)
+    if sharding is None and jax.process_count() > 1:
+        raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
     model = Neo(config.model, jnp.dtype(config.dtype), config.kernel, sharding)
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, make_schedule(config.optimizer, config.steps))
