@@ -81,6 +81,8 @@ def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
         if exit_.code:
             raise UsageError(_one_line(errors.getvalue(), verb)) from None
         raise
+    except NeoError as error:  # from the dataclass: a value that cannot be
+        raise UsageError(str(error)) from None
 
 
 def _usage() -> str:

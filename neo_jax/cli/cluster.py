@@ -125,7 +125,6 @@ def _divert() -> tuple[Path, Callable[[], None]]:
         sys.stdout.close()
         sys.stderr.close()
         sys.stdout, sys.stderr = before
-        os.write(2, Path(name).read_bytes())
         os.close(fd)
         os.unlink(name)
 
