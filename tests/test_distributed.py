@@ -38,10 +38,8 @@ def start(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "cache"
     started = []
 
-    def call(*args, count=2, come=2, devices=4):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
+    def call(*args, count=2, come=2, devices=4, **more):
+        address = f"localhost:{free_port()}"
         environment = {
             **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
             "PYTHONPATH": str(root),
@@ -49,6 +47,7 @@ def start(tmp_path_factory):
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+            **more,
         }
         processes = []
         for i in range(min(count, come)):
@@ -71,6 +70,13 @@ def start(tmp_path_factory):
     for process in started:
         process.kill()
         process.communicate()
+
+
+def free_port():
+    """A port that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def ended(process, timeout=100):
@@ -314,6 +320,21 @@ os.environ.update(pair.split("=") for pair in (slurm + " SLURM_STEP_NUM_TASKS=1"
 print(join(), join("none"))
 """
     assert ended(start("-c", script, count=1)[0]) == (0, "False False False\n", [])
+
+
+def test_a_cluster_is_found(start):
+    """Slurm's variables, as two tasks have them."""
+    script = (
+        "from neo_jax.cli.cluster import ClusterOptions; import jax\n"
+        "with ClusterOptions().joined('fsdp=-1'):\n"
+        "    print(jax.process_count(), jax.device_count())"
+    )
+    cluster = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    cluster |= {"SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_PORT": str(free_port())}
+    tasks = [
+        start("-c", script, count=1, **cluster, SLURM_PROCID=i, SLURM_LOCALID=i)[0] for i in "01"
+    ]
+    assert [ended(task) for task in tasks] == [(0, "2 8\n", []), (0, "", [])]
 
 
 @pytest.fixture

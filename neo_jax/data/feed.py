@@ -3,7 +3,7 @@
 So the iterator's whole state is the step: a run resumes at any step at no cost, on any number of
 processes. Each of them names the rows of the batch that its devices hold, and reads no others.
 
-Every batch is a dictionary of
+Every batch is a dictionary, for R rows, of
   tokens:  int32 [R, T + 1]; inputs are [:, :-1], targets [:, 1:]
   weights: float32 [R, T]; 1 where a target counts, 0 where it is padding
 """
