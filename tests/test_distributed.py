@@ -44,6 +44,7 @@ def start(tmp_path_factory):
             **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
             "PYTHONPATH": str(root),
             "XDG_CACHE_HOME": str(cache),
+            "TMPDIR": str(cache.parent),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
