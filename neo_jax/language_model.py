@@ -20,6 +20,7 @@ from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.model import Neo
@@ -184,7 +185,7 @@ class LanguageModel:
             padded = np.zeros((padded_rows(self.model.sharding, 1), width), np.int32)
             padded[0, : len(ids)] = ids
             states = _hidden_state(self.model, layer, self.params, padded)
-            features.append(np.asarray(states[0, : len(ids)]))
+            features.append(to_host(states[0, : len(ids)]))
         return features
 
     @property

@@ -21,6 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from neo_jax import distributed
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig, read_json
 from neo_jax.errors import NeoError, reason, suggest
@@ -115,12 +116,13 @@ def save_pretrained(
     """Writes a checkpoint that this package and transformers' GPTNeoForCausalLM read.
 
     Files are written aside and renamed when all are whole; weights that the folder held before
-    are replaced. The host holds one tensor at a time.
+    are replaced. The host holds one tensor at a time. Where `params` lie on several processes, all
+    of them call this: the first writes, and all return when the files are there.
 
     Args:
       folder: made where it does not exist.
       config: describes `params`.
-      params: the canonical tree of arrays, every shard of which this process can reach.
+      params: the canonical tree of arrays.
       tokenizer: anything with `save(folder)`, or None to leave the folder's tokenizer files alone.
       dtype: a floating-point type to store; None keeps that of each array.
       max_shard_bytes: above this size the weights go to several files.
@@ -128,32 +130,15 @@ def save_pretrained(
     Raises:
       NeoError: `params` is not what `config` describes, or the folder cannot be written.
     """
-    folder = make_path(folder)
     rows = _to_write(config, params, dtype)
-    shards = list(_groups(rows, lambda row: row.num_bytes, max_shard_bytes))
-    widest = max((row.dtype for row in rows), key=lambda kind: kind.itemsize)
-    hf_config = {**config.to_hf(), "dtype": widest.name}
-    generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id")}
-    try:
-        with _staging(folder) as staging:
-            _write_json(staging / "config.json", hf_config)
-            _write_json(
-                staging / "generation_config.json", {"_from_model_config": True, **generation}
-            )
-            if tokenizer is not None:
-                tokenizer.save(staging)
-            names = [
-                f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
-            ]
-            if len(shards) == 1:
-                names = [SINGLE]
-            else:
-                _write_json(staging / INDEX, _index(shards, names))
-            for name, shard in zip(names, shards, strict=True):
-                _write_weights(staging / name, shard)
-            _publish(staging, folder)
-    except OSError as error:
-        raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
+    several = not all(getattr(row.array, "is_fully_addressable", True) for row in rows)
+    if several and not distributed.is_leader():
+        for row in rows:
+            _to_host(row.array)  # has a part in it
+    else:
+        _save(make_path(folder), config, rows, tokenizer, max_shard_bytes)
+    if several:
+        distributed.barrier("saved")
 
 
 @contextlib.contextmanager
@@ -320,8 +305,39 @@ def _to_host(array: Array | np.ndarray) -> np.ndarray:
     """Copies an array to the host through an alias, since JAX keeps the copy with the array."""
     if isinstance(array, np.ndarray):
         return array
+    if not array.is_fully_addressable:
+        return distributed.to_host(array)
     shards = [shard.data for shard in array.addressable_shards]
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
+def _save(
+    folder: Path, config: ModelConfig, rows: list[_Row], tokenizer: Any, max_shard_bytes: int
+) -> None:
+    shards = list(_groups(rows, lambda row: row.num_bytes, max_shard_bytes))
+    widest = max((row.dtype for row in rows), key=lambda kind: kind.itemsize)
+    hf_config = {**config.to_hf(), "dtype": widest.name}
+    generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id")}
+    try:
+        with _staging(folder) as staging:
+            _write_json(staging / "config.json", hf_config)
+            _write_json(
+                staging / "generation_config.json", {"_from_model_config": True, **generation}
+            )
+            if tokenizer is not None:
+                tokenizer.save(staging)
+            names = [
+                f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
+            ]
+            if len(shards) == 1:
+                names = [SINGLE]
+            else:
+                _write_json(staging / INDEX, _index(shards, names))
+            for name, shard in zip(names, shards, strict=True):
+                _write_weights(staging / name, shard)
+            _publish(staging, folder)
+    except OSError as error:
+        raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
 
 
 def _write_weights(path: Path, rows: Sequence[_Row]) -> None:

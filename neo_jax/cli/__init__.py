@@ -41,19 +41,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"'{verb}' is not a verb.{suggest(verb, VERBS)}")
         importlib.import_module(f"neo_jax.cli.{verb}").main(args[1:])
         return 0
-    except UsageError as error:
-        return _fail(error, 2)
-    except NeoError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except EXPECTED as error:
+        return explain(error)
 
 
 class UsageError(NeoError):
     """A command line that cannot be understood."""
+
+
+EXPECTED = (NeoError, KeyboardInterrupt, BrokenPipeError)
+"""What may end a command without being a fault of the program."""
+
+
+def explain(error: BaseException) -> int:
+    """Prints one line for an error of `EXPECTED`; returns the exit status."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    interrupted = isinstance(error, KeyboardInterrupt)
+    print(f"neo-jax: {'interrupted' if interrupted else error}", file=sys.stderr, flush=True)
+    if interrupted:
+        return 130
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
@@ -72,6 +81,8 @@ def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
         if exit_.code:
             raise UsageError(_one_line(errors.getvalue(), verb)) from None
         raise
+    except NeoError as error:  # from the dataclass: a value that cannot be
+        raise UsageError(str(error)) from None
 
 
 def _usage() -> str:
@@ -81,11 +92,6 @@ def _usage() -> str:
         f"{verbs}\n\n"
         "neo-jax VERB --help tells the options of a verb; neo-jax --version the version."
     )
-
-
-def _fail(error: object, status: int) -> int:
-    print(f"neo-jax: {error}", file=sys.stderr)
-    return status
 
 
 def _one_line(box: str, verb: str) -> str:

@@ -5,12 +5,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
 from tyro.conf import OmitArgPrefixes, Positional
 
 from neo_jax.cli import UsageError, parse
+from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
 from neo_jax.decode.engine import check_prompts
 from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.distributed import is_leader
 
 if TYPE_CHECKING:
     from neo_jax.language_model import LanguageModel, Prompt
@@ -29,6 +32,7 @@ class Options:
     batch_size: int = 8  # prompts of a file that are generated together
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
+    cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
 
 def main(args: Sequence[str]) -> None:
@@ -44,11 +48,17 @@ def main(args: Sequence[str]) -> None:
         else [options.prompt]
     )
     check_output(options.output)
+    with options.cluster.joined(options.model.is_split):
+        _generate(prompts, options)
+
+
+def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
     lm = options.model.load()
     # All at once: no text is written before the last prompt is known to fit.
     check_prompts(lm.model, [lm.encode(prompt) for prompt in prompts], options.max_new_tokens)
     plain = not (options.json or options.output)
-    if plain and len(prompts) == options.num_samples == 1 and sys.stdout.isatty():
+    one = len(prompts) == options.num_samples == jax.process_count() == 1
+    if plain and one and sys.stdout.isatty():
         _stream(lm, options)
     else:
         _write(lm, prompts, options, plain)
@@ -76,5 +86,5 @@ def _write(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options, p
                 else:
                     print_json(dataclasses.asdict(sample), file)
             done = min(first + options.batch_size, len(prompts))
-            if options.output:
+            if options.output and is_leader():
                 print(f"{done}/{len(prompts)} prompts", file=sys.stderr)

@@ -28,6 +28,11 @@ class ModelOptions:
     mesh: str = ""  # devices, as in fsdp=4,model=2; -1 takes what is left
     rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the model lies on a mesh."""
+        return bool(self.mesh or self.rules)
+
     def load(self) -> "LanguageModel":
         """Loads the model."""
         from neo_jax.language_model import load
@@ -80,28 +85,34 @@ def check_output(path: str) -> None:
     if is_remote(path):
         check_writable(make_path(path).parent)
     elif path and (new or os.path.isfile(path) or os.path.isdir(path)):  # no pipe, no device
-        with output_lines(path, "a"):
-            pass
+        _open(path, "a").close()
         if new:
             os.unlink(path)
 
 
 @contextlib.contextmanager
-def output_lines(path: str, mode: str = "w") -> Iterator[IO[str]]:
+def output_lines(path: str) -> Iterator[IO[str]]:
     """Opens a file to write lines to, or stdout where the path is empty.
+
+    Of several processes the first writes the file, and the others nothing.
 
     Raises:
       NeoError: the file cannot be written.
     """
+    from neo_jax.distributed import is_leader
+
     if not path:
         yield sys.stdout
         return
+    with _open(path if is_leader() else os.devnull, "w") as file:
+        yield file
+
+
+def _open(path: str, mode: str) -> IO[str]:
     try:
-        file = make_path(path).open(mode, encoding="utf-8")
+        return make_path(path).open(mode, encoding="utf-8")
     except OSError as error:
         raise NeoError(f"cannot write {path}: {reason(error)}.") from error
-    with file:
-        yield file
 
 
 def print_json(fields: dict[str, Any], file: IO[str] | None = None) -> None:

@@ -4,11 +4,17 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
+from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
+from neo_jax.distributed import is_leader
+
+if TYPE_CHECKING:
+    from neo_jax.language_model import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Options:
     output: str = ""  # a .jsonl file; stdout if not given
     stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
 
 def main(args: Sequence[str]) -> None:
@@ -31,6 +38,11 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("--stride must be 0 (half the context) or more.")
     texts = read_prompts(options.input, "text")
     check_output(options.output)
+    with options.cluster.joined(options.model.is_split):
+        _score(texts, options)
+
+
+def _score(texts: Sequence["Prompt"], options: Options) -> None:
     lm = options.model.load()
     tokens = num_bytes = 0
     nats = 0.0
@@ -53,4 +65,5 @@ def main(args: Sequence[str]) -> None:
         summary += f", {nats / math.log(2) / num_bytes:.4f} bits a byte over {num_bytes} bytes"
     context = lm.config.max_length
     stride = options.stride or context // 2
-    print(f"{summary}; context {context}, stride {stride}", file=sys.stderr)
+    if is_leader():
+        print(f"{summary}; context {context}, stride {stride}", file=sys.stderr)

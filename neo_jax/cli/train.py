@@ -5,12 +5,24 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, arg
 
 import neo_jax
 from neo_jax.cli import UsageError, parse
+from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
 from neo_jax.training.config import OptimizerConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains by a config, each field of which is an option."""
+
+    config: Annotated[TrainConfig, arg(name="")]
+    cluster: OmitArgPrefixes[ClusterOptions]
 
 
 def main(args: Sequence[str]) -> None:
@@ -24,13 +36,16 @@ def main(args: Sequence[str]) -> None:
             )
             return
         raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")
-    config = parse(TrainConfig, "train", args[1:], default=load_config(args[0]))
+    default = Options(load_config(args[0]), ClusterOptions())
+    options = parse(Options, "train", args[1:], default=default)
     from neo_jax.language_model import enable_compilation_cache
     from neo_jax.training.loop import train
 
     enable_compilation_cache()
-    train(config)
-    print(f"{config.output}/model")
+    config = options.config
+    with options.cluster.joined(bool(config.mesh or config.rules)):
+        train(config)
+        print(f"{config.output}/model")
 
 
 def load_config(name: str) -> TrainConfig:

@@ -1,14 +1,14 @@
 """Batches on the host: the training batch is a function of (seed, step) and of nothing else.
 
 So the iterator's whole state is the step: a run resumes at any step at no cost, on any number of
-processes, each of which reads only its own rows of the global batch.
+processes. Each of them names the rows of the batch that its devices hold, and reads no others.
 
-Every batch is a dictionary of
-  tokens:  int32 [B, T + 1]; inputs are [:, :-1], targets [:, 1:]
-  weights: float32 [B, T]; 1 where a target counts, 0 where it is padding
+Every batch is a dictionary, for R rows, of
+  tokens:  int32 [R, T + 1]; inputs are [:, :-1], targets [:, 1:]
+  weights: float32 [R, T]; 1 where a target counts, 0 where it is padding
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -28,8 +28,7 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Yields training batches without end, shuffled anew every epoch.
 
@@ -37,33 +36,38 @@ def batches(
 
     Args:
       dataset: the sequences.
-      batch_size: B of the global batch; a process yields its `batch_size / process_count` rows.
+      batch_size: of the global batch.
       seed: of the order, from 0 to 2**32 - 1.
       start_step: the first batch to yield is the one of this step.
-      process_index: which rows to yield; in the order of processes they are the global batch.
-      process_count: processes that share the batch.
+      rows: which rows of the global batch to yield, in this order; None for all.
 
     Raises:
-      NeoError: the batch does not divide among the processes, or a number is out of range.
+      NeoError: a number is out of range.
     """
-    rows = _rows_per_process(batch_size, process_index, process_count)
+    if batch_size < 1:
+        raise NeoError(f"a batch of {batch_size} holds nothing; give it at least one sequence.")
     if not 0 <= seed < 2**32:
         raise NeoError(f"the seed is a whole number from 0 to 2**32 - 1, not {seed}.")
     if start_step < 0:
         raise NeoError(f"the first step cannot be {start_step}; count steps from 0.")
-    return _shuffled_batches(dataset, rows, seed, start_step, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
+    return _shuffled_batches(dataset, batch_size, rows, seed, start_step)
 
 
 def _shuffled_batches(
-    dataset: TokenDataset, rows: int, seed: int, step: int, process_index: int, process_count: int
+    dataset: TokenDataset, batch_size: int, rows: Sequence[int], seed: int, step: int
 ) -> Iterator[Batch]:
     import grain
 
     stream = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
-    # The stream in runs of `rows`: every process_count-th run is this process's part of a batch.
-    mine = stream.batch(rows)[step * process_count + process_index :: process_count]
+
+    def element(i: int) -> dict[str, np.ndarray]:
+        steps, row = divmod(i, len(rows))
+        return stream[steps * batch_size + rows[row]]
+
+    places = grain.MapDataset.range(step * len(rows), len(stream) // batch_size * len(rows))
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    for batch in mine.to_iter_dataset(options):
+    for batch in places.map(element).batch(len(rows)).to_iter_dataset(options):
         tokens = batch["tokens"]
         yield {"tokens": tokens, "weights": np.ones_like(tokens[:, 1:], np.float32)}
 
@@ -74,42 +78,22 @@ def num_batches_per_epoch(dataset: TokenDataset, batch_size: int) -> int:
 
 
 def evaluation_batches(
-    dataset: TokenDataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    dataset: TokenDataset, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Yields the split once, in order: every token but the very first is a target exactly once.
 
     The tokens at the end that fill no sequence come as a last, padded one, so the losses add up to
-    that of the whole split. The last batch is filled with padding: zeros of weight 0. Every
-    process yields as many batches, each its rows.
-
-    Raises:
-      NeoError: the batch does not divide among the processes, or a number is out of range.
+    that of the whole split. The last batch is filled with padding: zeros of weight 0. There are as
+    many batches whichever `rows` of the global batch are asked for.
     """
-    rows = _rows_per_process(batch_size, process_index, process_count)
-    return _ordered_batches(dataset, batch_size, rows, process_index * rows)
-
-
-def _ordered_batches(
-    dataset: TokenDataset, batch_size: int, rows: int, first_row: int
-) -> Iterator[Batch]:
+    rows = range(batch_size) if rows is None else rows
     length = dataset.length
     for first in range(0, -(-(dataset.num_tokens - 1) // length), batch_size):
-        tokens = np.zeros([rows, length + 1], np.int32)
-        weights = np.zeros([rows, length], np.float32)
-        for row in range(rows):
-            start = (first + first_row + row) * length
+        tokens = np.zeros([len(rows), length + 1], np.int32)
+        weights = np.zeros([len(rows), length], np.float32)
+        for i, row in enumerate(rows):
+            start = (first + row) * length
             sequence = dataset.tokens[start : start + length + 1]
-            tokens[row, : len(sequence)] = sequence
-            weights[row, : max(len(sequence) - 1, 0)] = 1
+            tokens[i, : len(sequence)] = sequence
+            weights[i, : max(len(sequence) - 1, 0)] = 1
         yield {"tokens": tokens, "weights": weights}
-
-
-def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise NeoError(
-            f"a batch of {batch_size} does not divide among {process_count} processes; choose a "
-            f"multiple of {process_count}."
-        )
-    if not 0 <= process_index < process_count:
-        raise NeoError(f"process {process_index} is not one of {process_count}.")
-    return batch_size // process_count

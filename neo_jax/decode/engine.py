@@ -20,6 +20,7 @@ from neo_jax import cache as caching
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
 from neo_jax.decode.sampling import Settings, choose, logprobs_of
+from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 from neo_jax.sharding import Sharding, constrain, padded_rows
@@ -219,7 +220,7 @@ def generate(
         return []
     state = start(model, params, prompts, max_new_tokens, settings)
     state = run(model, params, state, max_new_tokens)
-    tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
+    tokens, logprobs, lengths = map(to_host, (state.tokens, state.logprobs, state.lengths))
     completions = []
     for row, prompt in enumerate(prompts):
         new = slice(len(prompt), int(lengths[row]))
@@ -247,7 +248,7 @@ def stream(
     state = start(model, params, [prompt], max_new_tokens, settings)
     for position in range(len(prompt), len(prompt) + max_new_tokens):
         state = run(model, params, state, 1)
-        token = int(state.tokens[0, position])
+        token = int(to_host(state.tokens[0, position]))
         if token == model.config.eos_token_id:
             return
         yield token

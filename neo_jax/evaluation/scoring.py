@@ -16,6 +16,7 @@ import numpy as np
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.engine import bucket
 from neo_jax.decode.sampling import logprobs_of
+from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 from neo_jax.sharding import padded_rows
@@ -64,7 +65,7 @@ def token_logprobs(
             tokens = np.zeros((rows, width), np.int32)
             for row, w in zip(tokens, batch, strict=False):
                 row[: w.stop - w.first] = texts[w.text][w.first : w.stop]
-            logprobs = np.asarray(_logprobs(model, params, tokens))
+            logprobs = to_host(_logprobs(model, params, tokens))
             for row, w in zip(logprobs, batch, strict=False):
                 scored = row[w.scored - 1 - w.first : w.stop - 1 - w.first]
                 results[w.text][w.scored - 1 : w.stop - 1] = scored

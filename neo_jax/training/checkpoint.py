@@ -4,7 +4,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 
 from neo_jax.errors import NeoError, reason
@@ -50,15 +49,20 @@ class Checkpoints:
             ),
         )
 
-    def restore_latest(self, state: TrainState, config: TrainConfig) -> TrainState:
-        """Returns the newest checkpoint, placed like `state`; `state` itself if there is none.
+    def restore_latest(self, abstract: TrainState, config: TrainConfig) -> TrainState | None:
+        """Returns the newest checkpoint; None if there is none.
+
+        Args:
+          abstract: a ShapeDtypeStruct with a sharding in the place of each array: where the state
+            is to live, whatever the devices and the processes that saved it.
+          config: what to train.
 
         Raises:
           NeoError: the run in this folder trains another model.
         """
         step = self._manager.latest_step()
         if step is None:
-            return state
+            return None
         saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         ours = {**dataclasses.asdict(config.model)}
         ours["attention_types"] = list(ours["attention_types"])
@@ -67,7 +71,6 @@ class Checkpoints:
                 "the run in this output folder trains another model; choose another output, or "
                 "delete the folder."
             )
-        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )

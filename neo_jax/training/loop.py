@@ -1,12 +1,16 @@
 """The training loop: batches in, steps, evaluations, checkpoints."""
 
+import bisect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neo_jax import axes
+from neo_jax.axes import Array
 from neo_jax.data.feed import Batch as HostBatch
 from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.packing import TokenDataset, split_names
@@ -21,14 +25,15 @@ from neo_jax.training.config import TrainConfig
 from neo_jax.training.loss import Batch, loss_sum
 from neo_jax.training.optimizer import make_optimizer, make_schedule
 from neo_jax.training.report import Evaluation, Report
-from neo_jax.training.state import TrainState, init_state, make_step
+from neo_jax.training.state import TrainState, abstract_state, init_state, make_step
 
 
 def train(config: TrainConfig) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `config.output` if there is one.
 
     Leaves in the output folder: checkpoints/, metrics.jsonl, and model/, which `neo_jax.load` and
-    transformers read.
+    transformers read. Several processes (see `neo_jax.distributed`) that call this are one run, and
+    all need to see that folder; checkpoints of any mesh and any number of processes go on.
 
     Returns:
       The final state.
@@ -38,18 +43,28 @@ def train(config: TrainConfig) -> TrainState:
     """
     dataset = _open_split(config, "train")
     sharding = make_sharding(config.mesh, config.rules)
+    if sharding is None and jax.process_count() > 1:
+        raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
     model = Neo(config.model, jnp.dtype(config.dtype), config.kernel, sharding)
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, make_schedule(config.optimizer, config.steps))
-    evaluate = _make_evaluation(config, model)
+    place = Placement(model, config.batch_size)
+    evaluate = _make_evaluation(config, model, place)
     output = make_path(config.output)
     with Checkpoints(output / "checkpoints", config.keep) as checkpoints:
-        state = checkpoints.restore_latest(init_state(model, optimizer, config.seed), config)
+        restored = checkpoints.restore_latest(abstract_state(model, optimizer), config)
+        state = restored or init_state(model, optimizer, config.seed)
         start = int(state.step)
-        feed = batches(dataset, batch_size=config.batch_size, seed=config.seed, start_step=start)
+        feed = batches(
+            dataset,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start,
+            rows=place.rows,
+        )
         with Report(config, start) as report:
             for step in range(start + 1, config.steps + 1):
-                state, metrics = train_step(state, _place(model, next(feed)))
+                state, metrics = train_step(state, place(next(feed)))
                 report.step(step, metrics)
                 last = step == config.steps
                 if evaluate and (last or step % config.eval_every == 0):
@@ -72,19 +87,47 @@ def _open_split(config: TrainConfig, split: str) -> TokenDataset:
     return dataset
 
 
-def _place(model: Neo, batch: HostBatch) -> Batch:
-    """Puts a batch onto the devices, its rows split as the rules say."""
-    tokens, weights = batch["tokens"], batch["weights"]
-    if model.sharding is None:
-        return Batch(jnp.asarray(tokens), jnp.asarray(weights))
-    rows = model.sharding.named((axes.BATCH, None), tokens.shape, "batch")
-    return Batch(
-        jax.make_array_from_process_local_data(rows, tokens),
-        jax.make_array_from_process_local_data(rows, weights),
-    )
+class Placement:
+    """Which rows of a batch the devices of this process hold, and their way there.
+
+    That is for the mesh to say: it may give processes the same rows, or rows that lie apart.
+    """
+
+    def __init__(self, model: Neo, batch_size: int):
+        """Splits the rows of batches of this size as the rules of the model say.
+
+        Raises:
+          NeoError: the rows do not divide over the devices.
+        """
+        self._batch_size = batch_size
+        self._sharding = None
+        self.rows = list(range(batch_size))
+        if model.sharding:
+            shape = batch_size, 1
+            self._sharding = model.sharding.named((axes.BATCH, None), shape, "batch")
+            held: Any = self._sharding.addressable_devices_indices_map(shape).values()
+            self.rows = sorted({row for index in held for row in self.rows[index[0]]})
+
+    def __call__(self, batch: HostBatch) -> Batch:
+        """Puts a batch of the rows of this process onto the devices; returns the global batch."""
+        return Batch(self._put(batch["tokens"]), self._put(batch["weights"]))
+
+    def _put(self, local: np.ndarray) -> Array:
+        if self._sharding is None:
+            return jnp.asarray(local)
+
+        def piece(index: Any) -> np.ndarray:
+            first, stop, _ = index[0].indices(self._batch_size)
+            start = bisect.bisect_left(self.rows, first)
+            return local[start : start + stop - first]
+
+        shape = self._batch_size, local.shape[1]
+        return jax.make_array_from_callback(shape, self._sharding, piece)
 
 
-def _make_evaluation(config: TrainConfig, model: Neo) -> Callable[[TrainState], Evaluation] | None:
+def _make_evaluation(
+    config: TrainConfig, model: Neo, place: Placement
+) -> Callable[[TrainState], Evaluation] | None:
     """Returns a function that evaluates the held-out split; None where there is no need of it."""
     if not config.eval_every or "held_out" not in split_names(config.data):
         return None
@@ -93,8 +136,8 @@ def _make_evaluation(config: TrainConfig, model: Neo) -> Callable[[TrainState], 
 
     def evaluate(state: TrainState) -> Evaluation:
         total = weight = 0.0
-        for batch in evaluation_batches(dataset, config.batch_size):
-            loss, count = loss_fn(state.params, _place(model, batch))
+        for batch in evaluation_batches(dataset, config.batch_size, place.rows):
+            loss, count = loss_fn(state.params, place(batch))
             total, weight = total + float(loss), weight + float(count)
         return Evaluation(total / weight, total / math.log(2) / dataset.num_bytes)
 

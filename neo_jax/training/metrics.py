@@ -49,13 +49,13 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def peak_flops(dtype: str) -> float:
-    """Returns the FLOP/s that all devices together can reach; NaN where it is not known.
+    """Returns the FLOP/s that all devices of all hosts can reach; NaN where it is not known.
 
     A CPU's is measured: the rate of a matrix product, which takes some tenths of a second.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return _measured_flops(jnp.dtype(dtype))
+        return _measured_flops(jnp.dtype(dtype)) * jax.process_count()
     return PEAK_FLOPS.get(device.device_kind, math.nan) * jax.device_count()
 
 

@@ -1,7 +1,12 @@
-"""What a user sees of a run: a progress bar on stderr, lines in metrics.jsonl."""
+"""What a user sees of a run: a progress bar on stderr, lines in metrics.jsonl.
 
+Of several processes the first shows and writes them; the others go through the same steps.
+"""
+
+import os
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -14,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from neo_jax.distributed import is_leader
 from neo_jax.paths import make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
@@ -33,7 +39,8 @@ class Report:
     def __init__(self, config: TrainConfig, start_step: int):
         """Opens metrics.jsonl in the run's folder, to go on after `start_step`."""
         self._config = config
-        self._file = MetricsFile(make_path(config.output) / "metrics.jsonl", start_step)
+        path = make_path(config.output) / "metrics.jsonl" if is_leader() else Path(os.devnull)
+        self._file = MetricsFile(path, start_step)
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._peak = peak_flops(config.dtype)
         self._pending: tuple[int, Metrics] | None = None
@@ -48,10 +55,10 @@ class Report:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal and is_leader()),
         )
         self._task = self._progress.add_task("", total=config.steps, completed=start_step, text="")
-        self._quiet = not console.is_terminal
+        self._print_lines = not console.is_terminal and is_leader()
 
     def __enter__(self) -> "Report":
         self._logged_time = time.perf_counter()
@@ -101,7 +108,7 @@ class Report:
         self._file.write(step, **values, tokens_per_second=speed, mfu=utilisation)
         text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s  MFU {utilisation:.1%}"
         self._progress.update(self._task, text=text)
-        if self._quiet:
+        if self._print_lines:
             self._say(f"step {step}/{self._config.steps}: {text}")
 
     def sync(self) -> None:
@@ -110,7 +117,7 @@ class Report:
         self._file.sync()
 
     def _say(self, line: str) -> None:
-        if self._quiet:
+        if self._print_lines:
             print(line, file=sys.stderr, flush=True)
-        else:
+        elif is_leader():
             self._progress.console.print(line)

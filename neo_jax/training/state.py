@@ -38,7 +38,8 @@ def abstract_state(model: Neo, optimizer: optax.GradientTransformation) -> Train
     shapes = jax.eval_shape(functools.partial(_init, model, optimizer), jax.random.key(0))
     shardings = state_shardings(model, optimizer, shapes)
     if shardings is None:
-        return shapes
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

@@ -3,6 +3,12 @@ import pytest
 from neo_jax.cli import main
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """JAX has its devices by now, too late to join other processes: there are none."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+
+
 @pytest.fixture
 def run(capsys):
     """Runs a command line in this process; returns its status and what it printed."""

@@ -128,18 +128,69 @@ def test_a_run_resumes_at_any_step(dataset, batch_size, seed, step):
         assert batch["weights"].dtype == np.float32
 
 
-@few
-@given(datasets, st.integers(1, 3), st.integers(1, 4), st.integers(0, 5))
-def test_processes_share_the_batch(dataset, rows, count, step):
-    arguments = {"batch_size": rows * count, "seed": 3, "start_step": step}
-    alone = take(dataset, 2, **arguments)
-    shares = [
-        take(dataset, 2, **arguments, process_index=index, process_count=count)
-        for index in range(count)
+@st.composite
+def shares(draw):
+    """A batch size, and which rows each of some processes reads: every row at least once."""
+    batch_size = draw(st.integers(1, 8))
+    owners = st.lists(st.integers(0, 3), min_size=batch_size, max_size=batch_size)
+    owned = draw(owners)
+    both = draw(st.lists(st.integers(0, batch_size - 1), max_size=2))  # where a mesh replicates
+    rows = [
+        sorted({row for row, owner in enumerate(owned) if owner == process} | set(both))
+        for process in range(4)
     ]
+    return batch_size, [share for share in rows if share]
+
+
+def put_together(batch_size, rows, parts, name):
+    """The global batch out of its parts, that agree where they overlap."""
+    whole = {}
+    for share, part in zip(rows, parts, strict=True):
+        assert len(part[name]) == len(share)
+        for row, values in zip(share, part[name], strict=True):
+            np.testing.assert_array_equal(whole.setdefault(row, values), values)
+    return np.stack([whole[row] for row in range(batch_size)])
+
+
+@few
+@given(datasets, shares(), st.integers(0, 5))
+def test_processes_share_the_batch(dataset, shares, step):
+    batch_size, rows = shares
+    arguments = {"batch_size": batch_size, "seed": 3, "start_step": step}
+    alone = take(dataset, 2, **arguments)
+    parts = [take(dataset, 2, **arguments, rows=share) for share in rows]
     for i, batch in enumerate(alone):
-        together = np.concatenate([share[i]["tokens"] for share in shares])
+        together = put_together(batch_size, rows, [part[i] for part in parts], "tokens")
         np.testing.assert_array_equal(batch["tokens"], together)
+
+
+@few
+@given(datasets, shares())
+def test_processes_read_every_sequence_of_an_epoch_once(dataset, shares):
+    batch_size, rows = shares
+    steps = num_batches_per_epoch(dataset, batch_size)
+    parts = [take(dataset, steps, batch_size=batch_size, seed=5, rows=share) for share in rows]
+    order = []
+    for batch in zip(*parts, strict=True):
+        whole = put_together(batch_size, rows, batch, "tokens")
+        order += (whole[:, 0] // dataset.length).tolist()
+    assert sorted(order[: len(dataset)]) == list(range(len(dataset)))
+
+
+def test_a_process_reads_its_rows_and_no_others():
+    read = set()
+
+    class Watched(TokenDataset):
+        def __getitem__(self, index):
+            read.add(int(index))
+            return super().__getitem__(index)
+
+    dataset = memory_dataset(8 * 10 * 50 + 1, 10)
+    whole = take(dataset, 50, batch_size=8, seed=1)
+    mine = take(Watched(**vars(dataset)), 3, batch_size=8, seed=1, rows=[1, 6])
+    for batch, part in zip(whole, mine, strict=False):
+        np.testing.assert_array_equal(batch["tokens"][[1, 6]], part["tokens"])
+    assert read <= {row // 10 for batch in whole for row in batch["tokens"][[1, 6], 0].tolist()}
 
 
 @few
@@ -177,21 +228,21 @@ def test_a_step_far_away_costs_nothing():
     assert take(dataset, 1, batch_size=4, seed=0, start_step=10**6)[0]["tokens"].shape == (4, 11)
 
 
-@given(datasets, st.integers(1, 4), st.integers(1, 3))
-def test_evaluation_covers_the_split(dataset, rows, count):
-    size = rows * count
-    shares = [
-        list(evaluation_batches(dataset, size, process_index=index, process_count=count))
-        for index in range(count)
-    ]
+@given(datasets, shares())
+def test_evaluation_covers_the_split(dataset, shares):
+    size, rows = shares
+    parts = [list(evaluation_batches(dataset, size, share)) for share in rows]
+    alone = list(evaluation_batches(dataset, size))
     targets = []
-    for parts in zip(*shares, strict=True):
+    for batch, *parts_of_batch in zip(alone, *parts, strict=True):
         tokens, weights = (
-            np.concatenate([part[name] for part in parts]) for name in ("tokens", "weights")
+            put_together(size, rows, parts_of_batch, name) for name in ("tokens", "weights")
         )
         assert tokens.shape == (size, dataset.length + 1)
         assert weights.shape == (size, dataset.length)
         assert (tokens.dtype, weights.dtype) == (np.int32, np.float32)
+        np.testing.assert_array_equal(tokens, batch["tokens"])
+        np.testing.assert_array_equal(weights, batch["weights"])
         targets += tokens[:, 1:][weights == 1].tolist()
         assert not tokens[:, 1:][weights == 0].any()
     assert targets == list(range(1, dataset.num_tokens))
@@ -200,9 +251,7 @@ def test_evaluation_covers_the_split(dataset, rows, count):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 5, "process_count": 2}, "choose a multiple of 2"),
-        ({"batch_size": 0}, "a batch of 0"),
-        ({"process_index": 2, "process_count": 2}, "process 2 is not one of 2"),
+        ({"batch_size": 0}, "a batch of 0 holds nothing; give it at least one"),
         ({"seed": -1}, "not -1"),
         ({"seed": 2**32}, "the seed is a whole number"),
         ({"start_step": -1}, "count steps from 0"),

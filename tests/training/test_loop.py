@@ -117,6 +117,21 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(config, finished, m
     assert metrics(killed) == metrics(config)
 
 
+def test_a_run_that_goes_on_draws_no_weights(config, monkeypatch):
+    """They would lie beside those of the checkpoint."""
+    train(dataclasses.replace(config, steps=3))
+    drawn = []
+
+    def watched(*args):
+        state = init_state(*args)
+        drawn.append(not isinstance(state.step, jax.core.Tracer))
+        return state
+
+    monkeypatch.setattr(loop, "init_state", watched)
+    assert int(train(dataclasses.replace(config, mesh="fsdp=8")).step) == 6
+    assert drawn == [False]
+
+
 def test_only_the_newest_checkpoints_are_kept(config):
     train(dataclasses.replace(config, save_every=2, keep=2))
     kept = {path.name for path in (Path(config.output) / "checkpoints").iterdir()}
@@ -181,9 +196,10 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
     kernel = state.opt_state[1][0].mu["h_0"]["mlp"]["c_fc"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16, 64)
     batch = next(batches(TokenDataset.open(config.data, length=32), batch_size=8, seed=0))
+    place = loop.Placement(model, 8)
     for compiles in (True, False, False):
         with compilations() as counted:
-            state, _ = step(state, loop._place(model, batch))
+            state, _ = step(state, place(batch))
         assert bool(counted) == compiles
         same = jax.tree.map(
             lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim),

@@ -1,0 +1,146 @@
+"""A run of several processes on the command line: its options, its streams and its end.
+
+When a process dies, JAX's runtime ends the others by abort(), each with a dozen lines of its own,
+whatever Python does at that time. A user is to read one line: so what the libraries below Python
+print goes to a file, and abort() is caught and explained.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from neo_jax.cli import EXPECTED, UsageError, explain
+from neo_jax.distributed import HEARTBEAT_TIMEOUT, START_TIMEOUT, is_leader, join
+from neo_jax.errors import NeoError
+
+_FATAL = b"the JAX distributed service detected fatal errors"
+
+_PyOS_setsig = ctypes.pythonapi.PyOS_setsig
+_PyOS_setsig.restype = ctypes.c_void_p
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_handlers: list[Any] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOptions:
+    """Where a mesh spans several processes; each of them runs the same command."""
+
+    coordinator: str = "auto"  # HOST:PORT of process 0; auto: as the cluster says; mpi4py; none
+    num_processes: int = 0  # of the run, with HOST:PORT
+    process_id: int = -1  # of this process, from 0, with HOST:PORT
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT  # seconds until all end after one of them died
+    start_timeout: int = START_TIMEOUT  # seconds in which all must come
+
+    @contextlib.contextmanager
+    def joined(self, on_mesh: bool) -> Iterator[None]:
+        """Joins the other processes of the run, if there are any, and leaves together with them.
+
+        Without a mesh a process is on its own. Where there are others, an error ends the process
+        here: the usual way out would wait for them.
+
+        Raises:
+          NeoError: see `neo_jax.distributed.join`; or a coordinator without a mesh.
+        """
+        if not on_mesh:
+            if self.coordinator not in ("auto", "none"):
+                raise UsageError("several processes need a mesh; add for example --mesh fsdp=-1.")
+            yield
+            return
+        log, restore = _divert()
+        several = False
+        try:
+            _on_abort(
+                log,
+                f"not all processes of this run came within {self.start_timeout} s, or process 0 "
+                "cannot be reached; start the same command for each of them, or give "
+                "--coordinator none to run alone.",
+            )
+            several = join(**dataclasses.asdict(self))
+        finally:
+            if not several:
+                restore()
+        if not several:
+            yield
+            return
+        _on_abort(
+            log,
+            f"another process of this run died or cannot be reached (JAX's words: {log}); start "
+            "all of them again: training goes on from its newest checkpoint.",
+        )
+        with self._ending(log):
+            yield
+
+    @contextlib.contextmanager
+    def _ending(self, log: Path) -> Iterator[None]:
+        """Lets process 0 alone print results; ends this process where an error leaves the run."""
+        if not is_leader():
+            sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        try:
+            yield
+            sys.stdout.flush()
+            jax.distributed.shutdown()  # waits for the others
+            log.unlink()
+        except EXPECTED as error:
+            log.unlink()
+            os._exit(explain(error))
+        except BaseException as error:
+            try:
+                # It may be how the death of another process shows first: then JAX will say so.
+                time.sleep(self.heartbeat_timeout)
+            finally:
+                traceback.print_exception(error)
+                os._exit(1)
+
+
+def _divert() -> tuple[Path, Callable[[], None]]:
+    """Sends what is not Python's own to a file, such as what gloo has to say on stdout.
+
+    Returns:
+      The file, and a function that takes everything back.
+    """
+    before = sys.stdout, sys.stderr
+    fd, name = tempfile.mkstemp(prefix="neo_jax-", suffix=".log")
+    copies = os.dup(1), os.dup(2)
+    for stream in before:
+        stream.flush()
+    sys.stdout, sys.stderr = (os.fdopen(copy, "w", 1, encoding="utf-8") for copy in copies)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+
+    def restore() -> None:
+        signal.signal(signal.SIGABRT, signal.getsignal(signal.SIGABRT))
+        os.dup2(copies[0], 1)
+        os.dup2(copies[1], 2)
+        sys.stdout.close()
+        sys.stderr.close()
+        sys.stdout, sys.stderr = before
+        os.close(fd)
+        os.unlink(name)
+
+    return Path(name), restore
+
+
+def _on_abort(log: Path, line: str) -> None:
+    """Turns JAX's abort() into one line and exit status 1; any other goes on, its reason shown."""
+
+    @_Handler
+    def explained(_: int) -> None:
+        words = log.read_bytes()
+        if _FATAL in words:
+            explain(NeoError(line))
+            os._exit(1)
+        os.write(sys.stderr.fileno(), words)
+
+    _handlers.append(explained)  # C holds no reference
+    _PyOS_setsig(signal.SIGABRT, explained)
