@@ -120,16 +120,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(config, finished, m
 def test_a_run_that_goes_on_draws_no_weights(config, monkeypatch):
     """They would lie beside those of the checkpoint."""
     train(dataclasses.replace(config, steps=3))
-    drawn = []
-
-    def watched(*args):
-        state = init_state(*args)
-        drawn.append(not isinstance(state.step, jax.core.Tracer))
-        return state
-
-    monkeypatch.setattr(loop, "init_state", watched)
+    monkeypatch.setattr(loop, "init_state", None)
     assert int(train(dataclasses.replace(config, mesh="fsdp=8")).step) == 6
-    assert drawn == [False]
 
 
 def test_only_the_newest_checkpoints_are_kept(config):
