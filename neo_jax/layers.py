@@ -10,12 +10,17 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from neo_jax.axes import EMBED, Array, Float, Int
 from neo_jax.sharding import Sharding, gather
+
+PRODUCT = "product"
+"""What `jax.checkpoint` policies call the results of `einsum`."""
 
 
 def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
@@ -46,6 +51,7 @@ def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
     transposed = weight_axes == kept + summed
     matrix = weight.reshape((-1, num_summed) if transposed else (num_summed, -1))
     y = _matmul(transposed, x.reshape((*x.shape[: len(rows)], num_summed)), matrix, dtype)
+    y = checkpoint_name(y, PRODUCT)
     sizes = dict(zip(weight_axes, weight.shape, strict=True))
     return y.reshape((*x.shape[: len(rows)], *(sizes[axis] for axis in kept)))
 
@@ -68,14 +74,14 @@ def _product(equation: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
 
 def _matmul_forward(
     transposed: bool, x: Array, matrix: Array, dtype: DTypeLike
-) -> tuple[Array, tuple[Array, Array, Array]]:
+) -> tuple[Array, tuple[Array, Array, Array | np.ndarray]]:
     # Keeping the operand as it was multiplied halves the memory of a bfloat16 step.
     saved = (x.astype(dtype), matrix, jnp.zeros((), x.dtype))
     return _matmul(transposed, x, matrix, dtype), saved
 
 
 def _matmul_backward(
-    transposed: bool, dtype: DTypeLike, saved: tuple[Array, Array, Array], grad: Array
+    transposed: bool, dtype: DTypeLike, saved: tuple[Array, Array, Array | np.ndarray], grad: Array
 ) -> tuple[Array, Array]:
     x, matrix, like_x = saved
     grad_x = _product("...o,oi->...i" if transposed else "...o,io->...i", grad, matrix, dtype)

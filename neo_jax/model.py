@@ -33,6 +33,9 @@ ACTIVATIONS = {
 }
 
 
+RESIDUAL_STREAM = "the residual stream"  # what errors call it
+
+
 class Output(NamedTuple):
     """What a forward pass gives."""
 
@@ -135,6 +138,7 @@ class Block(nn.Module):
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "auto"
     sharding: Sharding | None = None
+    dropout: float = 0.0
 
     def setup(self) -> None:
         """Declares the parts, named as in Hugging Face's checkpoints."""
@@ -143,14 +147,16 @@ class Block(nn.Module):
         self.attn = Attention(config, self.window, self.dtype, self.kernel, sharding)
         self.ln_2 = LayerNorm(config.norm_epsilon, sharding)
         self.mlp = MLP(config, self.dtype, sharding)
+        self.drop = nn.Dropout(self.dropout)
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Returns the residual stream and what the layer attended to."""
         attended, cache = self.attn(self.ln_1(x), positions, cache)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), cache
+        keep_all = not self.has_rng("dropout")
+        x = x + self.drop(attended, deterministic=keep_all)
+        return x + self.drop(self.mlp(self.ln_2(x)), deterministic=keep_all), cache
 
 
 class Neo(nn.Module):
@@ -162,12 +168,15 @@ class Neo(nn.Module):
         logits are float32 whatever it is.
       kernel: which attention implementation.
       sharding: how activations lie on a mesh; None on one device.
+      dropout: the share of the embedding's and of each branch's outputs that is dropped wherever
+        `apply` is given a "dropout" key; without one nothing is.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "auto"
     sharding: Sharding | None = None
+    dropout: float = 0.0
 
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
@@ -183,11 +192,9 @@ class Neo(nn.Module):
         self.wpe = Embed(
             config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), dtype, sharding
         )
-        self.h = [
-            Block(config, config.window(i), dtype, self.kernel, sharding)
-            for i in range(config.num_layers)
-        ]
+        self.h = [make_block(self, i) for i in range(config.num_layers)]
         self.ln_f = LayerNorm(config.norm_epsilon, sharding)
+        self.drop = nn.Dropout(self.dropout)
 
     def __call__(
         self,
@@ -229,21 +236,38 @@ class Neo(nn.Module):
         exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(exists[None, None], logits, jnp.finfo(jnp.float32).min)
 
-    def _hidden_states(
-        self, tokens: Array, positions: Array | None, cache: Cache | None
-    ) -> tuple[tuple[Array, ...], Cache]:
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+        """Returns what the first block reads, and the positions."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.wte(tokens) + self.wpe(positions)
+        return self.drop(x, deterministic=not self.has_rng("dropout")), positions
+
+    def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the final LayerNorm of what the last block gave."""
+        return self.ln_f(x)
+
+    def _hidden_states(
+        self, tokens: Array, positions: Array | None, cache: Cache | None
+    ) -> tuple[tuple[Array, ...], Cache]:
+        x, positions = self.embed(tokens, positions)
         # Tokens that are appended to a cache are too few to be split.
         length = axes.LENGTH if cache is None else None
         hidden_states, caches = [], []
         for i, block in enumerate(self.h):
-            x = constrain(self.sharding, x, (axes.BATCH, length, None), "the residual stream")
+            x = constrain(self.sharding, x, (axes.BATCH, length, None), RESIDUAL_STREAM)
             hidden_states.append(x)
             x, layer_cache = block(x, positions, cache[i] if cache else None)
             caches.append(layer_cache)
         return (*hidden_states, self.ln_f(x)), tuple(caches)
+
+
+def make_block(model: Neo, layer: int) -> Block:
+    """Returns the module of a layer, without its parameters."""
+    window = model.config.window(layer)
+    return Block(model.config, window, model.dtype, model.kernel, model.sharding, model.dropout)
 
 
 def _zeros_beyond(rows: int, init: Initializer) -> Initializer:

@@ -15,10 +15,11 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.sharding import STRATEGIES, make_sharding, tree_shardings
-from neo_jax.training.config import OptimizerConfig
-from neo_jax.training.loss import Batch, mean_loss
-from neo_jax.training.optimizer import make_optimizer, make_schedule
-from neo_jax.training.state import TrainState, abstract_state, make_step, state_shardings
+from neo_jax.stacked import stack
+from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.training.loss import Batch, batch_losses
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.state import abstract_state, make_step, state_of, state_shardings
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -32,6 +33,7 @@ CONFIG = ModelConfig(
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1)
 STEPS = 3
+RUN = TrainConfig("", "", STEPS, batch_size=8, model=CONFIG, optimizer=OPTIMIZER)
 AXES = logical_axes(Neo(CONFIG))
 
 NAMED = [
@@ -55,9 +57,8 @@ def train(params, sharding):
     """Returns the losses, the first gradients, and the state after three steps on three batches."""
     model = Neo(CONFIG, sharding=sharding)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
-    step = make_step(model, optimizer, make_schedule(OPTIMIZER, STEPS))
-    params = jax.tree.map(jnp.copy, params)  # a step consumes its state
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = make_step(model, optimizer, RUN)
+    state = state_of(stack(params, CONFIG), optimizer)
     if sharding:
         state = jax.device_put(state, state_shardings(model, optimizer, state))
     rng = np.random.default_rng(1)
@@ -68,8 +69,8 @@ def train(params, sharding):
     if sharding:
         rows = sharding.named(("batch", None), (8, 33), "batch")
         batches = jax.device_put(batches, rows)
-    value_and_grad = jax.jit(jax.value_and_grad(lambda p, b: mean_loss(model, p, b)))
-    _, grads = value_and_grad(state.params, batches[0])
+    gradient = jax.jit(jax.grad(lambda p, b: batch_losses(model, p, b).objective))
+    grads = gradient(state.params, batches[0])
     grads = flatten_dict(jax.device_get(grads))
     losses = []
     for batch in batches:
@@ -162,7 +163,7 @@ def trace_step(config, sharding, batch_size, length):
     """Returns the shapes of the state and the metrics after a training step that never runs."""
     model = Neo(config, sharding=sharding)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
-    step = make_step(model, optimizer, make_schedule(OPTIMIZER, STEPS))
+    step = make_step(model, optimizer, RUN)
     rows = sharding.named(("batch", None), (batch_size, length), "batch")
     batch = Batch(
         jax.ShapeDtypeStruct((batch_size, length + 1), jnp.int32, sharding=rows),

@@ -6,18 +6,21 @@ from typing import Literal
 from neo_jax.attention import Kernel
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
+from neo_jax.stacked import Remat
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay, the defaults as GPT-Neo was trained."""
+    """The optimizer and its schedule, the defaults as GPT-Neo was trained."""
 
-    learning_rate: float = 6e-4  # at the end of the warm-up
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    learning_rate: float = 6e-4  # at the end of the linear warm-up
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # what follows the warm-up
     warmup_steps: int = 3000
     final_fraction: float = 0.1  # of the learning rate, at the last step
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # not of Adafactor
+    beta2: float = 0.95  # not of Adafactor
+    epsilon: float = 1e-8  # of AdamW
     weight_decay: float = 0.0  # on kernels and embeddings, not on biases and LayerNorms
     clip_norm: float = 1.0  # of the whole gradient; 0 is off
 
@@ -36,6 +39,11 @@ class TrainConfig:
     seed: int = 0  # of the initial weights and of the order of the data
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights stay float32
     kernel: Kernel = "auto"  # attention
+    remat: Remat = "none"  # computed again in the backward pass, to save memory: products, full
+    accumulation: int = 1  # parts of a batch, computed one after another
+    dropout: float = 0.0  # of the embedding and of each branch's output
+    z_loss: float = 1e-4  # weight of log(sum(exp(logits)))^2; the reported loss is without it
+    max_skipped: int = 10  # steps in a row without finite gradients, after which a run stops
     mesh: str = ""  # as in "data=2,fsdp=-1"; empty is one device, unless the rules have a name
     rules: str = ""  # a strategy such as "fsdp+tensor", or as in "embed:fsdp,heads:model"
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -44,9 +52,18 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept, the newest ones
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+        for name in (
+            "steps", "batch_size", "accumulation", "max_skipped", "log_every", "save_every", "keep",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise NeoError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.batch_size % self.accumulation:
+            raise NeoError(
+                f"batch_size {self.batch_size} does not divide into accumulation "
+                f"{self.accumulation}; make it a multiple."
+            )
+        if not 0 <= self.dropout < 1:
+            raise NeoError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "

@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, evaluations, checkpoints."""
 
 import bisect
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,11 @@ from neo_jax.model import Neo
 from neo_jax.paths import make_path
 from neo_jax.pretrained import save_pretrained
 from neo_jax.sharding import make_sharding
+from neo_jax.stacked import unstack
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.loss import Batch, loss_sum
-from neo_jax.training.optimizer import make_optimizer, make_schedule
+from neo_jax.training.loss import Batch, batch_losses
+from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.report import Evaluation, Report
 from neo_jax.training.state import TrainState, abstract_state, init_state, make_step
 
@@ -45,9 +47,10 @@ def train(config: TrainConfig) -> TrainState:
     sharding = make_sharding(config.mesh, config.rules)
     if sharding is None and jax.process_count() > 1:
         raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
-    model = Neo(config.model, jnp.dtype(config.dtype), config.kernel, sharding)
+    dtype = jnp.dtype(config.dtype)
+    model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    train_step = make_step(model, optimizer, make_schedule(config.optimizer, config.steps))
+    train_step = make_step(model, optimizer, config)
     place = Placement(model, config.batch_size)
     evaluate = _make_evaluation(config, model, place)
     output = make_path(config.output)
@@ -73,7 +76,8 @@ def train(config: TrainConfig) -> TrainState:
                     report.sync()  # a run that goes on from here writes later lines only
                     checkpoints.save(state, config)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    save_pretrained(output / "model", config.model, state.params, tokenizer=tokenizer)
+    params = unstack(state.params, config.model)
+    save_pretrained(output / "model", config.model, params, tokenizer=tokenizer)
     return state
 
 
@@ -132,13 +136,13 @@ def _make_evaluation(
     if not config.eval_every or "held_out" not in split_names(config.data):
         return None
     dataset = _open_split(config, "held_out")
-    loss_fn = jax.jit(lambda params, batch: loss_sum(model, params, batch))
+    losses = jax.jit(functools.partial(batch_losses, model))
 
     def evaluate(state: TrainState) -> Evaluation:
         total = weight = 0.0
         for batch in evaluation_batches(dataset, config.batch_size, place.rows):
-            loss, count = loss_fn(state.params, place(batch))
-            total, weight = total + float(loss), weight + float(count)
+            cross_entropy, _, count = losses(state.params, place(batch))
+            total, weight = total + float(cross_entropy), weight + float(count)
         return Evaluation(total / weight, total / math.log(2) / dataset.num_bytes)
 
     return evaluate

@@ -1,12 +1,20 @@
-"""The objective: cross entropy of the next token."""
+"""The objective: cross entropy of the next token, a block of positions at a time.
 
-from typing import NamedTuple
+The logits of a batch would be by far the largest array of a step. A block's are formed, and turned
+into its part of the gradients at once, so the backward pass need not form them again.
+"""
 
+import functools
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
-import optax
 
-from neo_jax.axes import Array, Float, Int, Params
+from neo_jax.axes import BATCH, Array, Float, Int, Params
 from neo_jax.model import Neo
+from neo_jax.stacked import Remat, encode
+
+BLOCK_TOKENS = 1024  # of a device, whose logits exist at a time
 
 
 class Batch(NamedTuple):
@@ -16,16 +24,106 @@ class Batch(NamedTuple):
     weights: Float[Array, "B T"]  # how much each prediction counts: 1, or 0 for padding
 
 
-def loss_sum(model: Neo, params: Params, batch: Batch) -> tuple[Array, Array]:
-    """Returns the weighted sum of -log p(next token), in nats, and the sum of the weights."""
-    variables = {"params": params}
-    hidden, _ = model.apply(variables, batch.tokens[:, :-1], method=Neo.encode)
-    logits = model.apply(variables, hidden, method=Neo.unembed)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
-    return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
+class Losses(NamedTuple):
+    """Sums over the predictions of a batch."""
+
+    cross_entropy: Array  # -log p(next token), weighted, in nats
+    objective: Array  # the same and the z-loss: what is minimised
+    weight: Array  # of all predictions
 
 
-def mean_loss(model: Neo, params: Params, batch: Batch) -> Array:
-    """Returns the mean loss of a token, in nats."""
-    total, weight = loss_sum(model, params, batch)
-    return total / jnp.maximum(weight, 1)
+def batch_losses(
+    model: Neo,
+    params: Params,
+    batch: Batch,
+    *,
+    remat: Remat = "none",
+    z_loss: float = 0.0,
+    key: Array | None = None,
+) -> Losses:
+    """Returns the losses of a batch.
+
+    Args:
+      model: the model.
+      params: stacked.
+      batch: what to learn from.
+      remat: see `neo_jax.stacked.encode`.
+      z_loss: weight of log(sum(exp(logits)))^2, which keeps logits near 0 (Mesh-TensorFlow).
+      key: for dropout.
+    """
+    hidden = encode(model, params, batch.tokens[:, :-1], remat=remat, key=key)
+    shards = model.sharding.num_shards(BATCH) if model.sharding else 1
+    block = max(1, BLOCK_TOKENS * shards // hidden.shape[0])
+    head = _Head(model, block, z_loss)
+    objective, cross_entropy = _sums(
+        head, params["wte"], hidden, batch.tokens[:, 1:], batch.weights
+    )
+    return Losses(cross_entropy, objective, jnp.sum(batch.weights))
+
+
+class _Head(NamedTuple):
+    """From the last hidden states to losses."""
+
+    model: Neo
+    block: int  # positions whose logits exist at a time
+    z_loss: float
+
+    def losses(self, wte: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        """Returns the objective and the cross entropy of some positions, summed."""
+        logits = self.model.apply({"params": {"wte": wte}}, x, method=Neo.unembed)
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        cross_entropy = jnp.sum(weights * (log_sum - chosen))
+        return cross_entropy + self.z_loss * jnp.sum(weights * log_sum**2), cross_entropy
+
+    def blocks(self, *arrays: Array) -> tuple[Array, ...]:
+        """Cuts axis 1 of arrays into blocks, a new first axis; zeros fill the last."""
+        length = arrays[0].shape[1]
+        count = -(-length // self.block)
+        block = min(self.block, length)
+
+        def cut(x: Array) -> Array:
+            x = jnp.pad(x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape((x.shape[0], count, block, *x.shape[2:])), 1, 0)
+
+        return tuple(map(cut, arrays))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(
+    head: _Head, wte: Params, x: Array, targets: Array, weights: Array
+) -> tuple[Array, Array]:
+    """Returns the objective and the cross entropy; gradients are those of the objective."""
+
+    def add(sums: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, head.losses(wte, *block)), None
+
+    zeros = jnp.zeros(()), jnp.zeros(())
+    return jax.lax.scan(add, zeros, head.blocks(x, targets, weights))[0]
+
+
+def _sums_forward(
+    head: _Head, wte: Params, x: Array, targets: Array, weights: Array
+) -> tuple[tuple[Array, Array], tuple[Params, Array]]:
+    grad = jax.value_and_grad(head.losses, argnums=(0, 1), has_aux=True)
+
+    def add(carry: Any, block: tuple[Array, ...]) -> tuple[Any, Array]:
+        (objective, cross_entropy), (grad_wte, grad_x) = grad(wte, *block)
+        return jax.tree.map(jnp.add, carry, (objective, cross_entropy, grad_wte)), grad_x
+
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, wte))
+    (objective, cross_entropy, grad_wte), grads_x = jax.lax.scan(
+        add, zeros, head.blocks(x, targets, weights)
+    )
+    grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))[:, : x.shape[1]]
+    return (objective, cross_entropy), (grad_wte, grad_x)
+
+
+def _sums_backward(
+    head: _Head, grads: tuple[Params, Array], cotangents: tuple[Array, Array]
+) -> tuple[Params, Array, None, None]:
+    scaled = jax.tree.map(lambda grad: grad * cotangents[0], grads)
+    return (*scaled, None, None)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)

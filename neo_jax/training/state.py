@@ -9,17 +9,24 @@ import jax.numpy as jnp
 import optax
 
 from neo_jax.axes import Array, Params
-from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.model import Neo, init_params
 from neo_jax.sharding import tree_shardings
-from neo_jax.training.loss import Batch, mean_loss
+from neo_jax.stacked import stack, stacked_axes
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.loss import Batch, Losses, batch_losses
+from neo_jax.training.optimizer import make_schedule
 
 
 class TrainState(NamedTuple):
-    """Everything a run needs to go on from a step, the data's position included: it is the step."""
+    """Everything a run needs to go on from a step.
 
-    step: Array  # int32 scalar: steps done
-    params: Params  # float32
+    The data's position is in it, and so is all randomness: both are functions of seed and step.
+    """
+
+    step: Array  # int32 scalar: steps done, skipped ones included
+    params: Params  # stacked, float32
     opt_state: Any  # what optax keeps
+    skipped: Array  # int32 [2]: steps without finite gradients, in all and in a row to the last
 
 
 Metrics = dict[str, Array]
@@ -47,9 +54,14 @@ def abstract_state(model: Neo, optimizer: optax.GradientTransformation) -> Train
     )
 
 
+def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state of a run that starts from stacked parameters."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), jnp.zeros(2, jnp.int32))
+
+
 def _init(model: Neo, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    params = init_params(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return state_of(stack(init_params(model, key), model.config), optimizer)
 
 
 def state_shardings(
@@ -57,46 +69,94 @@ def state_shardings(
 ) -> TrainState | None:
     """Returns where each leaf of a state lives; None on one device.
 
-    An optimizer slot lies as its parameter does; counters are everywhere.
+    An optimizer slot of a parameter's shape lies as the parameter does; counters, and the vectors
+    that Adafactor keeps in the place of a matrix, are everywhere.
     """
     sharding = model.sharding
     if sharding is None:
         return None
-    params = tree_shardings(sharding, logical_axes(model), state.params)
+    params = tree_shardings(sharding, stacked_axes(model), state.params)
     replicated = sharding.named((), ())
     slots = optax.tree.map_params(
         optimizer,
-        lambda _, named: named,
+        lambda slot, param, place: place if slot.shape == param.shape else replicated,
         state.opt_state,
+        state.params,
         params,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, slots)  # type: ignore[arg-type]  # shardings in the place of arrays
+    return TrainState(replicated, params, slots, replicated)  # type: ignore[arg-type]  # not arrays
 
 
-def make_step(
-    model: Neo, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Step:
-    """Returns the jitted training step; it consumes the state that it is given.
+def make_step(model: Neo, optimizer: optax.GradientTransformation, config: TrainConfig) -> Step:
+    """Returns the jitted training step of a run; it consumes the state that it is given.
 
-    Metrics are scalars: loss (nats a token), gradient_norm (before clipping), learning_rate.
+    A step whose gradients are not finite changes nothing but the counters. Metrics are scalars:
+    loss (nats a token), gradient_norm (before clipping), learning_rate, skipped (steps so far) and
+    skipped_in_a_row.
     """
+    schedule = make_schedule(config.optimizer, config.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(lambda params: mean_loss(model, params, batch))(
-            state.params
-        )
+        losses, grads = _gradients(model, config, state, batch)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         metrics = {
-            "loss": loss,
-            "gradient_norm": optax.tree.norm(grads),
+            "loss": losses.cross_entropy / losses.weight,
+            "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step)),
+            "skipped": skipped[0],
+            "skipped_in_a_row": skipped[1],
         }
-        state = TrainState(state.step + 1, params, opt_state)
+        state = TrainState(state.step + 1, params, opt_state, skipped)
         shardings = state_shardings(model, optimizer, state)
         if shardings is not None:  # else the compiler may choose another place
             state = jax.lax.with_sharding_constraint(state, shardings)
         return state, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _gradients(
+    model: Neo, config: TrainConfig, state: TrainState, batch: Batch
+) -> tuple[Losses, Params]:
+    """Returns the losses of a batch and the gradients of its mean objective."""
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
+
+    def objective(params: Params, part: Batch, number: Array) -> tuple[Array, Losses]:
+        part_key = None if key is None else jax.random.fold_in(key, number)
+        losses = batch_losses(
+            model, params, part, remat=config.remat, z_loss=config.z_loss, key=part_key
+        )
+        return losses.objective, losses
+
+    gradient = jax.grad(objective, has_aux=True)
+    if config.accumulation == 1:
+        grads, losses = gradient(state.params, batch, jnp.int32(0))
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, Losses(*[jnp.zeros(())] * 3)))
+
+        def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
+
+        parts = (_parts(batch, config.accumulation), jnp.arange(config.accumulation))
+        (grads, losses), _ = jax.lax.scan(add, zeros, parts)
+    weight = jnp.maximum(losses.weight, 1)
+    return losses._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+    """Cuts a batch into parts, a new first axis; each part has some rows of every device."""
+
+    def cut(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape((-1, count, *x.shape[1:])), 1, 0)
+
+    return jax.tree.map(cut, batch)

@@ -1,4 +1,7 @@
-"""neo_jax/training/loss.py: the loss by transformers'."""
+"""neo_jax/training/loss.py: the loss by transformers', in blocks of any size."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +10,35 @@ import pytest
 import torch
 from transformers import GPTNeoForCausalLM
 
-from neo_jax.model import init_params
+from neo_jax.model import Neo, init_params
 from neo_jax.names import tensors
 from neo_jax.pretrained import save_pretrained
+from neo_jax.stacked import stack, unstack
 from neo_jax.training import loss
-from neo_jax.training.loss import Batch
+from neo_jax.training.loss import Batch, batch_losses
 
-loss_sum = jax.jit(loss.loss_sum, static_argnums=0)
-mean_loss = jax.jit(loss.mean_loss, static_argnums=0)
-gradients = jax.jit(jax.grad(loss.mean_loss, argnums=1), static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_sum(model, params, batch):
+    losses = batch_losses(model, stack(params, model.config), batch)
+    return losses.cross_entropy, losses.weight
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(model, params, batch):
+    total, weight = loss_sum(model, params, batch)
+    return total / jnp.maximum(weight, 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(model, params, batch):
+    """Gradients of the mean, by the canonical tree."""
+
+    def mean(stacked):
+        losses = batch_losses(model, stacked, batch)
+        return losses.objective / jnp.maximum(losses.weight, 1)
+
+    return unstack(jax.grad(mean)(stack(params, model.config)), model.config)
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +124,51 @@ def test_an_untrained_model_guesses(tiny, tokens):
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(1))
     guess = float(mean_loss(model, params, Batch(tokens, WEIGHTS["all"])))
     assert guess == pytest.approx(np.log(96), rel=0.02)
+
+
+def plain(model, params, batch, z_loss):
+    """The objective with all logits at once."""
+    logits = model.apply({"params": params}, batch.tokens[:, :-1]).logits
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(batch.weights * (log_sum - chosen + z_loss * log_sum**2))
+
+
+@pytest.mark.parametrize("block_tokens", [1, 3, 15, 39 * 3, 1024])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_blocks_of_any_size_and_the_z_loss(tiny, tokens, monkeypatch, block_tokens, z_loss):
+    """One token a block, blocks that do not divide the length, and all at once."""
+    model, params = tiny
+    monkeypatch.setattr(loss, "BLOCK_TOKENS", block_tokens)
+    batch = Batch(tokens, jnp.asarray(WEIGHTS["some"]))
+
+    def blocked(params):
+        losses = batch_losses(model, stack(params, model.config), batch, z_loss=z_loss)
+        return losses.objective, losses
+
+    (objective, losses), grads = jax.jit(jax.value_and_grad(blocked, has_aux=True))(params)
+    expected, expected_grads = jax.jit(
+        jax.value_and_grad(lambda params: plain(model, params, batch, z_loss))
+    )(params)
+    assert float(objective) == pytest.approx(float(expected), rel=1e-6)
+    without = float(plain(model, params, batch, 0.0))
+    assert float(losses.cross_entropy) == pytest.approx(without, rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_all_logits_never_exist(tiny):
+    """The memory of a step does not grow with length times vocabulary."""
+    model, _ = tiny
+    config = dataclasses.replace(
+        model.config, num_layers=2, vocab_size=50_000, max_length=4096, window_size=64
+    )
+    model = Neo(config)
+    params = jax.eval_shape(lambda key: stack(init_params(model, key), config), jax.random.key(0))
+    batch = Batch(
+        jax.ShapeDtypeStruct((1, 4097), jnp.int32), jax.ShapeDtypeStruct((1, 4096), jnp.float32)
+    )
+    gradient = jax.grad(lambda params, batch: batch_losses(model, params, batch).objective)
+    text = jax.jit(gradient).lower(params, batch).compile().as_text()
+    assert "[1,1024,50048]" in text  # a block's
+    assert "4096,50048]" not in text

@@ -1,5 +1,6 @@
 """neo_jax/training/optimizer.py: the schedule by its formula, AdamW by torch's."""
 
+import dataclasses
 import math
 
 import jax
@@ -45,6 +46,38 @@ def test_the_corners_of_the_schedule():
     schedule = make_schedule(CONFIG, STEPS)
     corners = [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
     assert corners == pytest.approx([0, 1.5e-2, 3e-2, 1.8e-2, 6e-3], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("linear", [0, 3e-2, 1.8e-2, 6e-3]), ("constant", [0, 3e-2, 3e-2, 3e-2])]
+)
+def test_other_schedules(name, values):
+    schedule = make_schedule(dataclasses.replace(CONFIG, schedule=name), STEPS)
+    assert [float(schedule(step)) for step in (0, 10, 55, 100)] == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion"])
+def test_other_optimizers_minimise_and_decay(name):
+    """A quadratic; and with a gradient of zero, only what decays becomes smaller, by lr x decay."""
+    config = dataclasses.replace(CONFIG, name=name, warmup_steps=0, weight_decay=0.0)
+    target = {"a": {"kernel": jnp.full((130, 140), 0.5)}, "b": {"bias": jnp.full(3, -0.5)}}
+    params = jax.tree.map(jnp.zeros_like, target)
+    optimizer = make_optimizer(config, STEPS)
+    state = optimizer.init(params)
+    for _ in range(STEPS):
+        grads = jax.tree.map(jnp.subtract, params, target)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for ours, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
+        assert float(jnp.abs(ours - wanted).max()) < 0.05
+    config = dataclasses.replace(config, weight_decay=0.3)
+    optimizer = make_optimizer(config, STEPS)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(
+        updates["a"]["kernel"], -0.3 * 3e-2 * params["a"]["kernel"], rtol=1e-5
+    )
+    assert not updates["b"]["bias"].any()
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (0, 1), (3000, 10), (3000, 1), (9, 10)])
