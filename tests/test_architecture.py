@@ -22,6 +22,7 @@ LAYERS = [
     ["attention"],
     ["cache"],
     ["model"],
+    ["stacked"],
     ["decode", "training"],
     ["evaluation"],
     ["language_model"],

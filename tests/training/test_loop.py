@@ -20,7 +20,7 @@ from neo_jax.model import Neo
 from neo_jax.sharding import make_sharding
 from neo_jax.training import loop
 from neo_jax.training.loop import train
-from neo_jax.training.optimizer import make_optimizer, make_schedule
+from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import init_state, make_step
 
 
@@ -182,11 +182,11 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
     """Else what is split would not stay split, and the next step would compile anew."""
     model = Neo(config.model, jnp.float32, sharding=make_sharding("data=2,fsdp=2,model=2"))
     optimizer = make_optimizer(config.optimizer, 10)
-    step = make_step(model, optimizer, make_schedule(config.optimizer, 10))
+    step = make_step(model, optimizer, config)
     state = init_state(model, optimizer, 0)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
-    kernel = state.opt_state[1][0].mu["h_0"]["mlp"]["c_fc"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (16, 64)
+    kernel = state.opt_state[1][0].mu["unit_0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (1, 16, 64)
     batch = next(batches(TokenDataset.open(config.data, length=32), batch_size=8, seed=0))
     place = loop.Placement(model, 8)
     for compiles in (True, False, False):

@@ -1,0 +1,128 @@
+"""neo_jax/training/state.py: one step, its parts, and gradients that are not finite."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neo_jax.config import ModelConfig
+from neo_jax.model import Neo, init_params
+from neo_jax.sharding import make_sharding
+from neo_jax.stacked import stack
+from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.training.loss import Batch
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.state import init_state, make_step, state_of, state_shardings
+
+CONFIG = TrainConfig(
+    data="",
+    output="",
+    steps=10,
+    batch_size=8,
+    model=ModelConfig(
+        num_layers=2, embed_dim=32, num_heads=2, vocab_size=96, max_length=32, window_size=8
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1),
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    draw = jax.jit(lambda key: init_params(Neo(CONFIG.model), key))
+    return stack(draw(jax.random.key(0)), CONFIG.model)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 2, (8, 32)).astype(np.float32)
+    return Batch(jnp.asarray(rng.integers(0, 96, (8, 33), np.int32)), jnp.asarray(weights))
+
+
+def one_step(config, params, batch, sharding=None):
+    model = Neo(config.model, sharding=sharding, dropout=config.dropout)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = state_of(jax.tree.map(jnp.copy, params), optimizer)
+    if sharding:
+        state = jax.device_put(state, state_shardings(model, optimizer, state))
+        batch = jax.device_put(batch, sharding.named(("batch", None), (8, 33), "batch"))
+    return make_step(model, optimizer, config)(state, batch)
+
+
+@pytest.mark.parametrize("mesh", ["", "data=2,fsdp=2,model=2"])
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_parts_of_a_batch_add_up_to_it(params, batch, accumulation, mesh):
+    """Predictions count by their weight, whichever part they are in."""
+    if mesh and accumulation == 4:
+        pytest.skip("eight rows in four parts do not divide over four devices")
+    whole, expected = one_step(CONFIG, params, batch)
+    config = dataclasses.replace(CONFIG, accumulation=accumulation)
+    parts, found = one_step(config, params, batch, make_sharding(mesh))
+    assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
+    norms = float(found["gradient_norm"]), float(expected["gradient_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for ours, theirs in zip(
+        jax.tree.leaves(parts.opt_state), jax.tree.leaves(whole.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batch):
+    model = Neo(CONFIG.model)
+    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    step = make_step(model, optimizer, CONFIG)
+    broken = batch._replace(weights=batch.weights.at[3, 4].set(jnp.nan))
+    state = state_of(jax.tree.map(jnp.copy, params), optimizer)
+    counts = []
+    for part in (batch, broken, broken, batch, broken):
+        before = jax.tree.map(np.array, (state.params, state.opt_state))
+        state, metrics = step(state, part)
+        counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+        same = jax.tree.map(np.array_equal, before, (state.params, state.opt_state))
+        assert all(jax.tree.leaves(same)) == (part is broken)
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    assert int(state.step) == 5
+
+
+def test_dropout_depends_on_seed_and_step_alone(params, batch):
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    losses = {
+        name: float(one_step(changed, params, batch)[1]["loss"])
+        for name, changed in {
+            "none": CONFIG,
+            "some": config,
+            "again": config,
+            "other seed": dataclasses.replace(config, seed=1),
+        }.items()
+    }
+    assert losses["some"] == losses["again"]
+    assert len(set(losses.values())) == 3
+    on_mesh = one_step(config, params, batch, make_sharding("data=2,fsdp=2,model=2"))
+    assert float(on_mesh[1]["loss"]) == pytest.approx(losses["some"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion"])
+def test_other_optimizers_on_a_mesh(name, batch):
+    """Adafactor's vectors are everywhere; all else lies as its parameter does."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, embed_dim=128, head_dim=64, mlp_dim=256),
+        optimizer=dataclasses.replace(CONFIG.optimizer, name=name),
+    )
+    results = []
+    for sharding in (None, make_sharding("data=2,fsdp=2,model=2")):
+        model = Neo(config.model, sharding=sharding)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        state = init_state(model, optimizer, 0)
+        results.append(one_step(config, state.params, batch, sharding)[0])
+    if name == "adafactor":
+        shapes = {leaf.shape for leaf in jax.tree.leaves(results[0].opt_state)}
+        assert (1, 128) in shapes  # the rows and columns of a matrix, for each unit
+    for ours, theirs in zip(
+        jax.tree.leaves(results[1].params), jax.tree.leaves(results[0].params), strict=True
+    ):
+        scale = np.linalg.norm(theirs)
+        assert np.linalg.norm(np.asarray(ours) - np.asarray(theirs)) <= 1e-4 * scale
