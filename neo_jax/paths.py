@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from neo_jax.errors import NeoError, reason
 
-_SCHEME = re.compile(r"\w[\w+.-]+://")
+_SCHEME = re.compile(r"\w[\w+.-]+:/")  # one slash: what pathlib makes of two
 _BLOCK_BYTES = 1 << 20
 
 

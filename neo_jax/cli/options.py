@@ -87,7 +87,8 @@ def check_output(path: str) -> None:
     elif path and (new or os.path.isfile(path) or os.path.isdir(path)):  # no pipe, no device
         _open(path, "a").close()
         if new:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+                os.unlink(path)
 
 
 @contextlib.contextmanager
