@@ -85,8 +85,9 @@ def test_from_text_to_a_trained_model(
 def test_statistics_for_people(succeed, source, tmp_path):
     args = ["prepare", source, "--output", tmp_path / "data", "--train-tokenizer", 320]
     out = succeed(*args)
-    assert out.startswith("train  36 documents, ")
-    assert out.endswith(" tokens a byte\n")
+    assert out.startswith("train\n  documents          36\n")
+    assert " a byte\n  tokens a document  median " in out
+    assert out.endswith(" ████████████████████████████████████████ 26\n")
     assert (tmp_path / "data" / "tokenizer.model").is_file()
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neo_jax.data import prepare as prepare_module
+from neo_jax.data import tokenizing
 from neo_jax.data.prepare import prepare
-from neo_jax.data.sources import documents
+from neo_jax.data.sources import find_sources
 from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.data.tokenizer_training import train_sentencepiece
 from neo_jax.errors import NeoError
@@ -46,6 +46,12 @@ class Bytes:
 
 def json_lines(texts):
     return "".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts).encode()
+
+
+def documents(paths, text_field="text"):
+    """Yields the documents of every source."""
+    for source in find_sources(paths, text_field):
+        yield from source.documents()
 
 
 def refused(paths):
@@ -166,6 +172,12 @@ def test_a_data_set_holds_its_documents(tmp_path):
                 "bytes": num_bytes,
                 "tokens": num_tokens,
                 "tokens_per_byte": round(num_tokens / num_bytes, 6),
+                "lengths": {
+                    "median": 19,
+                    "mean": 42.5,
+                    "longest": 69,
+                    "histogram": [0, 0, 0, 0, 2, 0, 2],
+                },
             }
         },
     }
@@ -318,8 +330,8 @@ def test_batches_are_bounded(tmp_path, monkeypatch):
             sizes.append((len(texts), sum(map(len, texts))))
             return super().encode_batch(texts)
 
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizing, "_BATCH_DOCUMENTS", 8)
     texts = [f"{i} " * (i % 20 + 1) for i in range(100)]
     (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
     prepare([tmp_path], tmp_path / "out", Watched())
