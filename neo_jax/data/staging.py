@@ -55,6 +55,15 @@ def staging(target: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def clear(folder: Path) -> None:
+    """Removes all but `WORK` from a folder of `staging`."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != WORK:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
 def _folder(target: Path) -> Path:
     if not is_remote(target):
         return target.with_name(f".{target.name}.partial")

@@ -19,7 +19,7 @@ import numpy as np
 from neo_jax.data.journal import Journal, Place
 from neo_jax.data.progress import progress_bar
 from neo_jax.data.sources import Document, Source
-from neo_jax.data.staging import JOURNAL, WORK
+from neo_jax.data.staging import JOURNAL, WORK, clear
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.tokenizer import Tokenizer
 from neo_jax.data.writer import HELD_OUT, TRAIN, Extent, SplitWriter, holds
@@ -58,6 +58,8 @@ def tokenize(
     found = journal.newest(
         lambda place: all(holds(folder / name, dtype, place.extents[name]) for name in names)
     )
+    if found is None:
+        clear(folder)
     place = found or Place(0, 0, dict.fromkeys(names, Extent()))
     if was_stopped and progress is not False:
         print(_greeting(place), file=sys.stderr)
