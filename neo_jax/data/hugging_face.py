@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, streamed by the library `datasets`: hf://NAME:CONFIG:SPLIT."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ class HubDataset:
             raise NeoError(f"{name} needs datasets; install it: pip install 'neo_jax[datasets]'")
         import datasets
 
+        datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, it also raises
         self._name, self._field = name, text_field
         path, config, self._split = [*name.removeprefix(SCHEME).split(":"), "", ""][:3]
         try:
