@@ -1,6 +1,7 @@
 """Where documents come from: files of text, JSON lines or TFRecords, and Hugging Face data sets."""
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -45,26 +46,25 @@ def find_sources(
       NeoError: nothing matches, or an unknown ending. The iterators of documents raise it for a
         file that is unreadable, damaged or not UTF-8, and for a line without a text.
     """
-    sources = []
-    for path in inputs:
-        name = os.fspath(path)
-        if name.startswith(SCHEME):
-            dataset = HubDataset(name, text_field)
-            sources.append(Source(name, dataset.version, dataset.texts))
-        else:
-            sources += [_file_source(file, text_field) for file in _files(name)]
+    sources: list[Source] = []
+    for name in [os.fspath(path) for path in inputs]:
+        try:
+            sources += _named(name, text_field)
+        except OSError as error:
+            raise NeoError(f"cannot read {name}: {reason(error)}.") from error
     if not sources:
         raise NeoError("no input is named; name text or jsonl files, folders or globs.")
     return sources
 
 
-def _file_source(path: Path, text_field: str) -> Source:
-    reader = _READERS[Path(unpacked_name(path.name)).suffix]
-    try:
-        version = file_version(path)
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
-    return Source(str(path), version, lambda: reader(path, text_field))
+def _named(name: str, text_field: str) -> list[Source]:
+    if name.startswith(SCHEME):
+        dataset = HubDataset(name, text_field)
+        return [Source(name, dataset.version, dataset.texts)]
+    return [
+        Source(str(path), file_version(path), functools.partial(_read, path, text_field))
+        for path in _files(name)
+    ]
 
 
 def _files(path: str) -> list[Path]:
@@ -129,6 +129,10 @@ def _read_json(path: Path, text_field: str) -> Iterator[str]:
 def _read_tfrecords(path: Path, text_field: str) -> Iterator[Record]:
     with open_unpacked(path) as file:
         yield from read_records(file, str(path), text_field)
+
+
+def _read(path: Path, text_field: str) -> Iterator[Document]:
+    return _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, text_field)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {

@@ -89,7 +89,7 @@ def _is_worth_keeping(work: Path) -> bool:
 def _explained(error: BaseException, target: Path, is_kept: bool) -> BaseException:
     """Returns an error that also says what the same command will do."""
     if isinstance(error, OSError):
-        error = NeoError(f"cannot write {target}: {reason(error)}; is there room on the disk?")
+        error = NeoError(f"cannot write {target}: {reason(error)}; make room, or choose another.")
     if not is_kept:
         return error
     hope = "the same command goes on from there"

@@ -101,7 +101,7 @@ def train_byte_pairs(
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first(texts), trainer)
+    tokenizer.train_from_iterator(_first_texts(texts), trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise NeoError(f"the text is too small for {vocab_size} tokens; ask for at most {found}.")
@@ -113,7 +113,7 @@ def train_byte_pairs(
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Yields lines, the long ones cut at spaces; the space of a cut is implied by the next."""
-    for text in _first(texts):
+    for text in _first_texts(texts):
         for line in text.split("\n"):
             start = 0
             while len(line) - start > _SENTENCE:
@@ -125,7 +125,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start:]
 
 
-def _first(texts: Iterable[str]) -> Iterator[str]:
+def _first_texts(texts: Iterable[str]) -> Iterator[str]:
     read = 0
     for text in texts:
         check_unicode(text)

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -68,6 +68,7 @@ def tokenize(
             name: stack.enter_context(SplitWriter(folder / name, dtype, extent))
             for name, extent in place.extents.items()
         }
+        batches = stack.enter_context(contextlib.closing(_read_ahead(_batches(sources, place))))
         advance = stack.enter_context(progress_bar("tokenizing", progress))
 
         def save() -> None:
@@ -76,7 +77,7 @@ def tokenize(
             journal.add(place)
 
         try:
-            for batch in _read_ahead(_batches(sources, place)):
+            for batch in batches:
                 for text, ids in _encode(batch.documents, tokenizer, end):
                     split = HELD_OUT if is_held_out(text, held_out) else TRAIN
                     writers[split].write(len(text), ids)
@@ -131,7 +132,7 @@ def _batches(sources: Sequence[Source], place: Place) -> Iterator[_Batch]:
 _AHEAD = 4
 
 
-def _read_ahead(items: Iterator[T]) -> Iterator[T]:
+def _read_ahead(items: Iterator[T]) -> Generator[T]:
     """Yields items that a thread takes from their iterator a few ahead."""
     end: Any = object()
     with ThreadPoolExecutor(1) as thread:

@@ -9,6 +9,7 @@ tokenizer.json, ...      the tokenizer
 """
 
 import contextlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,6 @@ class SplitWriter:
 
     def __exit__(self, *_: object) -> None:
         with self._files:
-            # numpy pads the header so that the final shape fits in the place of the first.
             self._offsets.seek(0)
             self._write_header()
 
@@ -79,8 +79,7 @@ class SplitWriter:
             os.fsync(file.fileno())
 
     def _write_header(self) -> None:
-        header = {"descr": "<i8", "fortran_order": False, "shape": (self.extent.documents + 1,)}
-        np.lib.format.write_array_header_1_0(self._offsets, header)
+        self._offsets.write(_header(self.extent))
 
     def _write_offset(self) -> None:
         self._offsets.write(self.extent.tokens.to_bytes(8, "little"))
@@ -88,9 +87,19 @@ class SplitWriter:
 
 def holds(folder: Path, dtype: np.dtype[Any], extent: Extent) -> bool:
     """Returns whether the files of a split are at least so long."""
-    sizes = {TOKENS_FILE: extent.tokens * dtype.itemsize, OFFSETS_FILE: 8 * extent.documents}
-    paths = {folder / name: size for name, size in sizes.items()}
-    return all(path.is_file() and path.stat().st_size >= size for path, size in paths.items())
+    sizes = {
+        folder / TOKENS_FILE: extent.tokens * dtype.itemsize,
+        folder / OFFSETS_FILE: len(_header(extent)) + 8 * (extent.documents + 1),
+    }
+    return all(path.is_file() and path.stat().st_size >= size for path, size in sizes.items())
+
+
+def _header(extent: Extent) -> bytes:
+    """Returns what offsets.npy begins with; numpy makes it as long for any number of documents."""
+    file = io.BytesIO()
+    header = {"descr": "<i8", "fortran_order": False, "shape": (extent.documents + 1,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
 
 
 def _open(path: Path) -> Any:

@@ -223,9 +223,10 @@ def test_a_line_that_was_not_finished(inputs, whole, tmp_path):
     assert rest.documents == DOCUMENTS - 8 * 7
 
 
-def test_files_shorter_than_the_journal_says(inputs, whole, tmp_path):
+@pytest.mark.parametrize(("name", "size"), [("tokens.bin", 1000), ("offsets.npy", 8 * 40)])
+def test_files_shorter_than_the_journal_says(inputs, whole, tmp_path, name, size):
     stopped(inputs, tmp_path / "out", 8, KeyboardInterrupt())
-    os.truncate(partial(tmp_path) / "train" / "tokens.bin", 1000)
+    os.truncate(partial(tmp_path) / "train" / name, size)
     rest = Bytes()
     prepare([inputs], tmp_path / "out", rest, held_out=0.2)
     assert contents(tmp_path / "out") == whole
@@ -236,7 +237,7 @@ def test_a_full_disk(inputs, whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(NeoError, match=r"cannot write .*out: File too large; is there room on"):
+        with pytest.raises(NeoError, match=r"cannot write .*out: File too large; make room, or"):
             prepare([inputs], tmp_path / "out", Bytes(), held_out=0.2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
