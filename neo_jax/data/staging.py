@@ -103,10 +103,15 @@ def _finish(folder: Path, target: Path) -> None:
         return
     replaced = target.with_name(f".{target.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
-    shutil.rmtree(folder / WORK)
     if target.exists():
         target.rename(replaced)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(target / WORK)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -135,6 +140,6 @@ def _check_replaceable(target: Path) -> None:
     inside = {path.name for path in target.iterdir()}
     if inside and DATASET_FILE not in inside:
         raise NeoError(f"{target} is a folder that holds no data set; {mend}")
-    other = sorted(inside - {DATASET_FILE, TRAIN, HELD_OUT, *TOKENIZER_FILES})
+    other = sorted(inside - {DATASET_FILE, TRAIN, HELD_OUT, WORK, *TOKENIZER_FILES})
     if other:
         raise NeoError(f"{target} holds '{other[0]}' beside a data set; {mend}")

@@ -247,6 +247,40 @@ def test_a_full_disk(inputs, whole, tmp_path):
     assert rest.documents < DOCUMENTS
 
 
+def test_a_failure_at_the_very_end(inputs, whole, tmp_path, monkeypatch):
+    """The old data set stays, and nothing is tokenized again."""
+    out = tmp_path / "out"
+    prepare([inputs / "d.txt"], out, Bytes())
+    old, rename = contents(out), Path.rename
+    with monkeypatch.context() as patch:
+
+        def broken(path, to):
+            if path == partial(tmp_path):
+                raise OSError(5, "Input/output error")
+            return rename(path, to)
+
+        patch.setattr(Path, "rename", broken)
+        with pytest.raises(NeoError, match=rf"cannot write .*out: Input/output error; .* \({HOPE}"):
+            prepare([inputs], out, Bytes(), held_out=0.2)
+    assert contents(out) == old
+    rest = Bytes()
+    prepare([inputs], out, rest, held_out=0.2)
+    assert contents(out) == whole
+    assert rest.documents == 0
+    assert sorted(os.listdir(tmp_path)) == ["in", "out", "whole"]
+
+
+def test_a_folder_that_may_not_be_written(inputs, tmp_path):
+    if os.getuid() == 0:
+        (tmp_path / "file").write_text("")
+        where = tmp_path / "file" / "out"  # the super-user may write anywhere else
+    else:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        where = tmp_path / "closed" / "out"
+    with pytest.raises(NeoError, match=r"cannot write in "):
+        prepare([inputs], where, Bytes())
+
+
 def test_one_process_at_a_time(inputs, tmp_path):
     with (
         staging(tmp_path / "out"),
