@@ -58,6 +58,11 @@ class Journal:
         return found
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is written: there is nothing to go on from."""
+        return not self._path.exists() or not self._path.stat().st_size
+
+    @property
     def is_due(self) -> bool:
         """Whether the last line is some time ago."""
         return time.monotonic() - self._time >= _SECONDS

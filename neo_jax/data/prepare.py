@@ -45,7 +45,6 @@ def prepare(
 
     What was interrupted, even by SIGKILL, goes on where it was when the same is asked for again:
     same output, tokenizer and options, and inputs that have not changed as far as they were read.
-
     The ids of TFRecords are taken as they are, and need the tokenizer that made them.
 
     Args:
@@ -70,13 +69,7 @@ def prepare(
       NeoError: no tokenizer or two, a tokenizer without an end of text, an input that cannot be
         read or holds no text, a split without documents, or an output that is something else.
     """
-    if (tokenizer is None) == (train_tokenizer == 0):
-        raise NeoError("prepare needs either a tokenizer or the size of one to train, not both.")
-    if train_tokenizer < 0:
-        raise NeoError(f"a tokenizer of {train_tokenizer} pieces cannot be trained; try 4096.")
-    if not 0 <= held_out < 1:
-        raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
-
+    _check_options(tokenizer, train_tokenizer, held_out)
     with staging(absolute(make_path(output))) as folder:
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(tokenizer)
@@ -87,7 +80,7 @@ def prepare(
             mark = digests([*settings, train_tokenizer, tokenizer_kind], sources)[-1]
             if not _is_marked(folder / WORK / TRAINED, mark):
                 with progress_bar("reading", progress) as advance:
-                    texts = _training_texts(sources, held_out, advance)
+                    texts = _not_held_out(sources, held_out, advance)
                     _TRAINERS[tokenizer_kind](texts, train_tokenizer, _emptied(copy))
                 (folder / WORK / TRAINED).write_text(mark)
             tokenizer = load_tokenizer(copy)
@@ -102,22 +95,19 @@ def prepare(
         if any(not extent.documents for extent in extents.values()):
             shutil.rmtree(folder / WORK)  # nothing to go on from: other options are needed
             raise NeoError(_empty_split(extents, held_out))
-        fields = {
-            "version": VERSION,
-            "dtype": token_dtype(tokenizer).name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "splits": {
-                name: _statistics(extent, folder / name) for name, extent in extents.items()
-            },
-        }
-        tokenizer.save(folder)
-        text = json.dumps(fields, indent=2) + "\n"
-        (folder / DATASET_FILE).write_text(text, encoding="utf-8")
-    return fields
+        return _finish(folder, tokenizer, extents)
 
 
-def _training_texts(sources: Sequence[Source], held_out: float, advance: Advance) -> Iterator[str]:
+def _check_options(tokenizer: object, train_tokenizer: int, held_out: float) -> None:
+    if (tokenizer is None) == (train_tokenizer == 0):
+        raise NeoError("prepare needs either a tokenizer or the size of one to train, not both.")
+    if train_tokenizer < 0:
+        raise NeoError(f"a tokenizer of {train_tokenizer} pieces cannot be trained; try 4096.")
+    if not 0 <= held_out < 1:
+        raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
+
+
+def _not_held_out(sources: Sequence[Source], held_out: float, advance: Advance) -> Iterator[str]:
     for source in sources:
         for document in source.documents():
             if isinstance(document, Record):
@@ -128,6 +118,21 @@ def _training_texts(sources: Sequence[Source], held_out: float, advance: Advance
             advance(1, len(document) / 1e6)
             if not is_held_out(document, held_out):
                 yield document
+
+
+def _finish(folder: Path, tokenizer: Tokenizer, extents: dict[str, Extent]) -> dict[str, Any]:
+    """Writes all but the splits; returns the content of dataset.json."""
+    fields = {
+        "version": VERSION,
+        "dtype": token_dtype(tokenizer).name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "splits": {name: _statistics(extent, folder / name) for name, extent in extents.items()},
+    }
+    tokenizer.save(folder)
+    text = json.dumps(fields, indent=2) + "\n"
+    (folder / DATASET_FILE).write_text(text, encoding="utf-8")
+    return fields
 
 
 def _statistics(extent: Extent, folder: Path) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def tokenize(
     """
     dtype = token_dtype(tokenizer)
     names = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
-    was_stopped = (folder / WORK / JOURNAL).exists()
     journal = Journal(folder / WORK / JOURNAL, settings, sources)
+    was_stopped = not journal.is_empty
     found = journal.newest(
         lambda place: all(holds(folder / name, dtype, place.extents[name]) for name in names)
     )

@@ -120,6 +120,15 @@ t.prepare([{inputs!r}], {out!r}, t.Bytes(8, stop), held_out=0.2)
 """
 
 
+def test_killed_before_anything_was_kept(inputs, whole, tmp_path, capsys):
+    work = partial(tmp_path) / "work"
+    work.mkdir(parents=True)
+    (work / "journal.jsonl").write_text("")
+    prepare([inputs], tmp_path / "out", Bytes(), held_out=0.2)
+    assert contents(tmp_path / "out") == whole
+    assert capsys.readouterr().err == ""
+
+
 def test_killed(inputs, whole, tmp_path):
     out = tmp_path / "out"
     here = str(Path(__file__).parent)
