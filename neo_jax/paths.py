@@ -95,6 +95,14 @@ def file_size(path: Path) -> int:
     return _store().size(str(path)) if is_remote(path) else path.stat().st_size
 
 
+def file_version(path: Path) -> str:
+    """Returns what changes when a file does: its size and time, in the cloud all that it says."""
+    if is_remote(path):
+        return _store().ukey(str(path))
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
 def check_writable(folder: Path) -> None:
     """Tries whether files can be written in a folder; makes it where it is local and missing.
 

@@ -18,7 +18,10 @@ OPTIONS = {
     ],
     "score": ["--input", "--output", "--stride", "--model", "--mesh", "--dtype"],
     "info": ["--model", "--revision", "--json"],
-    "prepare": ["--output", "--tokenizer", "--train-tokenizer", "--held-out", "--json"],
+    "prepare": [
+        "--output", "--tokenizer", "--train-tokenizer", "--tokenizer-kind", "--text-field",
+        "--held-out", "--json",
+    ],
     "train": ["CONFIG"],
 }  # fmt: skip
 
