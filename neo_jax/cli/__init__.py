@@ -100,7 +100,7 @@ def _one_line(box: str, verb: str) -> str:
     words = []
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯─ ")
-        if not text or line.startswith("╭"):
+        if not text.strip("-") or line.startswith("╭"):
             continue
         if text.startswith(("For full helptext", "Argument helptext")):
             break
