@@ -37,9 +37,8 @@ VOCAB = "vocab"
 POSITIONS = "positions"
 LAYERS = "layers"
 
-LOGICAL_AXES = (
-    BATCH, LENGTH, KV_LENGTH, EMBED, HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS, LAYERS,
-)  # fmt: skip
+LOGICAL_AXES = (BATCH, LENGTH, KV_LENGTH, EMBED, HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS)
+"""Those that a mesh can split; layers come one after another."""
 
 Params = dict[str, Any]
 """The canonical parameter tree: nested dictionaries, one sub-tree a layer, arrays at the leaves."""

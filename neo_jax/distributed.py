@@ -6,6 +6,10 @@ sharded. Joining must come before anything that makes JAX look for devices.
 
 import os
 import re
+import secrets
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +21,7 @@ from neo_jax.errors import NeoError
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 START_TIMEOUT = 300  # seconds in which all processes must come
+_TRIES = 5  # a network file system may tell of a new file a little later
 
 
 def join(
@@ -42,13 +47,15 @@ def join(
     Raises:
       NeoError: an address or a number that cannot be, or a cluster that cannot be asked.
     """
-    if coordinator == "none" or (coordinator == "auto" and _is_alone()):
+    _check(coordinator, num_processes, process_id, min(heartbeat_timeout, start_timeout))
+    if coordinator == "none" or num_processes == 1 or (coordinator == "auto" and _is_alone()):
         return False
     where: dict[str, Any] = {}
     if coordinator == "mpi4py":
         where = {"cluster_detection_method": "mpi4py"}
     elif coordinator != "auto":
-        _check(coordinator, num_processes, process_id)
+        if process_id == 0:
+            _check_port(coordinator)
         where = {
             "coordinator_address": coordinator,
             "num_processes": num_processes,
@@ -75,6 +82,12 @@ def join(
     return jax.process_count() > 1
 
 
+def num_tasks() -> int:
+    """Returns how many processes this one was started with, as far as Slurm or Open MPI say."""
+    told = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "0"
+    return int(told) if told.isdecimal() else 0
+
+
 def _is_alone() -> bool:
     """Tells whether what started this process says that it is the only one.
 
@@ -83,14 +96,24 @@ def _is_alone() -> bool:
     of Slurm or Open MPI a single GPU of its host; and it looks for a lone TPU host in the DNS.
     """
     env = os.environ
-    if (env.get("OMPI_COMM_WORLD_SIZE") or env.get("SLURM_STEP_NUM_TASKS")) == "1":
+    if num_tasks() == 1:
         return True
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ","
     return "," not in hosts and env.get("MEGASCALE_NUM_SLICES", "1") == "1"
 
 
-def _check(coordinator: str, num_processes: int, process_id: int) -> None:
-    if not re.fullmatch(r"[^\s]+:[0-9]+", coordinator):
+def _check(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
+    if timeout < 1:
+        raise NeoError("timeouts are whole seconds, at least 1.")
+    if coordinator in ("auto", "none", "mpi4py"):
+        if num_processes or process_id >= 0:
+            raise NeoError(
+                "the number of processes goes with the address of process 0; add --coordinator "
+                "HOST:PORT."
+            )
+        return
+    found = re.fullmatch(r"[\w.-]+:([0-9]{1,5})|\[[0-9a-fA-F:]+\]:([0-9]{1,5})", coordinator)
+    if not found or not 0 < int(found[1] or found[2]) < 2**16:
         raise NeoError(
             f"the coordinator '{coordinator}' is not auto, none, mpi4py or HOST:PORT; give the "
             "address of process 0, as in --coordinator 10.0.0.1:8476."
@@ -100,6 +123,20 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
             f"process {process_id} is not one of {num_processes}; give --num-processes N and "
             "--process-id I, from 0 to N - 1."
         )
+
+
+def _check_port(coordinator: str) -> None:
+    """Tries the port that process 0 will listen on: JAX crashes where it is taken."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        raise NeoError(
+            f"process 0 cannot listen on port {port} ({error.strerror}); end what uses it, or "
+            "choose another port for all processes."
+        ) from error
 
 
 def is_leader() -> bool:
@@ -117,3 +154,30 @@ def to_host(array: Array) -> np.ndarray:
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     multihost_utils.sync_global_devices(name)
+
+
+def check_shared(folder: Path) -> None:
+    """Checks that all processes of the run see the same folder; all must call this.
+
+    Raises:
+      NeoError: some do not; the run would wait for itself at its first checkpoint.
+    """
+    if jax.process_count() == 1:
+        return
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    probe = folder / f".shared-{number}"
+    if is_leader():
+        probe.write_text("All processes of a run must see this.\n")
+    barrier("written")
+    for _ in range(_TRIES):
+        if seen := probe.exists():
+            break
+        time.sleep(1)
+    everywhere = multihost_utils.process_allgather(np.int32(seen)).all()
+    if is_leader():
+        probe.unlink()
+    if not everywhere:
+        raise NeoError(
+            f"the processes of this run do not see one folder {folder}; choose an output on a "
+            "file system that all share, or on gs://."
+        )

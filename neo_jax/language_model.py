@@ -24,7 +24,7 @@ from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.model import Neo
-from neo_jax.sharding import make_sharding, padded_rows
+from neo_jax.sharding import Sharding, make_sharding, padded_rows
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -220,6 +220,7 @@ def load(
     dtype: str = "auto",
     mesh: str = "",
     rules: str = "",
+    sharding: Sharding | None = None,
     kernel: Kernel = "auto",
 ) -> LanguageModel:
     """Loads a checkpoint in Hugging Face's format.
@@ -231,15 +232,16 @@ def load(
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
       dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
       mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
-      rules: how the mesh splits it, "fsdp+tensor" or "embed:fsdp,heads:model"; see
-        `neo_jax.sharding`.
+      rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
+        `neo_jax.sharding`. Empty is "decode", as far as the mesh has its axes.
+      sharding: a strategy in the place of the two texts.
       kernel: the attention implementation.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
     """
     enable_compilation_cache()
-    sharding = make_sharding(mesh, rules)
+    sharding = sharding or make_sharding(mesh, rules, default="decode")
     folder = hub.resolve(model, revision=revision, token=token)
     config = pretrained.read_config(folder)
     compute = _dtype(dtype)

@@ -33,7 +33,11 @@ ACTIVATIONS = {
 }
 
 
-RESIDUAL_STREAM = "the residual stream"  # what errors call it
+# How activations lie: None stays whole, ... is for the compiler to place.
+RESIDUAL_STREAM = (axes.BATCH, axes.LENGTH, None)
+QUERIES = (axes.BATCH, axes.HEADS, ..., axes.HEAD_DIM)
+MLP_HIDDEN = (axes.BATCH, ..., axes.MLP)
+LOGITS = (axes.BATCH, ..., axes.VOCAB)
 
 
 class Output(NamedTuple):
@@ -71,7 +75,7 @@ class Attention(nn.Module):
                 name=name,
             )
             y = kernel("btd,dnh->btnh", x).swapaxes(1, 2).astype(self.dtype)
-            return constrain(self.sharding, y, (axes.BATCH, axes.HEADS, ..., axes.HEAD_DIM), name)
+            return constrain(self.sharding, y, QUERIES, name)
 
         q = project("q_proj", (config.embed_dim * config.head_dim) ** -0.5)
         k = project("k_proj", config.embed_dim**-0.5)
@@ -126,7 +130,7 @@ class MLP(nn.Module):
             name="c_proj",
         )
         x = ACTIVATIONS[config.activation](c_fc("btd,df->btf", x))
-        x = constrain(self.sharding, x, (axes.BATCH, ..., axes.MLP), "c_fc's output")
+        x = constrain(self.sharding, x, MLP_HIDDEN, "c_fc's output")
         return c_proj("btf,fd->btd", x)
 
 
@@ -227,14 +231,14 @@ class Neo(nn.Module):
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vp"]:
         """Returns output logits, float32, for ln_f's output, over the padded vocabulary.
 
-        Logits of the padding are the least float32: no draw, maximum or sum ever notices them.
+        Logits of the padding are -inf: no draw, maximum or sum ever notices them.
         """
         logits = self.wte.attend(x)
-        logits = constrain(self.sharding, logits, (axes.BATCH, ..., axes.VOCAB), "logits")
+        logits = constrain(self.sharding, logits, LOGITS, "logits")
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
-        return jnp.where(exists[None, None], logits, jnp.finfo(jnp.float32).min)
+        return jnp.where(exists[None, None], logits, -jnp.inf)
 
     def embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
@@ -254,10 +258,10 @@ class Neo(nn.Module):
     ) -> tuple[tuple[Array, ...], Cache]:
         x, positions = self.embed(tokens, positions)
         # Tokens that are appended to a cache are too few to be split.
-        length = axes.LENGTH if cache is None else None
+        lies = RESIDUAL_STREAM if cache is None else (axes.BATCH, None, None)
         hidden_states, caches = [], []
         for i, block in enumerate(self.h):
-            x = constrain(self.sharding, x, (axes.BATCH, length, None), RESIDUAL_STREAM)
+            x = constrain(self.sharding, x, lies, "the residual stream")
             hidden_states.append(x)
             x, layer_cache = block(x, positions, cache[i] if cache else None)
             caches.append(layer_cache)

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from neo_jax.errors import NeoError, reason
 
-_SCHEME = re.compile(r"\w[\w+.-]+://")
+_SCHEME = re.compile(r"\w[\w+.-]+:/")  # one slash: what pathlib makes of two
 _BLOCK_BYTES = 1 << 20
 
 
@@ -93,6 +93,14 @@ def read_range(path: Path, start: int, end: int) -> bytes:
 def file_size(path: Path) -> int:
     """Returns the size of a file in bytes."""
     return _store().size(str(path)) if is_remote(path) else path.stat().st_size
+
+
+def file_version(path: Path) -> str:
+    """Returns what changes when a file does: its size and time, in the cloud all that it says."""
+    if is_remote(path):
+        return _store().ukey(str(path))
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def check_writable(folder: Path) -> None:

@@ -76,7 +76,7 @@ def load_params(
       dtype: a floating-point type for all parameters; None keeps the stored one. (float64 becomes
         float32 unless JAX has 64-bit types enabled.)
       shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; every
-        process then reads only the slices that its devices hold. None puts all on the default
+        process then copies only the slices that its devices hold. None puts all on the default
         device, uncommitted.
 
     Raises:

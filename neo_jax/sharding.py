@@ -35,13 +35,12 @@ STRATEGIES = {
     # Heads, MLP and vocabulary are split, activations summed: Megatron (Shoeybi et al., 2019).
     "tensor": ("model=-1", "heads:model,mlp:model,vocab:model"),
     "fsdp+tensor": ("fsdp=-1,model=2", "embed:fsdp,heads:model,mlp:model,vocab:model"),
-    # Weights are split both ways and stay; activations, small in decoding, travel: the 2D
-    # weight-stationary layout of Pope et al., 2022.
+    # Weights are split by both axes that the mesh may have and stay; activations, small in
+    # decoding, travel: the 2D weight-stationary layout of Pope et al., 2022.
     "decode": ("model=-1", "batch:data,embed:fsdp,heads:model,mlp:model,vocab:model"),
 }
 """The named strategies: a mesh, taken where none is given, whose axes each needs; and rules."""
 
-_DEFAULT = "fsdp+tensor"  # what a mesh without rules gets, as far as its axes go
 _BATCH_AXES = ("data", "fsdp")  # split the batch where the rules do not say
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -83,10 +82,12 @@ class Sharding:
                     )
                 used[name] = here
             if size % self.num_shards(axis):
+                mend = f"change the mesh or drop '{axis}' from the rules"
+                if axis == BATCH:
+                    mend = f"choose a multiple of {self.num_shards(axis)}, or the rule 'batch:'"
                 raise NeoError(
                     f"{path}: axis '{axis}' of size {size} does not divide over "
-                    f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; change the mesh "
-                    f"or drop '{axis}' from the rules."
+                    f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; {mend}."
                 )
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
@@ -165,17 +166,20 @@ def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
 
 
 def make_sharding(
-    mesh: str = "", rules: str = "", devices: Sequence[jax.Device] | int | None = None
+    mesh: str = "",
+    rules: str = "",
+    devices: Sequence[jax.Device] | int | None = None,
+    default: str = "fsdp+tensor",
 ) -> Sharding | None:
     """Builds a strategy from its text; returns None where none is asked for.
 
     Args:
       mesh: sizes of mesh axes, "data=2,fsdp=4"; one size may be -1 and takes what is left.
       rules: a name of `STRATEGIES`, or logical axis to mesh axes, "batch:data,embed:fsdp+model".
-        Rules that do not name the batch split it over data and fsdp. Empty is "fsdp+tensor", as
-        far as the mesh has its axes.
+        Rules that do not name the batch split it over data and fsdp; "batch:" leaves it whole.
       devices: what to lay the mesh over; all devices by default. A number stands for that many
         that are not there: such a strategy can be traced and looked at, but not run.
+      default: the strategy of a mesh without rules, as far as it has the axes.
 
     Raises:
       NeoError: unknown names, a mesh that does not fit the devices, a strategy whose axes the mesh
@@ -192,7 +196,7 @@ def make_sharding(
     if devices is None:
         devices = jax.devices()
     sizes = _parse_mesh(mesh, devices if isinstance(devices, int) else len(devices))
-    table = _table(rules, sizes)
+    table = _table(rules, sizes, default)
     _check_all_used(mesh, rules, table, sizes)
     shape, names = tuple(sizes.values()), tuple(sizes)
     auto = (AxisType.Auto,) * len(sizes)
@@ -249,7 +253,7 @@ def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def _table(rules: str, sizes: Mapping[str, int]) -> Rules:
+def _table(rules: str, sizes: Mapping[str, int], default: str) -> Rules:
     """Returns the rules of a strategy by name, or as they are written out, for a mesh."""
     if rules and rules not in STRATEGIES:
         table = _parse_rules(rules)
@@ -261,7 +265,7 @@ def _table(rules: str, sizes: Mapping[str, int]) -> Rules:
                         f"{suggest(name, sizes)}"
                     )
     else:
-        mesh, text = STRATEGIES[rules or _DEFAULT]
+        mesh, text = STRATEGIES[rules or default]
         for name in re.findall("[a-z]+", mesh if rules else ""):
             if name not in sizes:
                 raise NeoError(
@@ -286,7 +290,7 @@ def _parse_rules(text: str) -> dict[str, tuple[str, ...]]:
             )
         if axis in table:
             raise NeoError(f"the rules name the axis '{axis}' twice; join targets as in 'x:a+b'.")
-        table[axis] = tuple(target.split("+"))
+        table[axis] = tuple(target.split("+")) if target or axis != BATCH else ()
     return table
 
 

@@ -80,7 +80,7 @@ def encode(
     x, positions = model.apply({"params": params}, tokens, method=Neo.embed, rngs=rngs)
 
     def layer(position: int, x: Array, params: Params, number: Array) -> Array:
-        x = constrain(model.sharding, x, (axes.BATCH, axes.LENGTH, None), RESIDUAL_STREAM)
+        x = constrain(model.sharding, x, RESIDUAL_STREAM, "the residual stream")
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
         block = make_block(model, position)
         return block.apply({"params": params}, x, positions, None, rngs=rngs)[0]

@@ -28,7 +28,10 @@ from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import train
 
 HEARTBEAT = 10
-DIED = "neo-jax: another process of this run died or cannot be reached (JAX's words: "
+DIED = (
+    "neo-jax: another process of this run died or cannot be reached; start all of them again: "
+    "training goes on from its newest checkpoint."
+)
 
 
 @pytest.fixture
@@ -93,8 +96,7 @@ def assert_ends_with_a_line(survivor, progress="no such line"):
     assert time.monotonic() - lost < HEARTBEAT
     assert (status, out) == (1, "")
     last = err.pop()
-    assert last.startswith(DIED)
-    assert last.endswith("; start all of them again: training goes on from its newest checkpoint.")
+    assert last == DIED
     assert all(line.startswith(progress) for line in err)
 
 
@@ -250,7 +252,7 @@ from neo_jax.distributed import join
 from neo_jax.errors import NeoError
 
 _, address, _, count, _, index, *_ = sys.argv[1:]
-with cluster.ClusterOptions(address, int(count), int(index), 6, 60).joined("fsdp=-1"):
+with cluster.ClusterOptions(address, int(count), int(index), 6, 60).joined(True):
     sync_global_devices("here")
     print("here", index, file=sys.stderr)
 """
@@ -327,7 +329,7 @@ def test_a_cluster_is_found(start):
     """Slurm's variables, as two tasks have them."""
     script = (
         "from neo_jax.cli.cluster import ClusterOptions; import jax\n"
-        "with ClusterOptions().joined('fsdp=-1'):\n"
+        "with ClusterOptions().joined(True):\n"
         "    print(jax.process_count(), jax.device_count())"
     )
     cluster = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
@@ -398,11 +400,37 @@ def test_who_is_alone_does_not_ask_jax(initialized, monkeypatch, environment, al
         (("10.0.0.1", 2, 0), "the coordinator '10.0.0.1' is not auto, none, mpi4py or HOST:PORT"),
         (("localhost:1", 0, -1), "process -1 is not one of 0; give --num-processes N and --proc"),
         (("localhost:1", 2, 2), "process 2 is not one of 2; give"),
+        (("localhost:99999", 2, 0), "the coordinator 'localhost:99999' is not auto, none"),
+        (("http://x:1", 2, 0), "the coordinator 'http://x:1' is not auto, none"),
+        (("auto", 2, 1), "goes with the address of process 0; add --coordinator HOST:PORT"),
+        (("none", 0, 0), "goes with the address of process 0; add --coordinator HOST:PORT"),
     ],
 )
 def test_places_that_cannot_be(initialized, arguments, message):
     with pytest.raises(NeoError, match=re.escape(message)):
         join(*arguments)
+    assert initialized == []
+
+
+def test_a_port_that_is_taken(initialized):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(NeoError, match=f"process 0 cannot listen on port {port} .*; end what"):
+            join(f"localhost:{port}", 2, 0)
+    assert initialized == []
+
+
+@pytest.mark.parametrize("timeouts", [{"heartbeat_timeout": -4}, {"start_timeout": 0}])
+def test_timeouts_that_cannot_be(initialized, timeouts):
+    with pytest.raises(NeoError, match="timeouts are whole seconds, at least 1"):
+        join("localhost:1", 2, 0, **timeouts)
+    assert initialized == []
+
+
+def test_a_run_of_one_is_alone(initialized):
+    assert not join("localhost:1", 1, 0)
     assert initialized == []
 
 
@@ -419,9 +447,32 @@ def test_a_cluster_that_cannot_be_asked(monkeypatch):
     )
 
 
-def test_several_processes_need_a_mesh():
-    options = ClusterOptions("localhost:1", 2, 0)
-    with pytest.raises(UsageError, match="several processes need a mesh"), options.joined(""):
+def test_several_processes_need_a_mesh(monkeypatch):
+    with (
+        pytest.raises(UsageError, match="need a mesh"),
+        ClusterOptions("localhost:1", 2, 0).joined(on_mesh=False),
+    ):
         pass
-    with ClusterOptions().joined(""):
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UsageError, match="need a mesh"), ClusterOptions().joined(on_mesh=False):
         pass
+    with ClusterOptions("none").joined(on_mesh=False):
+        pass
+
+
+def test_an_output_that_is_not_shared(start):
+    """Each sees a folder of its own: the run would wait for itself at its first checkpoint."""
+    script = (
+        "import sys, tempfile; from pathlib import Path; from neo_jax import distributed\n"
+        "from neo_jax.cli.cluster import ClusterOptions\n"
+        "distributed._TRIES = 1\n"
+        "_, address, _, count, _, index, *_ = sys.argv[1:]\n"
+        "with ClusterOptions(address, int(count), int(index)).joined(True):\n"
+        "    with tempfile.TemporaryDirectory() as own:\n"
+        "        distributed.check_shared(Path(own))\n"
+    )
+    for process in start("-c", script):
+        status, out, err = ended(process)
+        assert (status, out, len(err)) == (1, "", 1)
+        assert "the processes of this run do not see one folder" in err[0]

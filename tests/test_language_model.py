@@ -332,7 +332,8 @@ def test_compiled_programs_are_kept_unless_jax_was_told_otherwise(monkeypatch, t
 
 def test_names_of_the_package():
     assert set(neo_jax.__all__) == {
-        "LanguageModel", "ModelConfig", "Neo", "NeoError", "__version__", "load",
+        "LanguageModel", "ModelConfig", "Neo", "NeoError", "Sharding", "__version__", "load",
+        "make_sharding",
     }  # fmt: skip
     assert all(getattr(neo_jax, name) for name in neo_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):

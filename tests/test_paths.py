@@ -44,6 +44,8 @@ def test_unknown_schemes_are_refused():
     assert "s3://a/b is neither a local path nor one that begins with gs://" in refused(
         make_path, "s3://a/b"
     )
+    assert "gs:/a/b is neither" in refused(make_path, Path("gs://a/b"))
+    assert make_path("C:/a") == Path("C:/a")
 
 
 def test_gcsfs_may_be_missing(monkeypatch):

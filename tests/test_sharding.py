@@ -136,6 +136,8 @@ def test_rules_replace_the_defaults():
         ("fsdp=8", "fsdp+tensor", "needs the mesh axis 'model'; write .* --mesh fsdp=-1,model=2"),
         ("fsdp=8", "decode", "strategy 'decode' needs the mesh axis 'model'"),
         ("data=8", "embed:data,", "unknown logical axis '' in the rules"),
+        ("data=8", "layers:data", "unknown logical axis 'layers' in the rules"),
+        ("data=8", "embed:", "rule 'embed:' names no axis of the mesh"),
         (
             "data=2,model=4",
             "data",
@@ -176,12 +178,23 @@ def test_one_axis_lies_across_tpu_slices(sizes, outer):
         sharding_module._arrange({"data": 1, "fsdp": 3}, devices[:2] + devices[4:5])
 
 
+def test_a_batch_may_stay_whole():
+    sharding = make_sharding("fsdp=8", "batch:,embed:fsdp")
+    assert written(sharding) == "embed:fsdp"
+    assert sharding.num_shards("batch") == 1
+
+
+def test_a_default_for_loaded_models():
+    sharding = make_sharding("data=2,fsdp=4", default="decode")
+    assert written(sharding) == "batch:data embed:fsdp"
+
+
 def test_an_indivisible_size_names_tensor_axis_and_sizes():
     sharding = make_sharding("fsdp=4,model=2")
     with pytest.raises(NeoError, match=r"^h_0/k: axis 'embed' of size 6 .* over 4 devices of fsdp"):
         sharding.spec(("embed", "heads"), (6, 2), "h_0/k")
     both = make_sharding("data=2,fsdp=4")
-    with pytest.raises(NeoError, match=r"'batch' of size 12 .* over 8 devices of data\+fsdp"):
+    with pytest.raises(NeoError, match=r"'batch' of size 12 .* data\+fsdp; choose a multiple of 8"):
         both.spec(("batch",), (12,))
 
 

@@ -43,7 +43,7 @@ NAMED = [
     ("fsdp=4,model=2", "fsdp+tensor"),
     ("data=2,fsdp=2,model=2", "decode"),
 ]
-# Drawn at random: each axis of a mesh splits one or two logical axes, in ways that no one names.
+# Drawn once at random: each axis of a mesh splits one or two logical axes.
 DRAWN = [
     ("data=2,fsdp=4", "embed:data+fsdp"),
     ("fsdp=2,model=4", "embed:fsdp,length:model,positions:model"),
@@ -58,6 +58,7 @@ def train(params, sharding):
     model = Neo(CONFIG, sharding=sharding)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     step = make_step(model, optimizer, RUN)
+    params = jax.tree.map(jnp.copy, params)  # a step consumes its state
     state = state_of(stack(params, CONFIG), optimizer)
     if sharding:
         state = jax.device_put(state, state_shardings(model, optimizer, state))
@@ -86,7 +87,22 @@ def greedy(params, sharding):
         params = jax.device_put(params, tree_shardings(sharding, AXES, params))
     prompts = [[1, 2, 3], list(range(20, 40)), [7] * 9]
     settings = make_settings(SamplingOptions(temperature=0), [0, 0, 0])
+    if sharding:
+        state = engine.start(model, params, prompts, 24, settings)
+        check_places(sharding, state)
+        check_places(sharding, engine.run(model, params, state, 1))
     return [c.ids for c in engine.generate(model, params, prompts, 24, settings)]
+
+
+def check_places(sharding, state):
+    """Every leaf of a decoding state lies as the table says, in all its parts."""
+    for layer in state.cache:
+        for name, leaf in layer._asdict().items():
+            place = sharding.named(caching.LOGICAL_AXES[name], leaf.shape)
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim), name
+    for leaf in jax.tree.leaves(state._replace(cache=())):
+        place = sharding.named(("batch", *[None] * (leaf.ndim - 1)), leaf.shape)
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 @pytest.fixture(scope="module")

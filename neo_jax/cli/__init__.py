@@ -59,7 +59,8 @@ def explain(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     interrupted = isinstance(error, KeyboardInterrupt)
-    print(f"neo-jax: {'interrupted' if interrupted else error}", file=sys.stderr, flush=True)
+    words = [*(["interrupted"] if interrupted else []), *map(str, error.args)]
+    print(f"neo-jax: {'; '.join(words)}", file=sys.stderr, flush=True)
     if interrupted:
         return 130
     return 2 if isinstance(error, UsageError) else 1
@@ -99,7 +100,7 @@ def _one_line(box: str, verb: str) -> str:
     words = []
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯─ ")
-        if not text or line.startswith("╭"):
+        if not text.strip("-") or line.startswith("╭"):
             continue
         if text.startswith(("For full helptext", "Argument helptext")):
             break

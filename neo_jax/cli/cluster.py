@@ -2,7 +2,7 @@
 
 When a process dies, JAX's runtime ends the others by abort(), each with a dozen lines of its own,
 whatever Python does at that time. A user is to read one line: so what the libraries below Python
-print goes to a file, and abort() is caught and explained.
+print goes to a file of this process, and abort() is caught and explained.
 """
 
 import contextlib
@@ -15,13 +15,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from neo_jax.cli import EXPECTED, UsageError, explain
-from neo_jax.distributed import HEARTBEAT_TIMEOUT, START_TIMEOUT, is_leader, join
+from neo_jax.distributed import HEARTBEAT_TIMEOUT, START_TIMEOUT, is_leader, join, num_tasks
 from neo_jax.errors import NeoError
 
 _FATAL = b"the JAX distributed service detected fatal errors"
@@ -53,8 +52,12 @@ class ClusterOptions:
           NeoError: see `neo_jax.distributed.join`; or a coordinator without a mesh.
         """
         if not on_mesh:
-            if self.coordinator not in ("auto", "none"):
-                raise UsageError("several processes need a mesh; add for example --mesh fsdp=-1.")
+            several = num_tasks() > 1 and self.coordinator == "auto"
+            if several or self.num_processes > 1:
+                raise UsageError(
+                    "this is one of several processes, and they need a mesh to share; add for "
+                    "example --mesh fsdp=-1, or --coordinator none to let each run alone."
+                )
             yield
             return
         log, restore = _divert()
@@ -75,14 +78,14 @@ class ClusterOptions:
             return
         _on_abort(
             log,
-            f"another process of this run died or cannot be reached (JAX's words: {log}); start "
-            "all of them again: training goes on from its newest checkpoint.",
+            "another process of this run died or cannot be reached; start all of them again: "
+            "training goes on from its newest checkpoint.",
         )
-        with self._ending(log):
+        with self._ending():
             yield
 
     @contextlib.contextmanager
-    def _ending(self, log: Path) -> Iterator[None]:
+    def _ending(self) -> Iterator[None]:
         """Lets process 0 alone print results; ends this process where an error leaves the run."""
         if not is_leader():
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
@@ -90,9 +93,7 @@ class ClusterOptions:
             yield
             sys.stdout.flush()
             jax.distributed.shutdown()  # waits for the others
-            log.unlink()
         except EXPECTED as error:
-            log.unlink()
             os._exit(explain(error))
         except BaseException as error:
             try:
@@ -103,14 +104,18 @@ class ClusterOptions:
                 os._exit(1)
 
 
-def _divert() -> tuple[Path, Callable[[], None]]:
-    """Sends what is not Python's own to a file, such as what gloo has to say on stdout.
+def _divert() -> tuple[int, Callable[[], None]]:
+    """Sends what is not Python's own to a file without a name, such as what gloo says on stdout.
 
     Returns:
-      The file, and a function that takes everything back.
+      The file's descriptor, and a function that takes everything back.
     """
     before = sys.stdout, sys.stderr
-    fd, name = tempfile.mkstemp(prefix="neo_jax-", suffix=".log")
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("log")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
     copies = os.dup(1), os.dup(2)
     for stream in before:
         stream.flush()
@@ -125,18 +130,18 @@ def _divert() -> tuple[Path, Callable[[], None]]:
         sys.stdout.close()
         sys.stderr.close()
         sys.stdout, sys.stderr = before
+        os.write(2, os.pread(fd, os.fstat(fd).st_size, 0))
         os.close(fd)
-        os.unlink(name)
 
-    return Path(name), restore
+    return fd, restore
 
 
-def _on_abort(log: Path, line: str) -> None:
+def _on_abort(log: int, line: str) -> None:
     """Turns JAX's abort() into one line and exit status 1; any other goes on, its reason shown."""
 
     @_Handler
     def explained(_: int) -> None:
-        words = log.read_bytes()
+        words = os.pread(log, os.fstat(log).st_size, 0)
         if _FATAL in words:
             explain(NeoError(line))
             os._exit(1)

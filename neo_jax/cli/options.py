@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from neo_jax.data.compression import unpacked_name
 from neo_jax.data.sources import json_lines, text_lines
 from neo_jax.errors import NeoError, reason
 from neo_jax.paths import check_writable, is_remote, make_path
@@ -51,13 +52,14 @@ def read_prompts(path: str, key: str) -> list[str | list[int]]:
     """Reads texts or ids from a file.
 
     Args:
-      path: .jsonl, with {key: text} or {"ids": [...]} a line; else a text a line; also .gz or .xz.
+      path: .jsonl, with {key: text} or {"ids": [...]} a line; else a text a line; or one of
+        them as .gz, .xz or .zst.
       key: the name of the text in a JSON line.
 
     Raises:
       NeoError: the file cannot be read, or a line is neither; the message names the line.
     """
-    if not path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+    if not unpacked_name(path).endswith(".jsonl"):
         prompts: list[str | list[int]] = [line for _, line in text_lines(make_path(path))]
     else:
         prompts = [_prompt(fields, key, where) for where, fields in json_lines(make_path(path))]
@@ -87,7 +89,8 @@ def check_output(path: str) -> None:
     elif path and (new or os.path.isfile(path) or os.path.isdir(path)):  # no pipe, no device
         _open(path, "a").close()
         if new:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+                os.unlink(path)
 
 
 @contextlib.contextmanager

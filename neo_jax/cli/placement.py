@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neo_jax import axes, cache
+from neo_jax import axes, cache, model
 from neo_jax.config import ModelConfig
 from neo_jax.names import tensors
 from neo_jax.sharding import Sharding
@@ -30,7 +30,7 @@ class Part:
 
     def size_per_device(self, sharding: Sharding) -> int:
         """Elements that a device holds of all these arrays."""
-        shards = math.prod(sharding.num_shards(axis) for axis in self.axes)
+        shards = math.prod(sharding.mesh.shape[name] for names in self.split for name in names)
         return self.count * math.prod(self.shape) // shards
 
 
@@ -72,6 +72,34 @@ def cache_leaves(config: ModelConfig, sharding: Sharding) -> list[Part]:
     return parts
 
 
+def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
+    """Returns what a device holds of the activations of one block and of the head.
+
+    For whole contexts, one row for every batch shard. What the compiler places counts as whole.
+    """
+    sizes = {
+        axes.BATCH: sharding.num_shards(axes.BATCH),
+        axes.LENGTH: config.max_length,
+        axes.EMBED: config.embed_dim,
+        axes.HEADS: config.num_heads,
+        axes.HEAD_DIM: config.head_dim,
+        axes.MLP: config.mlp_dim,
+        axes.VOCAB: config.padded_vocab_size,
+    }
+    parts = []
+    for name, told, logical in (
+        ("residual stream", model.RESIDUAL_STREAM, (axes.BATCH, axes.LENGTH, axes.EMBED)),
+        ("queries", model.QUERIES, (axes.BATCH, axes.HEADS, axes.LENGTH, axes.HEAD_DIM)),
+        ("MLP hidden", model.MLP_HIDDEN, (axes.BATCH, axes.LENGTH, axes.MLP)),
+        ("logits", model.LOGITS, (axes.BATCH, axes.LENGTH, axes.VOCAB)),
+    ):
+        shape = tuple(sizes[axis] for axis in logical)
+        split = tuple(sharding.mesh_axes(axis) if isinstance(axis, str) else () for axis in told)
+        sharding.spec([axis if isinstance(axis, str) else None for axis in told], shape, name)
+        parts.append(Part(name, logical, shape, 1, split))
+    return parts
+
+
 def _part(
     sharding: Sharding, name: str, axes: tuple[str, ...], shape: tuple[int, ...], count: int
 ) -> Part:
@@ -86,6 +114,7 @@ def describe(config: ModelConfig, sharding: Sharding) -> dict[str, Any]:
         "mesh": dict(sharding.mesh.shape),
         "rules": {axis: list(names) for axis, names in sharding.rules},
         "parameters": [_fields(part, sharding, 4) for part in weights],
+        "activations": [_fields(part, sharding, 4) for part in activations(config, sharding)],
         "cache": [_fields(part, sharding, _cache_bytes(part)) for part in leaves],
         "bytes_per_device": {
             "parameters_float32": 4 * num_weights,
@@ -120,11 +149,13 @@ def lines(config: ModelConfig, sharding: Sharding) -> Iterator[str]:
     yield "rules  " + ", ".join(f"{axis}:{'+'.join(n)}" for axis, n in fields["rules"].items())
     yield ""
     rows = [("array", "axes, and what splits them", "a device")]
-    rows += [_row(part) for part in fields["parameters"] + fields["cache"]]
+    for kind in ("parameters", "activations", "cache"):
+        rows += [_row(part) for part in fields[kind]]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for name, cut, size in rows:
         yield f"{name:<{widths[0]}}  {cut:<{widths[1]}}  {size:>{widths[2]}}"
     yield ""
+    yield "AdamW keeps two arrays for each parameter, which lie as it does."
     for name, size in fields["bytes_per_device"].items():
         yield f"{name.replace('_', ' '):<{widths[0]}}  {_bytes(size)} a device"
     by_cut: dict[tuple, list[Part]] = {}

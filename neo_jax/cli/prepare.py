@@ -2,22 +2,31 @@
 
 import dataclasses
 from collections.abc import Sequence
+from textwrap import indent
+from typing import Any
 
 from tyro.conf import Positional
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
-from neo_jax.data.prepare import prepare
+from neo_jax.data.prepare import TokenizerKind, prepare
+from neo_jax.data.statistics import draw_histogram
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Tokenizes .txt and .jsonl files, folders and globs into a data set for training."""
+    """Tokenizes .txt, .jsonl and TFRecord files, folders and globs into a data set for training.
+
+    What was interrupted goes on where it was: give the same command again.
+    """
 
     output: str  # the folder to write, also gs://
-    inputs: Positional[tuple[str, ...]] = ()  # .txt, .jsonl, also .gz, .xz; folders, globs, gs://
+    # .txt, .jsonl, .tfrecords, also .gz, .xz, .zst; folders, globs, gs://; hf://NAME:CONFIG:SPLIT
+    inputs: Positional[tuple[str, ...]] = ()
     tokenizer: str = ""  # a folder with a tokenizer's files
-    train_tokenizer: int = 0  # or the size of a SentencePiece vocabulary to learn from the text
+    train_tokenizer: int = 0  # or the size of a vocabulary to learn from the text
+    tokenizer_kind: TokenizerKind = "sentencepiece"  # of the tokenizer to train
+    text_field: str = "text"  # name of the text in .jsonl and hf://, of the ids in TFRecords
     held_out: float = 0.0  # share of documents kept from training, to evaluate on
     json: bool = False  # print the statistics as JSON
 
@@ -34,18 +43,26 @@ def main(args: Sequence[str]) -> None:
         options.output,
         options.tokenizer or None,
         train_tokenizer=options.train_tokenizer,
+        tokenizer_kind=options.tokenizer_kind,
+        text_field=options.text_field,
         held_out=options.held_out,
     )
     if options.json:
         print_json(fields)
         return
-    print_table(
-        [
-            (
-                split,
-                f"{numbers['documents']:,} documents, {numbers['bytes']:,} bytes, "
-                f"{numbers['tokens']:,} tokens, {numbers['tokens_per_byte']:.4f} tokens a byte",
-            )
-            for split, numbers in fields["splits"].items()
-        ]
-    )
+    for split, numbers in fields["splits"].items():
+        _print_split(split, numbers)
+
+
+def _print_split(split: str, numbers: dict[str, Any]) -> None:
+    lengths = numbers["lengths"]
+    rows = {
+        "documents": f"{numbers['documents']:,}",
+        "bytes": f"{numbers['bytes']:,}",
+        "tokens": f"{numbers['tokens']:,}, {numbers['tokens_per_byte']:.4f} a byte",
+        "tokens a document": f"median {lengths['median']:,}, mean {lengths['mean']:,.1f}, "
+        f"longest {lengths['longest']:,}; documents of as many up to twice as many:",
+    }
+    print(split)
+    print_table([(f"  {name}", value) for name, value in rows.items()])
+    print(indent(draw_histogram(lengths["histogram"]), "    "))

@@ -1,1 +1,1 @@
-"""From text to batches, in reading order: sources, tokenizer, prepare, packing, feed."""
+"""From text to batches, in reading order: sources, tokenizer, writer, prepare, packing, feed."""

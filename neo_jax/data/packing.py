@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from neo_jax.config import read_json
-from neo_jax.data.prepare import DATASET_FILE, VERSION
+from neo_jax.data.writer import DATASET_FILE, VERSION
 from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.paths import file_size, is_remote, make_path, read_range
 

@@ -1,40 +1,70 @@
-"""Documents from files: plain text, and The Pile's JSON lines, each perhaps compressed."""
+"""Where documents come from: files of text, JSON lines or TFRecords, and Hugging Face data sets."""
 
-import contextlib
+import dataclasses
+import functools
 import glob
-import gzip
 import json
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from neo_jax.data.compression import UNPACKERS, open_unpacked, unpacked_name
+from neo_jax.data.hugging_face import SCHEME, HubDataset
+from neo_jax.data.tfrecords import Record, read_records
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import find_files, make_path, match, open_binary
+from neo_jax.paths import file_version, find_files, make_path, match
 
-ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz")
-"""A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}."""
+ENDINGS = (".txt", ".jsonl", ".tfrecord", ".tfrecords")
+"""A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}; of
+TFRecords every record. All may be compressed, as .jsonl.zst."""
+
+Document = str | Record
 
 
-def documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
-    """Yields the text of every document, in the order of `paths`, one in memory at a time.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file, or a data set of the Hugging Face hub."""
+
+    name: str
+    version: str  # changes when the content does
+    documents: Callable[[], Iterator[Document]]  # in order, one in memory at a time
+
+
+def find_sources(
+    inputs: Sequence[str | os.PathLike[str]], text_field: str = "text"
+) -> list[Source]:
+    """Returns what inputs name, in their order.
 
     Args:
-      paths: files; folders, whose files of a known ending are read in sorted order, those of
-        sub-folders too and hidden ones not; and globs, in which ** stands for any sub-folders.
+      inputs: files; folders, whose files of a known ending are read in sorted order, those of
+        sub-folders too and hidden ones not; globs, in which ** stands for any sub-folders; and
+        hf://NAME:CONFIG:SPLIT.
+      text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
 
     Raises:
-      NeoError: nothing matches, an unknown ending, a file that is unreadable, damaged or not
-        UTF-8, or a line that is not a JSON object with a "text". Paths that match nothing are
-        reported before the first document.
+      NeoError: nothing matches, or an unknown ending. The iterators of documents raise it for a
+        file that is unreadable, damaged or not UTF-8, and for a line without a text.
     """
-    files = [file for path in paths for file in _files(os.fspath(path))]
-    if not files:
+    sources: list[Source] = []
+    for name in [os.fspath(path) for path in inputs]:
+        try:
+            sources += _named(name, text_field)
+        except OSError as error:
+            raise NeoError(f"cannot read {name}: {reason(error)}.") from error
+    if not sources:
         raise NeoError("no input is named; name text or jsonl files, folders or globs.")
-    for file in files:
-        yield from _read(file)
+    return sources
+
+
+def _named(name: str, text_field: str) -> list[Source]:
+    if name.startswith(SCHEME):
+        dataset = HubDataset(name, text_field)
+        return [Source(name, dataset.version, dataset.texts)]
+    return [
+        Source(str(path), file_version(path), functools.partial(_read, path, text_field))
+        for path in _files(name)
+    ]
 
 
 def _files(path: str) -> list[Path]:
@@ -52,39 +82,65 @@ def _files(path: str) -> list[Path]:
         if found.is_dir():
             inside = [file for file in find_files(found) if _is_document_file(file, found)]
             if not inside and len(matches) == 1:
-                raise NeoError(f"{found} holds no file that ends in {', '.join(ENDINGS)}.")
+                raise NeoError(f"{found} holds no file that ends in {_KNOWN}.")
             files += inside
-        elif not found.name.endswith(ENDINGS):
-            raise NeoError(f"{found}: unknown ending; known are {', '.join(ENDINGS)}.")
+        elif not _is_known(found):
+            raise NeoError(f"{found}: unknown ending; known are {_KNOWN}.")
         else:
             files.append(found)
     if not files:
-        raise NeoError(f"no file that '{path}' matches ends in {', '.join(ENDINGS)}.")
+        raise NeoError(f"no file that '{path}' matches ends in {_KNOWN}.")
     return files
+
+
+def _is_known(file: Path) -> bool:
+    return unpacked_name(file.name).endswith(ENDINGS)
 
 
 def _is_document_file(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.name.endswith(ENDINGS) and not hidden
+    return _is_known(file) and not hidden
 
 
-def _read(path: Path) -> Iterator[str]:
-    if not path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        with _open(path) as file:
-            yield _decode(path, file.read(), 0)
-        return
+_KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
+
+
+def _read_text(path: Path, _: str) -> Iterator[str]:
+    with open_unpacked(path) as file:
+        yield _decode(path, file.read(), 0)
+
+
+def _read_json(path: Path, text_field: str) -> Iterator[str]:
     for where, fields in json_lines(path):
-        text = fields.get("text")
+        text = fields.get(text_field)
         if not isinstance(text, str):
             raise NeoError(
-                f'{where}: no "text"; every line is an object such as {{"text": "..."}}.'
+                f'{where}: no "{text_field}"; every line is an object such as '
+                f'{{"{text_field}": "..."}}.'
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             lone = text[error.start]
-            raise NeoError(f'{where}: "text" holds the lone surrogate {lone!r}.') from error
+            raise NeoError(f'{where}: "{text_field}" holds the lone surrogate {lone!r}.') from error
         yield text
+
+
+def _read_tfrecords(path: Path, text_field: str) -> Iterator[Record]:
+    with open_unpacked(path) as file:
+        yield from read_records(file, str(path), text_field)
+
+
+def _read(path: Path, text_field: str) -> Iterator[Document]:
+    return _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, text_field)
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json,
+    ".tfrecord": _read_tfrecords,
+    ".tfrecords": _read_tfrecords,
+}
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,7 +165,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
       NeoError: a file that is unreadable, damaged or not UTF-8.
     """
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         offset = 0
         for number, line in enumerate(file, start=1):
             decoded = _decode(path, line, offset)
@@ -118,24 +174,12 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, decoded.rstrip("\r\n")
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    unpackers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    try:
-        with open_binary(path) as file:
-            yield unpackers[path.suffix](file) if path.suffix in unpackers else file
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise NeoError(f"{path} is damaged ({error}); copy it again.") from error
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
-
-
 def _decode(path: Path, data: bytes, offset: int) -> str:
     """Decodes UTF-8, without the byte order mark that some editors begin a file with."""
     try:
         return data.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        packed = " once decompressed" if path.suffix in (".gz", ".xz") else ""
+        packed = " once decompressed" if path.suffix in UNPACKERS else ""
         # utf-8-sig counts from behind the mark.
         mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
         raise NeoError(

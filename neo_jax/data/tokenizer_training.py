@@ -1,16 +1,21 @@
-"""Training a SentencePiece tokenizer."""
+"""Training a tokenizer: SentencePiece, or byte-level BPE as GPT-Neo's."""
 
 import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 
-from neo_jax.data.tokenizer import END_OF_TEXT, SentencePieceTokenizer, check_unicode
+from neo_jax.data.tokenizer import (
+    END_OF_TEXT,
+    BytePairTokenizer,
+    SentencePieceTokenizer,
+    check_unicode,
+)
 from neo_jax.errors import NeoError
 from neo_jax.paths import is_remote, make_path
 
 _SENTENCE = 1000  # characters: four bytes each at most, within SentencePiece's limit of 4192
-_MOST_CHARACTERS = 200_000_000  # training holds them in memory, several times over
+_MOST_CHARACTERS = 200_000_000  # SentencePiece holds them in memory, several times over
 
 
 def train_sentencepiece(
@@ -67,11 +72,48 @@ def train_sentencepiece(
     return SentencePieceTokenizer(path)
 
 
+def train_byte_pairs(
+    texts: Iterable[str], vocab_size: int, output: str | os.PathLike[str]
+) -> BytePairTokenizer:
+    """Trains byte-level BPE as GPT-2's, whose <|endoftext|> has id 0; transformers loads it too.
+
+    Every text survives encoding and decoding. In memory are the different words of the texts.
+
+    Args:
+      texts: the documents to learn from; reading stops after about 200 million characters.
+      vocab_size: the number of tokens, of which 256 are the bytes and one the end of text.
+      output: the folder to write.
+
+    Raises:
+      NeoError: the texts are empty or too few for so many tokens, or the tokens fewer than 257.
+    """
+    import tokenizers
+
+    if vocab_size < 257:
+        raise NeoError(f"{vocab_size} tokens are too few for bytes; ask for at least 257.")
+    folder = make_path(output)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_texts(texts), trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise NeoError(f"the text is too small for {vocab_size} tokens; ask for at most {found}.")
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    return BytePairTokenizer(folder)
+
+
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Yields lines, the long ones cut at spaces; the space of a cut is implied by the next."""
-    read = 0
-    for text in texts:
-        check_unicode(text)
+    for text in _first_texts(texts):
         for line in text.split("\n"):
             start = 0
             while len(line) - start > _SENTENCE:
@@ -81,6 +123,13 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 start = end + 1 if cut > 0 else end
             if start < len(line):
                 yield line[start:]
+
+
+def _first_texts(texts: Iterable[str]) -> Iterator[str]:
+    read = 0
+    for text in texts:
+        check_unicode(text)
+        yield text
         read += len(text)
         if read > _MOST_CHARACTERS:
             return

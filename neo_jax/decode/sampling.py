@@ -5,6 +5,7 @@ logits, its settings and its position alone: not on what else is in the batch.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,8 +30,8 @@ class SamplingOptions:
     seed: int = 0  # the same prompt, options and seed give the same text
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise NeoError(f"temperature must be 0 or more, not {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise NeoError(f"temperature must be 0 or more, and finite, not {self.temperature}.")
         if self.top_k < 0:
             raise NeoError(f"top_k must be 0 (off) or more, not {self.top_k}.")
         if not 0 < self.top_p <= 1:

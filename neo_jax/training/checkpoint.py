@@ -6,6 +6,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from neo_jax.distributed import check_shared
 from neo_jax.errors import NeoError, reason
 from neo_jax.paths import absolute, check_writable, is_remote, make_path
 from neo_jax.training.config import TrainConfig
@@ -25,6 +26,7 @@ class Checkpoints:
         check_writable(path)
         if is_remote(path):
             _check_bucket(path)
+        check_shared(path)
         self._manager = ocp.CheckpointManager(
             path, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )

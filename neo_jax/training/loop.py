@@ -53,9 +53,10 @@ def train(config: TrainConfig) -> TrainState:
     train_step = make_step(model, optimizer, config)
     place = Placement(model, config.batch_size)
     evaluate = _make_evaluation(config, model, place)
+    abstract = abstract_state(model, optimizer)
     output = make_path(config.output)
     with Checkpoints(output / "checkpoints", config.keep) as checkpoints:
-        restored = checkpoints.restore_latest(abstract_state(model, optimizer), config)
+        restored = checkpoints.restore_latest(abstract, config)
         state = restored or init_state(model, optimizer, config.seed)
         start = int(state.step)
         feed = batches(

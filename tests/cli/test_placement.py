@@ -47,6 +47,19 @@ def test_cache_of_both_kinds_of_layer():
     assert describe(CONFIG, sharding)["bytes_per_device"]["cache_bfloat16"] == a_row_a_device
 
 
+def test_activations_of_a_block():
+    parts = describe(CONFIG, make_sharding("fsdp=4,model=2"))["activations"]
+    found = {part["name"]: (part["shape"], part["split"]) for part in parts}
+    rows, heads = ["fsdp"], ["model"]
+    assert found == {
+        "residual stream": ([4, 64, 32], [rows, [], []]),
+        "queries": ([4, 4, 64, 8], [rows, heads, [], []]),
+        "MLP hidden": ([4, 64, 128], [rows, [], heads]),
+        "logits": ([4, 64, 128], [rows, [], heads]),
+    }
+    assert parts[2]["bytes_per_device"] == 4 * 64 * 64
+
+
 def test_devices_that_are_not_there():
     sharding = make_sharding("data=16,fsdp=16", devices=256)
     fields = describe(preset("gpt-neo-13b"), sharding)

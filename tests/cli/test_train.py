@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 import neo_jax
 from neo_jax.cli.train import load_config
@@ -85,9 +86,21 @@ def test_from_text_to_a_trained_model(
 def test_statistics_for_people(succeed, source, tmp_path):
     args = ["prepare", source, "--output", tmp_path / "data", "--train-tokenizer", 320]
     out = succeed(*args)
-    assert out.startswith("train  36 documents, ")
-    assert out.endswith(" tokens a byte\n")
+    assert out.startswith("train\n  documents          36\n")
+    assert " a byte\n  tokens a document  median " in out
+    assert out.endswith(" ████████████████████████████████████████ 26\n")
     assert (tmp_path / "data" / "tokenizer.model").is_file()
+
+
+def test_byte_pairs_from_fields_of_another_name(succeed, fail, text, tmp_path):
+    lines = "".join(json.dumps({"body": f"{i} {text}"}) + "\n" for i in range(20))
+    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    args = ["prepare", tmp_path, "--output", tmp_path / "data", "--train-tokenizer", 300]
+    assert 'in.jsonl.zst:1: no "text"' in fail(*args)
+    succeed(*args, "--text-field", "body", "--tokenizer-kind", "bpe")
+    assert (tmp_path / "data" / "tokenizer.json").is_file()
+    fields = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    assert (fields["vocab_size"], fields["splits"]["train"]["documents"]) == (300, 20)
 
 
 def test_config_files_and_names(config_file):
@@ -173,8 +186,9 @@ def test_a_data_set_that_does_not_fit(succeed, fail, source, config_file, tmp_pa
     assert "too few for a sequence of 4000; choose a length below" in fail(
         "train", config_file, "--model.max-length", 4000
     )
-    assert "axis 'batch' of size 4 does not divide over 8 devices of data; change" in fail(
-        "train", config_file, "--mesh", "data=8"
+    assert (
+        "axis 'batch' of size 4 does not divide over 8 devices of data; choose a multiple of 8"
+        in fail("train", config_file, "--mesh", "data=8")
     )
     (tmp_path / "file").write_text("")
     assert "file/checkpoints (Not a directory); choose another output" in fail(

@@ -1,6 +1,7 @@
 """neo_jax/data/{sources,prepare}.py: documents from files, data sets on disk."""
 
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -8,14 +9,15 @@ import os
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neo_jax.data import prepare as prepare_module
+from neo_jax.data import compression, tokenizing
 from neo_jax.data.prepare import prepare
-from neo_jax.data.sources import documents
+from neo_jax.data.sources import find_sources
 from neo_jax.data.tokenizer import load_tokenizer
-from neo_jax.data.tokenizer_training import train_sentencepiece
+from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.errors import NeoError
 
 TEXTS = [
@@ -48,6 +50,12 @@ def json_lines(texts):
     return "".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts).encode()
 
 
+def documents(paths, text_field="text"):
+    """Yields the documents of every source."""
+    for source in find_sources(paths, text_field):
+        yield from source.documents()
+
+
 def refused(paths):
     with pytest.raises(NeoError) as error:
         list(documents(paths))
@@ -65,7 +73,9 @@ def load(folder, split="train"):
 
 
 def test_every_ending_is_read(tmp_path):
-    for name, opener in (("", open), (".gz", gzip.open), (".xz", lzma.open)):
+    for name, opener in (
+        ("", open), (".gz", gzip.open), (".xz", lzma.open), (".zst", zstandard.open)
+    ):  # fmt: skip
         with opener(tmp_path / f"a.txt{name}", "wb") as file:
             file.write(TEXTS[0].encode())
         with opener(tmp_path / f"b.jsonl{name}", "wb") as file:
@@ -137,16 +147,63 @@ def test_bad_lines_are_named(tmp_path, line, message):
     assert message in refused([tmp_path])
 
 
-@pytest.mark.parametrize("ending", [".gz", ".xz"])
+PACKERS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,  # as the program zstd
+}
+
+
+@pytest.mark.parametrize("ending", PACKERS)
 def test_damaged_files_are_named(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
-    whole = (gzip if ending == ".gz" else lzma).compress(os.urandom(1000))
+    whole = PACKERS[ending](os.urandom(1000))
     path.write_bytes(whole[:500])
     assert f"a.txt{ending} is damaged" in refused([path])
     path.write_bytes(b"not compressed at all")
     assert f"a.txt{ending} is damaged" in refused([path])
     path.write_bytes(whole[:100] + bytes(100) + whole[200:])
     assert f"a.txt{ending} " in refused([path])
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_damage_in_the_middle_is_an_error_there(tmp_path, ending):
+    lines = [json_lines([f"{i} {os.urandom(30).hex()}"]) for i in range(4_000)]
+    packed = PACKERS[ending](b"".join(lines))
+    path = tmp_path / f"a.jsonl{ending}"
+    half = len(packed) // 2
+    path.write_bytes(packed[:half] + os.urandom(50) + packed[half + 50 :])
+    refused([path])
+    path.write_bytes(packed[:half])
+    assert f"a.jsonl{ending} is damaged (" in refused([path])
+    assert "ends" in refused([path]) or "end-of-stream" in refused([path])
+
+
+@given(st.lists(st.binary(max_size=40_000), max_size=5), st.integers(1, 70_000))
+def test_every_frame_of_a_zst_file_is_read(frames, size):
+    """Frames with and without their size, frames of nothing, and frames that are to be skipped."""
+    packer = zstandard.ZstdCompressor(write_content_size=False)
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    packed = b"".join(packer.compress(8 * frame) + skipped for frame in frames)
+    packed += zstandard.compress(b"end")
+    file = compression.UNPACKERS[".zst"](io.BytesIO(packed))
+    read = b"".join(iter(lambda: file.read(size), b""))
+    assert read == b"".join(8 * frame for frame in frames) + b"end"
+
+
+def test_windows_as_wide_as_the_piles(tmp_path):
+    wide = zstandard.ZstdCompressionParameters(window_log=28, write_content_size=False)
+    packed = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    data = packed.compress(json_lines(TEXTS)) + packed.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert list(documents([tmp_path])) == TEXTS
+
+
+def test_the_text_may_have_another_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one", "text": "other"}\n')
+    assert list(documents([tmp_path], "content")) == ["one"]
+    with pytest.raises(NeoError, match=r'a.jsonl:1: no "body"; every line .* {"body": "..."}'):
+        list(documents([tmp_path], "body"))
 
 
 def test_a_data_set_holds_its_documents(tmp_path):
@@ -166,6 +223,12 @@ def test_a_data_set_holds_its_documents(tmp_path):
                 "bytes": num_bytes,
                 "tokens": num_tokens,
                 "tokens_per_byte": round(num_tokens / num_bytes, 6),
+                "lengths": {
+                    "median": 19,
+                    "mean": 42.5,
+                    "longest": 69,
+                    "histogram": [0, 0, 0, 0, 2, 0, 2],
+                },
             }
         },
     }
@@ -214,17 +277,21 @@ def test_the_share_held_out_is_about_what_was_asked(tmp_path):
     assert splits["train"]["documents"] + splits["held_out"]["documents"] == 2000
 
 
-def test_a_tokenizer_is_trained_without_what_is_held_out(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "trainer"), [("sentencepiece", train_sentencepiece), ("bpe", train_byte_pairs)]
+)
+def test_a_tokenizer_is_trained_without_what_is_held_out(tmp_path, kind, trainer):
     words = ["alpha beta", "gamma delta", "epsilon zeta", "eta theta", "iota kappa"]
     texts = [f"{words[i % 5]} number {i}" for i in range(60)]
     (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
-    prepare([tmp_path], tmp_path / "out", train_tokenizer=290, held_out=0.2)
+    options = {"train_tokenizer": 290, "tokenizer_kind": kind}
+    prepare([tmp_path], tmp_path / "out", **options, held_out=0.2)
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.vocab_size == 290
     train = [tokenizer.decode(ids) for ids in load(tmp_path / "out")]
     held_out = [tokenizer.decode(ids) for ids in load(tmp_path / "out", "held_out")]
     assert sorted(train + held_out) == sorted(texts)
-    alone = train_sentencepiece(train, 290, tmp_path / "alone.model")
+    alone = trainer(train, 290, tmp_path / "alone")
     assert alone.encode_batch(texts) == tokenizer.encode_batch(texts)
 
 
@@ -251,6 +318,8 @@ def test_a_tokenizer_is_named_by_its_folder(tmp_path):
         ({"tokenizer": Bytes(), "held_out": 0.999999}, "split 'train'; choose a smaller share"),
         ({"tokenizer": "nowhere"}, "nowhere does not exist"),
         ({"train_tokenizer": 9999}, "too small for 9999 pieces"),
+        ({"train_tokenizer": 9999, "tokenizer_kind": "bpe"}, "too small for 9999 tokens; ask for"),
+        ({"train_tokenizer": 256, "tokenizer_kind": "bpe"}, "256 tokens are too few for bytes"),
     ],
 )
 def test_errors_leave_nothing_behind(tmp_path, arguments, message):
@@ -264,6 +333,7 @@ def test_errors_leave_nothing_behind(tmp_path, arguments, message):
 def test_no_text_is_an_error(tmp_path):
     (tmp_path / "in.txt").write_text("")
     (tmp_path / "in.jsonl").write_text('\n{"text": ""}\n')
+    (tmp_path / "blank.jsonl").write_text("\n\n  \n")
     with pytest.raises(NeoError, match="the input holds no text"):
         prepare([tmp_path], tmp_path / "out", Bytes())
     with pytest.raises(NeoError, match="no text to train a tokenizer on"):
@@ -318,8 +388,8 @@ def test_batches_are_bounded(tmp_path, monkeypatch):
             sizes.append((len(texts), sum(map(len, texts))))
             return super().encode_batch(texts)
 
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizing, "_BATCH_DOCUMENTS", 8)
     texts = [f"{i} " * (i % 20 + 1) for i in range(100)]
     (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
     prepare([tmp_path], tmp_path / "out", Watched())

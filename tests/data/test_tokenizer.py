@@ -14,10 +14,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from neo_jax.data.tokenizer import (
     END_OF_TEXT,
+    BytePairTokenizer,
     StreamDecoder,
     load_tokenizer,
 )
-from neo_jax.data.tokenizer_training import train_sentencepiece
+from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.errors import NeoError
 
 TEXTS = [
@@ -225,6 +226,31 @@ def test_training_is_deterministic(tmp_path):
     files = (tmp_path / "one.model", tmp_path / "two" / "tokenizer.model")
     assert files[0].read_bytes() == files[1].read_bytes()
     assert (one.vocab_size, one.eos_id) == (340, 1)
+
+
+def test_byte_pairs_are_trained(tmp_path):
+    assert isinstance(train_byte_pairs(iter(TEXTS), 400, tmp_path / "one"), BytePairTokenizer)
+    train_byte_pairs(TEXTS, 400, tmp_path / "two")
+    one, two = (load_tokenizer(tmp_path / name) for name in ("one", "two"))
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (
+        tmp_path / "two" / "tokenizer.json"
+    ).read_bytes()
+    assert (one.vocab_size, one.eos_id) == (400, 0)
+    odd = "\x00 ünseen\n\n  日\U0001f600"
+    assert one.decode(one.encode(odd)) == odd
+    two.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    for text in [*TEXTS, odd, f"a{END_OF_TEXT}b"]:
+        assert theirs(text)["input_ids"] == one.encode(text)
+    assert theirs.eos_token_id == 0
+
+
+def test_training_byte_pairs_passes_errors_on(tmp_path):
+    with pytest.raises(NeoError, match="lone surrogate"):
+        train_byte_pairs([TEXTS[0], "ab\udcff"], 300, tmp_path)
+    with pytest.raises(NeoError, match="too small for 300 tokens; ask for at most 257"):
+        train_byte_pairs([], 300, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_training_reads_lines_of_any_length(tmp_path, capfd):

@@ -192,8 +192,9 @@ def test_settings_of_many_rows():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 or more, not -0.1"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more, not nan"),
+        ({"temperature": -0.1}, "temperature must be 0 or more, and finite, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, and finite, not nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 or more, and finite, not inf"),
         ({"top_k": -1}, "top_k must be 0 .off. or more, not -1"),
         ({"top_p": 0.0}, "top_p must lie in .0, 1., not 0.0; 1 is off"),
         ({"top_p": 1.01}, "top_p must lie in"),
