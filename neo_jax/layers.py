@@ -7,6 +7,7 @@ knows the dtype policy: operands in the compute dtype, sums in float32.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,16 @@ class Embed(nn.Module):
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Multiplies by the table's transpose: output logits, in float32."""
         return einsum("btd,vd->btv", x, self.embedding, self.dtype)
+
+
+def zeros_beyond(rows: int, init: Initializer) -> Initializer:
+    """Returns an initializer whose rows from `rows` on are zeros; they also stay zeros."""
+
+    def padded(key: Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> Array:
+        exists = jnp.arange(shape[0])[:, None] < rows
+        return jnp.where(exists, init(key, shape, *args, **kwargs), 0)
+
+    return padded
 
 
 class LayerNorm(nn.Module):

@@ -8,13 +8,12 @@ pass follow transformers' `modeling_gpt_neo.py` and EleutherAI's Mesh-TensorFlow
     logits = ln_f(x) wte^T
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.nn.initializers import Initializer, normal
+from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 
 from neo_jax import axes
@@ -23,7 +22,7 @@ from neo_jax.attention import Kernel, Mask, attend
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.cache import Cache, LayerCache
 from neo_jax.config import ModelConfig
-from neo_jax.layers import Einsum, Embed, LayerNorm
+from neo_jax.layers import Einsum, Embed, LayerNorm, zeros_beyond
 from neo_jax.sharding import Sharding, constrain
 
 ACTIVATIONS = {
@@ -189,7 +188,7 @@ class Neo(nn.Module):
             config.padded_vocab_size,
             config.embed_dim,
             axes.VOCAB,
-            _zeros_beyond(config.vocab_size, normal(0.02)),
+            zeros_beyond(config.vocab_size, normal(0.02)),
             dtype,
             sharding,
         )
@@ -272,16 +271,6 @@ def make_block(model: Neo, layer: int) -> Block:
     """Returns the module of a layer, without its parameters."""
     window = model.config.window(layer)
     return Block(model.config, window, model.dtype, model.kernel, model.sharding, model.dropout)
-
-
-def _zeros_beyond(rows: int, init: Initializer) -> Initializer:
-    """Returns an initializer whose rows from `rows` on are zeros; they also stay zeros."""
-
-    def padded(key: Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> Array:
-        exists = jnp.arange(shape[0])[:, None] < rows
-        return jnp.where(exists, init(key, shape, *args, **kwargs), 0)
-
-    return padded
 
 
 def init_params(model: Neo, key: Array) -> Params:

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from neo_jax.distributed import is_leader
+from neo_jax.errors import NeoError
 from neo_jax.paths import make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
@@ -100,6 +101,12 @@ class Report:
         if step % self._config.log_every and step != self._config.steps:
             return
         values = {name: float(value) for name, value in metrics.items()}
+        if values["skipped_in_a_row"] >= self._config.max_skipped:
+            raise NeoError(
+                f"the last {values['skipped_in_a_row']:.0f} steps to step {step} had no finite "
+                "gradients and were skipped; go on with a lower optimizer.learning_rate, a "
+                "smaller optimizer.clip_norm or dtype float32."
+            )
         now = time.perf_counter()
         tokens_per_step = self._config.batch_size * self._config.sequence_length
         speed = tokens_per_step * (step - self._logged_step) / (now - self._logged_time)

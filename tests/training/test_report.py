@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from neo_jax.errors import NeoError
 from neo_jax.training import report as report_module
 from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.report import Evaluation, Report
@@ -32,7 +33,7 @@ def lines(config):
 
 
 def values(step):
-    return {"loss": jnp.float32(step / 2)}
+    return {"loss": jnp.float32(step / 2), "skipped_in_a_row": jnp.int32(0)}
 
 
 def test_steps_are_reported_one_late_and_all_at_the_end(config, clock):
@@ -71,6 +72,18 @@ def test_speed_is_tokens_over_time_without_evaluations(config, clock, capsys):
     err = capsys.readouterr().err
     assert "step 2/6: loss 1.0000  1,024 tokens/s" in err
     assert "step 2: held-out loss 2.5000 nats a token, 1.2500 bits a byte" in err
+
+
+def test_a_run_that_only_skips_ends_with_advice(config, clock):
+    config = dataclasses.replace(config, max_skipped=4)
+    skipping = {"loss": jnp.float32(1)}
+    with pytest.raises(NeoError) as error, Report(config, 0) as report:
+        for step in range(1, 7):
+            clock[0] += 1
+            report.step(step, skipping | {"skipped_in_a_row": jnp.int32(step)})
+    assert str(error.value).startswith("the last 4 steps to step 4 had no finite gradients")
+    assert "lower optimizer.learning_rate" in str(error.value)
+    assert [line["step"] for line in lines(config)] == [2]
 
 
 def test_an_error_closes_the_file_too(config, clock):
