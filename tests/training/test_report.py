@@ -76,14 +76,18 @@ def test_speed_is_tokens_over_time_without_evaluations(config, clock, capsys):
 
 def test_a_run_that_only_skips_ends_with_advice(config, clock):
     config = dataclasses.replace(config, max_skipped=4)
-    skipping = {"loss": jnp.float32(1)}
-    with pytest.raises(NeoError) as error, Report(config, 0) as report:
-        for step in range(1, 7):
-            clock[0] += 1
-            report.step(step, skipping | {"skipped_in_a_row": jnp.int32(step)})
+    with pytest.raises(NeoError) as error:
+        skip(config, clock, steps=6)
     assert str(error.value).startswith("the last 4 steps to step 4 had no finite gradients")
     assert "lower optimizer.learning_rate" in str(error.value)
     assert [line["step"] for line in lines(config)] == [2]
+
+
+def skip(config, clock, steps):
+    with Report(config, 0) as report:
+        for step in range(1, steps + 1):
+            clock[0] += 1
+            report.step(step, values(step) | {"skipped_in_a_row": jnp.int32(step)})
 
 
 def test_an_error_closes_the_file_too(config, clock):
