@@ -4,13 +4,16 @@ Every process runs the same program. Process 0 leads: it alone prints and writes
 sharded. Joining must come before anything that makes JAX look for devices.
 """
 
+import functools
 import os
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from neo_jax.axes import Array
 from neo_jax.errors import NeoError
@@ -117,3 +120,29 @@ def to_host(array: Array) -> np.ndarray:
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     multihost_utils.sync_global_devices(name)
+
+
+def all_processes(here: bool) -> bool:
+    """Tells whether every process says yes; all must call this."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(here).all())
+
+
+def ask_any(here: bool) -> Array:
+    """Starts to ask whether any process says yes; all must call this.
+
+    Returns:
+      A boolean scalar. The devices compute it among their other work; reading it waits for that.
+    """
+    split, any_of = _any_of_all()
+    flags = jax.make_array_from_callback((jax.device_count(),), split, lambda _: np.asarray([here]))
+    return any_of(flags)
+
+
+@functools.cache
+def _any_of_all() -> tuple[NamedSharding, Any]:
+    mesh = jax.make_mesh((jax.device_count(),), ("device",))
+    split, whole = (
+        NamedSharding(mesh, PartitionSpec("device")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    return split, jax.jit(jnp.any, out_shardings=whole)

@@ -41,12 +41,22 @@ class TrainConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between evaluations on the held-out split; 0 is never
     save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept, the newest ones
+    keep: int = 2  # checkpoints kept, the newest ones; the best by evaluation stays too
+    # What a run tells beside metrics.jsonl, and what else stays of it:
+    keep_every: int = 0  # checkpoints of multiples of so many steps stay for good; 0 is none
+    prompts: tuple[str, ...] = ()  # continued at each evaluation, into samples.jsonl
+    sample_tokens: int = 64  # of each continuation
+    tensorboard: bool = False  # event files in output/tensorboard
+    wandb: str = ""  # a project of Weights & Biases; empty is none
+    profile: int = 0  # steps to trace into output/profile, soon after the start
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise NeoError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("eval_every", "keep_every", "profile"):
+            if getattr(self, name) < 0:
+                raise NeoError(f"{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "

@@ -11,6 +11,8 @@ from neo_jax.training import report as report_module
 from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.report import Evaluation, Report
 
+BYTES = 2.5  # of a token
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -36,7 +38,7 @@ def values(step):
 
 
 def test_steps_are_reported_one_late_and_all_at_the_end(config, clock):
-    with Report(config, 0) as report:
+    with Report(config, 0, BYTES) as report:
         for step in range(1, 6):
             clock[0] += 0.5
             report.step(step, values(step))
@@ -51,7 +53,7 @@ def test_steps_are_reported_one_late_and_all_at_the_end(config, clock):
 
 
 def test_speed_is_tokens_over_time_without_evaluations(config, clock, capsys):
-    with Report(config, 0) as report:
+    with Report(config, 0, BYTES) as report:
         for step in (1, 2):
             clock[0] += 0.25
             report.step(step, values(step))
@@ -74,7 +76,7 @@ def test_speed_is_tokens_over_time_without_evaluations(config, clock, capsys):
 
 
 def test_an_error_closes_the_file_too(config, clock):
-    report = Report(config, 0)
+    report = Report(config, 0, BYTES)
     with pytest.raises(KeyboardInterrupt), report:
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="closed file"):
@@ -82,7 +84,7 @@ def test_an_error_closes_the_file_too(config, clock):
 
 
 def test_a_run_without_log_lines_in_reach_still_tells_its_last_step(config, clock):
-    with Report(dataclasses.replace(config, log_every=100), 4) as report:
+    with Report(dataclasses.replace(config, log_every=100), 4, BYTES) as report:
         for step in (5, 6):
             clock[0] += 1
             report.step(step, values(step))
