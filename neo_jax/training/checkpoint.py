@@ -2,21 +2,26 @@
 
 A checkpoint is a folder named for its step: `state` (its arrays; the step is one of them), and as
 JSON `config` (the seed, from which every random key comes, included), `versions` of the libraries,
-and `metrics`, the held-out loss where there is one. It appears under that name when it is whole.
+and `evaluation`, the held-out loss where there is one. It has that name as soon as it is whole.
 """
 
 import contextlib
 import dataclasses
+import gc
 import json
+import logging
 import math
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -51,25 +56,20 @@ class Checkpoints:
         check_writable(self._folder)
         if is_remote(self._folder):
             _check_bucket(self._folder)
-        kept: list[Any] = [
-            policies.LatestN(keep),
-            policies.BestN(
-                get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
+        kept: list[Any] = [policies.LatestN(keep), _Best(self)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=_loss,
-            best_mode="min",
+            lightweight_initialize=True,  # reads nothing that may be damaged
             cleanup_tmp_directories=True,
             # Called when a checkpoint is whole, and before older ones are removed.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._name_best),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        self._best = math.inf, 0  # the loss, and the step
-        self._find_best()
+        self.best = math.inf, 0  # the least held-out loss of a checkpoint, and its step
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def is_best(self, loss: float) -> bool:
         """Tells whether a held-out loss is below that of every checkpoint; NaN never is."""
-        return loss < self._best[0]
+        return loss < self.best[0]
 
     def save(self, state: TrainState, config: TrainConfig, loss: float = math.nan) -> None:
         """Starts to write a checkpoint in the background; a step that is there is left alone.
@@ -99,18 +99,19 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._check_room(state)
         with self._explained():
             self._manager.wait_until_finished()
             if self.is_best(loss):
-                self._best = loss, step
+                self.best = loss, step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     config=ocp.args.JsonSave(dataclasses.asdict(config)),
                     versions=ocp.args.JsonSave(_versions()),
+                    evaluation=ocp.args.JsonSave({} if math.isnan(loss) else {"loss": loss}),
                 ),
-                metrics=None if math.isnan(loss) else {"loss": loss},
             )
 
     def restore_latest(self, abstract: TrainState, config: TrainConfig) -> TrainState | None:
@@ -124,21 +125,25 @@ class Checkpoints:
           config: what to train.
 
         Raises:
-          NeoError: the run in this folder trains another model, or no checkpoint can be read.
+          NeoError: the run in this folder trains another model, no checkpoint can be read, or the
+            disk has no room for one more.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        if config.steps not in steps:
+            self._check_room(abstract)
         reasons: list[str] = []
-        for i, step in enumerate(steps):
+        for step in steps:
             state, why = self._restore(step, abstract, config)
             if state is None:
                 reasons.append(why)
                 continue
             for damaged, words in zip(steps, reasons, strict=False):
-                _warn(f"checkpoint {damaged} in {self._folder} is damaged ({words}); removed it")
+                _warn(
+                    f"checkpoint {damaged} in {self._folder} is damaged ({words}); removed it, "
+                    f"going on from {step}"
+                )
                 self._manager.delete(damaged)
-            if reasons:
-                _warn(f"going on from checkpoint {steps[i]}")
-                self._find_best()
+            self.best = self._find_best()
             return state
         if not steps:
             return None
@@ -151,41 +156,59 @@ class Checkpoints:
         self, step: int, abstract: TrainState, config: TrainConfig
     ) -> tuple[TrainState | None, str]:
         """Reads a checkpoint; where any process cannot, returns None and the reason."""
-        # Not by the manager: a process that fails would leave the others at its barrier.
-        handler = ocp.CompositeCheckpointHandler()
-        folder = self._folder / str(step)
         state, saved, why = None, None, "another process cannot read it"
-        try:
-            saved = handler.restore(folder, ocp.args.Composite(config=ocp.args.JsonRestore()))
-            saved = saved.config["model"]
-        except Exception as error:  # damage shows in many ways
-            why = _short(error)
+        with _quiet():
+            try:
+                saved = self._read(step, config=ocp.args.JsonRestore()).config["model"]
+            except Exception as error:  # damage shows in many ways
+                why = _short(error)
         ours = json.loads(json.dumps(dataclasses.asdict(config.model)))
         if not all_processes(saved in (None, ours)):
             raise NeoError(
                 "the run in this output folder trains another model; choose another output, or "
                 "delete the folder."
             )
-        try:
-            if saved is not None:
-                restore = ocp.args.StandardRestore(abstract)
-                state = handler.restore(folder, ocp.args.Composite(state=restore)).state
-        except Exception as error:
-            why = _short(error)
+        with _quiet():
+            try:
+                if saved is not None:
+                    state = self._read(step, state=ocp.args.StandardRestore(abstract)).state
+            except Exception as error:
+                why = _short(error)
         return (state, "") if all_processes(state is not None) else (None, why)
 
-    def _find_best(self) -> None:
-        step = self._manager.best_step()
-        self._best = (_loss(self._manager.metrics(step)), step) if step else (math.inf, 0)
-        self._name_best()
+    def _read(self, step: int, **items: Any) -> Any:
+        # Not by the manager: a process that fails would leave the others at its barrier.
+        handler = ocp.CompositeCheckpointHandler()
+        return handler.restore(self._folder / str(step), ocp.args.Composite(**items))
+
+    def _find_best(self) -> tuple[float, int]:
+        """Returns what `best` is to be, infinity where there was no evaluation."""
+        best = math.inf, 0
+        for step in self._manager.all_steps():
+            with _quiet(), contextlib.suppress(Exception):  # a damaged one is not the best
+                read = self._read(step, evaluation=ocp.args.JsonRestore())
+                best = min(best, (read.evaluation.get("loss", math.inf), step))
+        return best
 
     def _name_best(self) -> None:
-        loss, step = self._best
-        if not is_leader() or not step:
+        loss, step = self.best
+        if is_leader() and step:
+            fields = {"step": step, "eval_loss": loss, "checkpoint": f"checkpoints/{step}"}
+            path = self._folder.parent / "best.json"
+            path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+
+    def _check_room(self, state: TrainState) -> None:
+        """Tells of a full disk before orbax does, whose threads have a lot to say."""
+        if is_remote(self._folder):
             return
-        path = self._folder.parent / "best.json"
-        fields = {"step": step, "eval_loss": loss, "checkpoint": f"checkpoints/{step}"}
-        path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+        needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        disk = shutil.disk_usage(self._folder)
+        if disk.free < needed and disk.total:  # some network disks do not know
+            raise NeoError(
+                f"a checkpoint takes {needed / 1e9:.3g} GB, and {self._folder} has "
+                f"{disk.free / 1e9:.3g} GB left; make room there, then give the same command: it "
+                "goes on from the last checkpoint."
+            )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -199,8 +222,37 @@ class Checkpoints:
             ) from error
 
 
-def _loss(metrics: Any) -> float:
-    return metrics["loss"]
+@dataclasses.dataclass
+class _Best(policies.PreservationPolicy):
+    """Keeps the best checkpoint."""
+
+    of: Checkpoints
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[policies.PolicyCheckpointInfo],
+        *,
+        context: policies.PreservationContext,
+    ) -> Sequence[bool]:
+        """Tells of each checkpoint whether to keep it."""
+        return [info.step == self.of.best[1] for info in checkpoints]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Python prints of reads that are given up because one of them failed."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            yield
+        finally:
+            gc.collect()  # it is now that it would print
+            sys.unraisablehook = hook
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tells a message from what orbax and its tasks log, at length, beside raising it."""
+    return "orbax" not in record.pathname and not str(record.msg).startswith("Task exception")
 
 
 def _versions() -> dict[str, str]:
@@ -208,9 +260,14 @@ def _versions() -> dict[str, str]:
     return {"neo_jax": __version__, "python": platform.python_version(), **libraries}
 
 
-def _short(error: Exception) -> str:
-    """Returns why in a few words: tensorstore adds the whole specification of an array."""
-    return reason(error).split(" [")[0].rstrip(".")[:200]
+def _short(error: BaseException) -> str:
+    """Returns why in a few words: orbax and tensorstore add the specification of an array."""
+    while error.__cause__:
+        error = error.__cause__
+    words = reason(error).split(" [")[0].rstrip(".")
+    while len(words) > 150 and ": " in words:  # the innermost is the last
+        words = words.split(": ", 1)[1]
+    return words[:150]
 
 
 def _warn(line: str) -> None:
