@@ -3,8 +3,9 @@
   python tests/benchmarks/kill_training.py [--kills 20] [--terms 3] [--mesh fsdp=2] [--seed 0]
 
 Each kill is a SIGKILL at a random moment: one in three between the start of the process and its
-first steps, one after its first save, one in a save. Each term is a SIGTERM, after which the process
-is to exit with 0. Every process is started by the same command; the last one is left to the end.
+first steps, one after its first save, one in a save. Each term is a SIGTERM, after which the
+process is to exit with 0. Every process is started by the same command; the last one is left to
+the end.
 
 Prints how many kills fell between the start and the commit of a save (orbax's temporary folder is
 there), then fails unless the weights are bit-identical to those of the run without kills, and so
@@ -69,8 +70,10 @@ class Run:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self._environment, stdout=pipe, stderr=pipe, text=True)
 
-    def is_saving(self) -> bool:
-        return any((self.output / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    def saves(self) -> set[int]:
+        """What has begun and is not committed, each by its inode: a name may come again."""
+        folders = (self.output / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+        return {os.stat(folder).st_ino for folder in folders if folder.exists()}
 
     def newest(self) -> int:
         """The step of the newest checkpoint that is whole."""
@@ -85,14 +88,17 @@ class Run:
         return (self.output / "model" / "model.safetensors").read_bytes()
 
 
-def stop(run: Run, number: signal.Signals, delay: float, moment: str) -> None:
-    """Starts a process, waits for a moment, waits `delay` seconds, and sends a signal."""
-    process, before = run.start(), run.newest()
+def stop(run: Run, number: signal.Signals, delay: float, moment: str) -> bool:
+    """Starts a process, waits for a moment, waits `delay` seconds, and sends a signal.
+
+    Returns whether that was between the start and the commit of a save.
+    """
+    before, leftover = run.newest(), run.saves()
+    process = run.start()
 
     def due() -> bool:
-        # A save that was cut off before is there until the process begins.
         saved = run.newest() > before
-        return moment == "start" or (saved and (moment == "later" or run.is_saving()))
+        return moment == "start" or (saved and (moment == "later" or run.saves() - leftover))
 
     while not due():
         assert process.poll() is None, process.communicate()
@@ -103,8 +109,13 @@ def stop(run: Run, number: signal.Signals, delay: float, moment: str) -> None:
     expected = -number if number is signal.SIGKILL else 0
     assert process.returncode == expected, (process.returncode, err)
     last = err.splitlines()[-1] if err else "it had not begun"
-    saving = ", in a save" if run.is_saving() else ""
-    print(f"{number.name} {moment} + {delay:.2f} s, checkpoint {run.newest()}{saving}: {last}")
+    cut_off = bool(run.saves() - leftover)
+    saving = ", in a save" if cut_off else ""
+    print(
+        f"{number.name} {moment} + {delay:.2f} s, checkpoint {run.newest()}{saving}: {last}",
+        flush=True,
+    )
+    return cut_off
 
 
 def main() -> None:
@@ -141,8 +152,7 @@ def main() -> None:
         for i, number in enumerate(stops):
             moment = ("saving", "start", "later")[i % 3]
             longest = {"saving": 0.02, "start": first / 2, "later": 0.5}[moment]
-            stop(run, number, draw.uniform(0, longest), moment)
-            cut_off += number is signal.SIGKILL and run.is_saving()
+            cut_off += stop(run, number, draw.uniform(0, longest), moment)
         last = run.start()
         _, err = last.communicate()
         assert last.returncode == 0, err

@@ -1,6 +1,5 @@
 """neo_jax/training/checkpoint.py: what stays, what is damaged, what cannot be written."""
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -8,37 +7,54 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from neo_jax.errors import NeoError
-from neo_jax.training import checkpoint, loop
-from neo_jax.training.loop import train
-from neo_jax.training.report import Evaluation
+from neo_jax.training import checkpoint
+from neo_jax.training.checkpoint import Checkpoints
+from neo_jax.training.state import TrainState
+
+NAN = float("nan")
 
 
-def folders(config):
-    return {path.name for path in (Path(config.output) / "checkpoints").iterdir()}
+def state(step):
+    """A state that differs from that of any other step."""
+    noise = np.random.default_rng(step).normal(size=(64, 48)).astype(np.float32)
+    return TrainState(
+        jnp.int32(step), {"h": {"kernel": jnp.asarray(noise)}}, {"count": jnp.int32(step)}
+    )
 
 
-def assert_identical(ours, theirs):
-    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+def abstract():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state(0)
+    )
 
 
-@pytest.fixture(scope="module")
-def finished(six_steps, tmp_path_factory):
-    """A run with checkpoints at steps 2, 4 and 6: its config and its final state."""
-    output = tmp_path_factory.mktemp("finished") / "run"
-    config = dataclasses.replace(six_steps, output=str(output), save_every=2, keep=3)
-    return config, train(config)
+def assert_is_step(restored, step):
+    jax.tree.map(np.testing.assert_array_equal, restored, state(step))
 
 
 @pytest.fixture
-def copy(finished, tmp_path):
-    """The config of a copy of that run, and its checkpoints."""
-    output = tmp_path / "copy"
-    shutil.copytree(finished[0].output, output)
-    return dataclasses.replace(finished[0], output=str(output)), output / "checkpoints"
+def save(config):
+    """Saves steps with a held-out loss each, in one go; returns what is there then."""
+
+    def call(losses, folder="run/checkpoints", **options):
+        folder = Path(config.output).parent / folder
+        with Checkpoints(folder, **options) as checkpoints:
+            for step, loss in losses.items():
+                checkpoints.save(state(step), config, loss)
+        return {path.name for path in folder.iterdir()}
+
+    return call
+
+
+def restore(config, folder):
+    with Checkpoints(folder, keep=3) as checkpoints:
+        return checkpoints.restore_latest(abstract(), config)
 
 
 # What stays.
@@ -49,48 +65,39 @@ def copy(finished, tmp_path):
     [
         ([5, 3, 4, 4, 4, 4], {"2", "5", "6"}, 2),
         ([5, 3, 4, 4, 4, 1], {"5", "6"}, 6),
-        ([float("nan"), 3, 4, float("nan"), 4, 3], {"2", "5", "6"}, 2),
-        ([float("nan")] * 6, {"5", "6"}, None),
+        ([NAN, 3, 4, NAN, 4, 3], {"2", "5", "6"}, 2),
+        ([NAN] * 6, {"5", "6"}, None),
     ],
 )
-def test_the_newest_stay_and_the_best(config, monkeypatch, losses, kept, best):
-    left = iter(losses)
-    monkeypatch.setattr(
-        loop, "_make_evaluation", lambda *_: lambda state: Evaluation(next(left), 1.0)
-    )
-    config = dataclasses.replace(config, eval_every=1, save_every=1)
-    train(dataclasses.replace(config, steps=3))
-    train(config)  # it knows the best of those before
-    assert folders(config) == kept
+def test_the_newest_stay_and_the_best(config, save, losses, kept, best):
+    losses = dict(enumerate(losses, 1))
+    save({step: losses.pop(step) for step in (1, 2, 3)})
+    with Checkpoints(Path(config.output) / "checkpoints") as checkpoints:
+        checkpoints.restore_latest(abstract(), config)  # learns the best of those before
+        for step, loss in losses.items():
+            assert checkpoints.is_best(loss) == (step == best)
+            checkpoints.save(state(step), config, loss)
+    assert save({}) == kept
     file = Path(config.output) / "best.json"
     assert file.exists() == (best is not None)
     if best:
         expected = {
             "step": best,
-            "eval_loss": losses[best - 1],
+            "eval_loss": losses.get(best, 3),
             "checkpoint": f"checkpoints/{best}",
         }
         assert json.loads(file.read_text()) == expected
 
 
-def test_the_best_is_saved_at_whatever_step(config, monkeypatch):
-    left = iter([3.0, 4.0, 2.0, 5.0, 5.0, 5.0])
-    monkeypatch.setattr(
-        loop, "_make_evaluation", lambda *_: lambda state: Evaluation(next(left), 1.0)
-    )
-    train(dataclasses.replace(config, eval_every=1, save_every=6, keep=1))
-    assert folders(config) == {"3", "6"}
+def test_some_stay_for_good(save):
+    assert save(dict.fromkeys(range(1, 7), NAN), keep=1, keep_every=2) == {"2", "4", "6"}
 
 
-def test_some_stay_for_good(config):
-    train(dataclasses.replace(config, save_every=1, keep=1, keep_every=2))
-    assert folders(config) == {"2", "4", "6"}
-
-
-def test_a_checkpoint_says_what_wrote_it(finished):
-    folder = Path(finished[0].output) / "checkpoints" / "6"
+def test_a_checkpoint_says_what_wrote_it(config, save):
+    save({7: 1.0})
+    folder = Path(config.output) / "checkpoints" / "7"
     fields = json.loads((folder / "config" / "metadata").read_text())
-    assert fields["seed"] == finished[0].seed
+    assert fields["seed"] == config.seed
     assert fields["model"]["embed_dim"] == 32
     versions = json.loads((folder / "versions" / "metadata").read_text())
     assert versions["jax"] == jax.__version__
@@ -98,6 +105,13 @@ def test_a_checkpoint_says_what_wrote_it(finished):
 
 
 # What a kill, a disk or a hand has damaged.
+
+
+@pytest.fixture
+def folder(config, save):
+    """Checkpoints of the steps 2, 4 and 6."""
+    save(dict.fromkeys((2, 4, 6), 1.0), keep=3)
+    return Path(config.output) / "checkpoints"
 
 
 def remove(path):
@@ -112,57 +126,58 @@ def scramble(path):
     path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("damage", [remove, truncate, scramble])
-@pytest.mark.parametrize("file", ["config/metadata", "state/_METADATA", "largest"])
-def test_the_one_before_a_damaged_checkpoint_is_used(copy, finished, capfd, file, damage):
-    config, checkpoints = copy
-    files = [path for path in (checkpoints / "6").rglob("*") if path.is_file()]
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config/metadata", remove),
+        ("state/_METADATA", scramble),
+        ("largest", truncate),
+        ("largest", scramble),
+    ],
+)
+def test_the_one_before_a_damaged_checkpoint_is_used(config, save, folder, capfd, file, damage):
+    files = [path for path in (folder / "6").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
-    damage(largest if file == "largest" else checkpoints / "6" / file)
-    assert_identical(train(config), finished[1])
-    err = capfd.readouterr().err.splitlines()
-    told = [line for line in err if not line.startswith("step ")]
-    assert len(told) == 1
-    assert told[0].startswith(f"neo-jax: checkpoint 6 in {checkpoints} is damaged (")
-    assert told[0].endswith("); removed it, going on from 4.")
-    assert folders(config) == {"2", "4", "6"}
-    train(config)  # all is well again
-    assert capfd.readouterr().err == ""
+    damage(largest if file == "largest" else folder / "6" / file)
+    assert_is_step(restore(config, folder), 4)
+    out, err = capfd.readouterr()
+    assert err.startswith(f"neo-jax: checkpoint 6 in {folder} is damaged (")
+    assert err.endswith("); removed it, going on from 4.\n")
+    assert (out, err.count("\n")) == ("", 1)
+    assert save({5: 1.0, 6: 1.0}, keep=3) == {"4", "5", "6"}  # their steps are done again
+    assert_is_step(restore(config, folder), 6)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_two_damaged_checkpoints(copy, finished, capfd):
-    config, checkpoints = copy
+def test_two_damaged_checkpoints(config, folder, capfd):
     for step in ("4", "6"):
-        shutil.rmtree(checkpoints / step / "state")
-    assert_identical(train(config), finished[1])
+        shutil.rmtree(folder / step / "state")
+    assert_is_step(restore(config, folder), 2)
     err = capfd.readouterr().err
-    assert all(f"checkpoint {i} in {checkpoints} is damaged" in err for i in (4, 6))
+    assert all(f"checkpoint {i} in {folder} is damaged" in err for i in (4, 6))
     assert err.count("going on from 2.") == 2
 
 
-def test_where_all_are_damaged_none_is_removed(copy):
-    config, checkpoints = copy
-    for step in folders(config):
-        remove(checkpoints / step / "config" / "metadata")
+def test_where_all_are_damaged_none_is_removed(config, folder):
+    for path in folder.glob("*/config/metadata"):
+        remove(path)
     with pytest.raises(
         NeoError, match=r"no checkpoint in .* can be read \(the newest, 6: .*\); br"
     ):
-        train(config)
-    assert folders(config) == {"2", "4", "6"}
+        restore(config, folder)
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "6"}
 
 
-def test_a_damaged_evaluation_only_loses_the_best(copy, finished, capfd):
-    config, checkpoints = copy
-    scramble(checkpoints / "6" / "evaluation" / "metadata")
-    assert_identical(train(config), finished[1])
-    assert capfd.readouterr().err == ""
+def test_a_damaged_evaluation_is_only_not_the_best(config, save, folder, capfd):
+    scramble(folder / "2" / "evaluation" / "metadata")
+    assert_is_step(restore(config, folder), 6)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_a_half_written_checkpoint_is_none(copy, finished):
-    config, checkpoints = copy
-    (checkpoints / "6").rename(checkpoints / "6.orbax-checkpoint-tmp")
-    assert_identical(train(config), finished[1])
-    assert folders(config) == {"2", "4", "6"}
+def test_a_half_written_checkpoint_is_none(config, save, folder):
+    (folder / "6").rename(folder / "6.orbax-checkpoint-tmp")
+    assert_is_step(restore(config, folder), 4)
+    assert save({5: NAN}, keep=3) == {"2", "4", "5"}
 
 
 # What cannot be written.
@@ -171,51 +186,39 @@ def test_a_half_written_checkpoint_is_none(copy, finished):
 def test_a_full_disk_is_told_at_the_start(config, monkeypatch):
     usage = SimpleNamespace(free=1000, total=1_000_000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(NeoError, match=r"takes 0\.\d+ GB, and .* has 1e-06 GB left; make room"):
-        train(config)
-    assert not (Path(config.output) / "metrics.jsonl").exists()
+    with pytest.raises(NeoError, match=r"takes 1\.23e-05 GB, and .* has 1e-06 GB left; make room"):
+        restore(config, Path(config.output) / "checkpoints")
 
 
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(config, monkeypatch):
-    usage = SimpleNamespace(free=10**9, total=10**10)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-
-    def filling(*args, **options):
-        for i, batch in enumerate(batches(*args, **options)):
-            usage.free = 10**9 if i < 5 else 1000
-            yield batch
-
-    batches = loop.batches
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(config, save, folder, monkeypatch):
+    usage = SimpleNamespace(free=1000, total=1_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "batches", filling)
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(NeoError, match="make room there, then give the same command: it goes"):
-            train(config)
-    assert folders(config) == {"3"}
-    usage.free = 10**9
-    assert int(train(config).step) == 6
+            save({8: 1.0})
+    assert_is_step(restore(config, folder), 6)
 
 
-def test_a_save_that_fails_in_the_background_is_told_in_one_line(config, monkeypatch):
-    save = checkpoint.ocp.CheckpointManager.save
+def test_a_save_that_fails_in_the_background_is_told_in_one_line(save, folder, monkeypatch, capfd):
+    def fail(self, *args, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
 
-    def failing(self, step, **options):
-        if step == 6:
-            raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
-        return save(self, step, **options)
-
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", failing)
+    # Deep in the threads that write.
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", fail)
     with pytest.raises(NeoError) as error:
-        train(config)
-    folder = Path(config.output) / "checkpoints"
+        save({8: 1.0}, keep=3)
     assert str(error.value) == (
-        f"cannot write a checkpoint in {folder} (RESOURCE_EXHAUSTED: No space left on device); make "
-        "room there or ask for write access, then give the same command: it goes on from the last "
-        "whole checkpoint."
+        f"cannot write a checkpoint in {folder} (RESOURCE_EXHAUSTED: No space left on device); "
+        "make room there or ask for write access, then give the same command: it goes on from the "
+        "last whole checkpoint."
     )
-    assert folders(config) == {"3"}
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.undo()
+    assert save({8: 1.0}, keep=3) == {"4", "6", "8"}
 
 
-def test_other_messages_are_not_dropped(caplog):
+def test_other_messages_are_not_dropped(save, caplog):
+    save({})
     logging.getLogger("asyncio").warning("Executing %s took 3 s", "it")
     logging.getLogger("asyncio").error("Task exception was never retrieved")
     assert [record.getMessage() for record in caplog.records] == ["Executing it took 3 s"]
