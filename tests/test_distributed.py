@@ -206,7 +206,7 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(start, config, tmp_path):
     file = tmp_path / "config.py"
     config = dataclasses.replace(
-        config, output=str(tmp_path / "run"), steps=100_000, prompts=("a",)
+        config, output=str(tmp_path / "run"), steps=100_000, prompts=("a",), sample_tokens=4
     )
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
