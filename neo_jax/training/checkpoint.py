@@ -144,6 +144,7 @@ class Checkpoints:
                 )
                 self._manager.delete(damaged)
             self.best = self._find_best()
+            self._name_best()
             return state
         if not steps:
             return None
