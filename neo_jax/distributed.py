@@ -173,7 +173,7 @@ def check_shared(folder: Path) -> None:
         if seen := probe.exists():
             break
         time.sleep(1)
-    everywhere = multihost_utils.process_allgather(np.int32(seen)).all()
+    everywhere = all_processes(seen)
     if is_leader():
         probe.unlink()
     if not everywhere:
@@ -181,3 +181,8 @@ def check_shared(folder: Path) -> None:
             f"the processes of this run do not see one folder {folder}; choose an output on a "
             "file system that all share, or on gs://."
         )
+
+
+def all_processes(here: bool) -> bool:
+    """Tells whether every process says yes; all must call this."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(here).all())

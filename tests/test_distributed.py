@@ -205,6 +205,29 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
         assert abs(a - b).max() < 1e-3
 
 
+def test_a_signal_to_one_process_stops_all_at_the_same_step(start, config, tmp_path):
+    file = tmp_path / "config.py"
+    config = dataclasses.replace(
+        config, output=str(tmp_path / "run"), steps=100_000, prompts=("a",), sample_tokens=4
+    )
+    file.write_text(
+        "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
+        f"config = {config!r}\n"
+    )
+    first, second = start("-m", "neo_jax", "train", file, "--mesh", "data=2,fsdp=4")
+    while newest(config) < 24:  # an evaluation and its texts are behind
+        assert first.poll() is None, ended(first)
+        time.sleep(0.02)
+    second.terminate()
+    assert ended(second) == (0, "", [])
+    status, out, err = ended(first)
+    assert (status, out) == (0, "")
+    assert any(line.startswith("step 24: 'a' goes on ") for line in err)
+    assert err[-1] == (f"stopped after step {newest(config)}; the same command goes on from there")
+    assert lines(config)[0][-1][0] == newest(config)
+
+
 # Generating and scoring.
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -38,14 +39,20 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")
     default = Options(load_config(args[0]), ClusterOptions())
     options = parse(Options, "train", args[1:], default=default)
+    from neo_jax.distributed import is_leader
     from neo_jax.language_model import enable_compilation_cache
     from neo_jax.training.loop import train
 
     enable_compilation_cache()
     config = options.config
     with options.cluster.joined(bool(config.mesh or config.rules)):
-        train(config)
-        print(f"{config.output}/model")
+        step = int(train(config).step)
+        if step == config.steps:
+            print(f"{config.output}/model")
+        elif is_leader():
+            print(
+                f"stopped after step {step}; the same command goes on from there", file=sys.stderr
+            )
 
 
 def load_config(name: str) -> TrainConfig:

@@ -49,7 +49,14 @@ class TrainConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 500  # steps between evaluations on the held-out split; 0 is never
     save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept, the newest ones
+    keep: int = 2  # checkpoints kept, the newest ones; the best by evaluation stays too
+    # What a run tells beside metrics.jsonl, and what else stays of it:
+    keep_every: int = 0  # checkpoints of multiples of so many steps stay for good; 0 is none
+    prompts: tuple[str, ...] = ()  # continued at each evaluation, into samples.jsonl
+    sample_tokens: int = 64  # of each continuation
+    tensorboard: bool = False  # event files in output/tensorboard
+    wandb: str = ""  # a project of Weights & Biases; empty is none
+    profile: int = 0  # steps to trace into output/profile, soon after the start
 
     def __post_init__(self) -> None:
         for name in (
@@ -64,6 +71,9 @@ class TrainConfig:
             )
         if not 0 <= self.dropout < 1:
             raise NeoError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
+        for name in ("eval_every", "keep_every", "profile"):
+            if getattr(self, name) < 0:
+                raise NeoError(f"{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "

@@ -24,21 +24,26 @@ from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
+from neo_jax.training.interrupt import Interrupt
 from neo_jax.training.loss import Batch, batch_losses
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.report import Evaluation, Report
+from neo_jax.training.samples import Sampler
 from neo_jax.training.state import TrainState, abstract_state, init_state, make_step
+from neo_jax.training.trace import Trace
 
 
 def train(config: TrainConfig) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `config.output` if there is one.
 
-    Leaves in the output folder: checkpoints/, metrics.jsonl, and model/, which `neo_jax.load` and
-    transformers read. Several processes (see `neo_jax.distributed`) that call this are one run, and
-    all need to see that folder; checkpoints of any mesh and any number of processes go on.
+    Leaves in the output folder: checkpoints/, best.json, metrics.jsonl, loss.png, what else the
+    config asks for, and model/, which `neo_jax.load` and transformers read. Several processes (see
+    `neo_jax.distributed`) that call this are one run, and all need to see that folder; checkpoints
+    of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the running step end, save
+    and return; the second one does what it always did.
 
     Returns:
-      The final state.
+      The final state, or that of the step at which the run was asked to stop: then without model/.
 
     Raises:
       NeoError: the data set does not fit the model, or the folder cannot be written.
@@ -52,10 +57,15 @@ def train(config: TrainConfig) -> TrainState:
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, config)
     place = Placement(model, config.batch_size)
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, place)
     abstract = abstract_state(model, optimizer)
+    sample = Sampler(config, model, tokenizer)
     output = make_path(config.output)
-    with Checkpoints(output / "checkpoints", config.keep) as checkpoints:
+    with (
+        Interrupt() as interrupt,
+        Checkpoints(output / "checkpoints", config.keep, config.keep_every) as checkpoints,
+    ):
         restored = checkpoints.restore_latest(abstract, config)
         state = restored or init_state(model, optimizer, config.seed)
         start = int(state.step)
@@ -66,19 +76,27 @@ def train(config: TrainConfig) -> TrainState:
             start_step=start,
             rows=place.rows,
         )
-        with Report(config, start) as report:
+        bytes_per_token = dataset.num_bytes / dataset.num_tokens
+        with Report(config, start, bytes_per_token) as report, Trace(config, start) as trace:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)))
                 report.step(step, metrics)
-                last = step == config.steps
-                if evaluate and (last or step % config.eval_every == 0):
-                    report.evaluation(step, evaluate(state))
-                if last or step % config.save_every == 0:
+                trace.step(step, metrics)
+                last, stop, loss = step == config.steps, interrupt.requested(), math.nan
+                if config.eval_every and (last or step % config.eval_every == 0):
+                    if evaluate:
+                        evaluation = evaluate(state)
+                        report.evaluation(step, evaluation)
+                        loss = evaluation.loss
+                    report.samples(step, sample(state.params))
+                if last or stop or step % config.save_every == 0 or checkpoints.is_best(loss):
                     report.sync()  # a run that goes on from here writes later lines only
-                    checkpoints.save(state, config)
-    tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    params = unstack(state.params, config.model)
-    save_pretrained(output / "model", config.model, params, tokenizer=tokenizer)
+                    checkpoints.save(state, config, loss)
+                if stop:
+                    break
+    if int(state.step) == config.steps:
+        params = unstack(state.params, config.model)
+        save_pretrained(output / "model", config.model, params, tokenizer=tokenizer)
     return state
 
 
@@ -105,6 +123,7 @@ class Placement:
           NeoError: the rows do not divide over the devices.
         """
         self._batch_size = batch_size
+        self._vocab_size = model.config.vocab_size
         self._sharding = None
         self.rows = list(range(batch_size))
         if model.sharding:
@@ -114,7 +133,18 @@ class Placement:
             self.rows = sorted({row for index in held for row in self.rows[index[0]]})
 
     def __call__(self, batch: HostBatch) -> Batch:
-        """Puts a batch of the rows of this process onto the devices; returns the global batch."""
+        """Puts a batch of the rows of this process onto the devices; returns the global batch.
+
+        Raises:
+          NeoError: a token is beyond the vocabulary, which the model would take for another one.
+        """
+        largest = batch["tokens"].max()
+        if largest >= self._vocab_size:
+            raise NeoError(
+                f"the data set holds the token {largest}, beyond the vocabulary of "
+                f"{self._vocab_size}: its files are damaged; copy them again, or run neo-jax "
+                "prepare again."
+            )
         return Batch(self._put(batch["tokens"]), self._put(batch["weights"]))
 
     def _put(self, local: np.ndarray) -> Array:

@@ -1,17 +1,15 @@
-"""What a run tells: a line of JSON every few steps, and how well it uses the device."""
+"""How well a run uses its devices: FLOPs and memory."""
 
-import io
-import json
 import math
+import resource
+import sys
 import time
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from neo_jax.config import ModelConfig
-from neo_jax.paths import is_remote
 
 # Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`. Sources: Google Cloud's TPU
 # system architecture pages and NVIDIA's data sheets. A TPU v2 or v3 chip is two devices.
@@ -72,39 +70,13 @@ def _measured_flops(dtype: Any) -> float:
     return 2 * size**3 / best
 
 
-class MetricsFile:
-    """Appends lines to metrics.jsonl; a resumed run goes on where its checkpoint was.
+def peak_memory() -> float:
+    """Returns the most bytes that a device of this process has held so far; NaN where unknown.
 
-    Nothing can be appended in the cloud: there the lines are kept, and `sync` writes all of them.
+    A CPU's is the memory of the whole process.
     """
-
-    def __init__(self, path: Path, start_step: int):
-        """Opens the file, dropping lines of steps that will be done again."""
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):
-                    continue  # a line cut off by a kill
-        self._path = path
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file: IO[str] = io.StringIO() if is_remote(path) else path.open("a", encoding="utf-8")
-        if is_remote(path):
-            self._file.write("".join(kept))
-
-    def write(self, step: int, **values: float) -> None:
-        """Appends one line: the step, and the values rounded to six digits."""
-        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-        print(json.dumps({"step": step, **rounded}), file=self._file, flush=True)
-
-    def sync(self) -> None:
-        """Brings the file in the cloud up to date; one on disk always is."""
-        if isinstance(self._file, io.StringIO):
-            self._path.write_text(self._file.getvalue(), encoding="utf-8")
-
-    def close(self) -> None:
-        """Writes what is still to be written, and closes the file."""
-        self.sync()
-        self._file.close()
+    if jax.default_backend() == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(each.get("peak_bytes_in_use", math.nan) for each in stats)

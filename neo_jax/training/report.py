@@ -1,12 +1,12 @@
-"""What a user sees of a run: a progress bar on stderr, lines in metrics.jsonl.
+"""What a user sees of a run: a progress bar on stderr; numbers, texts and a picture in its folder.
 
 Of several processes the first shows and writes them; the others go through the same steps.
 """
 
-import os
+import math
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from rich.console import Console
@@ -23,7 +23,9 @@ from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError
 from neo_jax.paths import make_path
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
+from neo_jax.training.metrics import flops_per_token, peak_flops, peak_memory
+from neo_jax.training.plot import LossPlot
+from neo_jax.training.sinks import LineFile, Sink, open_sinks
 from neo_jax.training.state import Metrics
 
 
@@ -37,11 +39,30 @@ class Evaluation(NamedTuple):
 class Report:
     """Follows a run. A context manager: the bar is drawn between entering and leaving."""
 
-    def __init__(self, config: TrainConfig, start_step: int):
-        """Opens metrics.jsonl in the run's folder, to go on after `start_step`."""
+    def __init__(self, config: TrainConfig, start_step: int, bytes_per_token: float):
+        """Opens the files in the run's folder, to go on after `start_step`.
+
+        Args:
+          config: of the run.
+          start_step: the step of the checkpoint that it goes on from, or 0.
+          bytes_per_token: of the training text.
+
+        Raises:
+          NeoError: a file cannot be written, or a package that the config asks for is not there.
+        """
         self._config = config
-        path = make_path(config.output) / "metrics.jsonl" if is_leader() else Path(os.devnull)
-        self._file = MetricsFile(path, start_step)
+        self._sinks: list[Sink] = []
+        self._samples: LineFile | None = None
+        self._plot: LossPlot | None = None
+        if is_leader():
+            output = make_path(config.output)
+            lines = LineFile(output / "metrics.jsonl", start_step)
+            self._sinks = [lines, *open_sinks(config, start_step)]
+            self._samples = (
+                LineFile(output / "samples.jsonl", start_step) if config.prompts else None
+            )
+            self._plot = LossPlot(output / "loss.png", lines.read)
+        self._bits_per_nat = 1 / math.log(2) / bytes_per_token  # bits a byte, that is
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._peak = peak_flops(config.dtype)
         self._pending: tuple[int, Metrics] | None = None
@@ -64,13 +85,17 @@ class Report:
     def __enter__(self) -> "Report":
         self._logged_time = time.perf_counter()
         self._progress.start()
+        if not LossPlot.available:
+            self._say("no loss.png without matplotlib; pip install 'neo_jax[plot]'")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.flush()
         self._progress.stop()
-        self._file.close()
+        for output in (*self._sinks, self._samples, self._plot):
+            if output:
+                output.close()
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that is still running, and reports those of the one before.
@@ -83,13 +108,21 @@ class Report:
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports an evaluation; its time does not count as training."""
         self.flush()
-        values = {"eval_loss": evaluation.loss, "eval_bits_per_byte": evaluation.bits_per_byte}
-        self._file.write(step, **values)
-        self._file.sync()
+        self._write(step, eval_loss=evaluation.loss, eval_bits_per_byte=evaluation.bits_per_byte)
+        self._sync()
         self._say(
             f"step {step}: held-out loss {evaluation.loss:.4f} nats a token, "
             f"{evaluation.bits_per_byte:.4f} bits a byte"
         )
+        self._logged_step, self._logged_time = step, time.perf_counter()
+
+    def samples(self, step: int, texts: Iterable[str]) -> None:
+        """Reports how the prompts of the config went on; its time does not count as training."""
+        self.flush()
+        for prompt, text in zip(self._config.prompts, texts, strict=True):
+            if self._samples:
+                self._samples.write(step, prompt=prompt, text=text)
+            self._say(f"step {step}: {prompt!r} goes on {text!r}")
         self._logged_step, self._logged_time = step, time.perf_counter()
 
     def flush(self) -> None:
@@ -112,19 +145,32 @@ class Report:
         speed = tokens_per_step * (step - self._logged_step) / (now - self._logged_time)
         self._logged_step, self._logged_time = step, now
         utilisation = speed * self._flops / self._peak
-        self._file.write(step, **values, tokens_per_second=speed, mfu=utilisation)
+        values["bits_per_byte"] = values["loss"] * self._bits_per_nat
+        values |= {"tokens_per_second": speed, "mfu": utilisation, "memory_bytes": peak_memory()}
+        self._write(step, **values)
         text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s  MFU {utilisation:.1%}"
         self._progress.update(self._task, text=text)
         if self._print_lines:
             self._say(f"step {step}/{self._config.steps}: {text}")
 
     def sync(self) -> None:
-        """Reports what is still to be reported, and brings metrics.jsonl up to date with it."""
+        """Reports what is still to be reported, and brings all files up to date with it."""
         self.flush()
-        self._file.sync()
+        self._sync()
+
+    def _write(self, step: int, **values: float) -> None:
+        for sink in self._sinks:
+            sink.write(step, **values)
+
+    def _sync(self) -> None:
+        for sink in (*self._sinks, self._samples):
+            if sink:
+                sink.sync()
+        if self._plot:
+            self._plot.redraw()
 
     def _say(self, line: str) -> None:
         if self._print_lines:
             print(line, file=sys.stderr, flush=True)
         elif is_leader():
-            self._progress.console.print(line)
+            self._progress.console.print(line, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -143,6 +144,26 @@ def test_seeds_choose_the_weights_and_the_order_of_the_data(config, finished):
     assert (first != second).any()
 
 
+def test_what_a_run_tells_changes_nothing_of_it(config, finished):
+    """Evaluations, sample texts, a picture, a trace, TensorBoard."""
+    prompts = ("The quick", "Call")
+    told = dataclasses.replace(
+        config, eval_every=2, prompts=prompts, sample_tokens=5, profile=2, tensorboard=True
+    )
+    assert_identical(train(told), finished[1])
+    output = Path(config.output)
+    samples = list(map(json.loads, (output / "samples.jsonl").read_text().splitlines()))
+    assert [(line["step"], line["prompt"]) for line in samples] == [
+        (step, prompt) for step in (2, 4, 6) for prompt in prompts
+    ]
+    # They are what the model writes that is left at the end.
+    last = neo_jax.load(output / "model", dtype="float32").sample(prompts, 5)
+    assert samples[-2]["text"] == last[0].text
+    assert list((output / "profile").rglob("*.xplane.pb"))
+    for name in ("loss.png", "best.json", "tensorboard"):
+        assert (output / name).exists()
+
+
 # Meshes.
 
 
@@ -215,6 +236,9 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
         ({"mesh": "fsdp=8", "rules": "embed:model"}, "names no axis of the mesh"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"profile": -1}, "profile must be 0 (off) or more, not -1"),
+        ({"prompts": ("",)}, "the prompt is empty"),
+        ({"prompts": ("a",), "sample_tokens": 40}, "exceed the context of 32; shorten the prompt"),
     ],
 )
 def test_runs_that_cannot_be(config, fields, message):
@@ -229,6 +253,18 @@ def test_a_vocabulary_that_does_not_fit(config):
     small = dataclasses.replace(config.model, vocab_size=319)
     with pytest.raises(NeoError, match="has a vocabulary of 320, the model one of 319"):
         train(dataclasses.replace(config, model=small))
+
+
+def test_tokens_that_cannot_be(config, tmp_path):
+    """As a damaged file of the right size may hold."""
+    data = tmp_path / "data"
+    shutil.copytree(config.data, data)
+    size = (data / "train" / "tokens.bin").stat().st_size
+    (data / "train" / "tokens.bin").write_bytes(b"\xff" * size)
+    with pytest.raises(
+        NeoError, match="holds the token 65535, beyond the vocabulary of 320: its f"
+    ):
+        train(dataclasses.replace(config, data=str(data)))
 
 
 def test_an_output_that_belongs_to_another_model(config):

@@ -1,8 +1,6 @@
-"""neo_jax/training/metrics.py: FLOPs, and the file of a run that is resumed."""
+"""neo_jax/training/metrics.py: FLOPs and memory."""
 
-import contextlib
 import dataclasses
-import json
 import math
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import pytest
 from neo_jax.config import ModelConfig, preset
 from neo_jax.names import tensors
 from neo_jax.training import metrics
-from neo_jax.training.metrics import MetricsFile, flops_per_token, peak_flops
+from neo_jax.training.metrics import flops_per_token, peak_flops, peak_memory
 
 TINY = ModelConfig(
     num_layers=4, embed_dim=32, num_heads=2, vocab_size=96, max_length=64, window_size=8
@@ -67,28 +65,15 @@ def test_the_peak_of_a_cpu_is_measured():
     assert 1e8 < peak_flops("float32") < 1e15
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def test_the_memory_of_a_cpu_is_that_of_the_process():
+    assert 1e8 < peak_memory() < 1e12
 
 
-def test_a_new_file_takes_a_line_a_call(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with contextlib.closing(MetricsFile(path, 0)) as file:
-        file.write(1, loss=1.23456789, speed=123456.789)
-        assert read(path) == [{"step": 1, "loss": 1.23457, "speed": 123457.0}]
-        file.write(2, loss=0.5)
-        assert read(path)[1:] == [{"step": 2, "loss": 0.5}]
-
-
-def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.5}]
-    later = [{"step": 21, "loss": 1.0}, {"step": 30, "loss": 0.5}]
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, *later])
-    path.write_text(text + '{"note": 1}\n{"step": 40, "lo')  # cut off by a kill
-    with contextlib.closing(MetricsFile(path, 20)) as file:
-        assert read(path) == lines
-        file.write(21, loss=1.5)
-    assert read(path) == [*lines, {"step": 21, "loss": 1.5}]
-    MetricsFile(path, 0).close()
-    assert read(path) == []
+def test_the_memory_of_devices_is_that_of_the_fullest(monkeypatch):
+    stats = [{"peak_bytes_in_use": 3}, {"peak_bytes_in_use": 5}]
+    devices = [SimpleNamespace(memory_stats=lambda each=each: each) for each in stats]
+    fake = SimpleNamespace(default_backend=lambda: "tpu", local_devices=lambda: devices)
+    monkeypatch.setattr(metrics, "jax", fake)
+    assert peak_memory() == 5
+    monkeypatch.setattr(devices[0], "memory_stats", lambda: None)
+    assert math.isnan(peak_memory())

@@ -1,0 +1,194 @@
+"""Where the numbers of a run go: lines of JSON always, TensorBoard and Weights & Biases on request.
+
+Process 0 alone opens them. The libraries are imported by the class that uses them.
+"""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import uuid
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from neo_jax.errors import NeoError, reason
+from neo_jax.paths import is_remote, make_path
+from neo_jax.training.config import TrainConfig
+
+
+class Sink(Protocol):
+    """Takes named numbers of steps; a resumed run goes on where its checkpoint was."""
+
+    def write(self, step: int, **values: float) -> None:
+        """Takes the values of a step."""
+
+    def sync(self) -> None:
+        """Brings what others can see up to date."""
+
+    def close(self) -> None:
+        """Writes what is still to be written, and ends."""
+
+
+def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
+    """Opens what a config asks for beside metrics.jsonl.
+
+    Raises:
+      NeoError: a package is not installed, or refuses.
+    """
+    sinks: list[Sink] = []
+    if config.tensorboard:
+        sinks.append(TensorBoard(make_path(config.output) / "tensorboard", start_step))
+    if config.wandb:
+        sinks.append(Wandb(config, start_step))
+    return sinks
+
+
+class LineFile:
+    """A file of JSON lines, each with its step; a resumed run drops those it will write again.
+
+    Nothing can be appended in the cloud: there the lines are kept, and `sync` writes all of them.
+    """
+
+    def __init__(self, path: Path, start_step: int):
+        """Opens the file, dropping lines of steps after `start_step`.
+
+        Raises:
+          NeoError: it cannot be written.
+        """
+        self._path = path
+        kept = [line for line in self.read() if line["step"] <= start_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        try:
+            path.write_text(text, encoding="utf-8")
+            remote = is_remote(path)
+            self._file: IO[str] = io.StringIO() if remote else path.open("a", encoding="utf-8")
+            if remote:
+                self._file.write(text)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the lines on disk that are whole; a kill cuts one off."""
+        lines = []
+        if self._path.exists():
+            for text in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                    lines.append({"step": line["step"], **line})
+                except (ValueError, KeyError):
+                    continue
+        return lines
+
+    def write(self, step: int, **values: float | str) -> None:
+        """Appends one line: the step, and the values, numbers rounded to six digits.
+
+        Raises:
+          NeoError: the disk is full.
+        """
+        rounded = {
+            name: value if isinstance(value, str) else float(f"{value:.6g}")
+            for name, value in values.items()
+        }
+        try:
+            print(json.dumps({"step": step, **rounded}), file=self._file, flush=True)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def sync(self) -> None:
+        """Brings the file in the cloud up to date; one on disk always is."""
+        if isinstance(self._file, io.StringIO):
+            self._path.write_text(self._file.getvalue(), encoding="utf-8")
+
+    def close(self) -> None:
+        """Writes what is still to be written, and closes the file."""
+        self.sync()
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files, which TensorBoard shows; of tensorboardX, which needs no TensorFlow."""
+
+    def __init__(self, folder: Path, start_step: int):
+        """Opens an event file; TensorBoard hides what older ones hold of steps to come.
+
+        Raises:
+          NeoError: tensorboardX is not installed.
+        """
+        _require("tensorboardX", "tensorboard")
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """Takes the values of a step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Writes what is queued."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is queued, and closes the file."""
+        self._writer.close()
+
+
+class Wandb:
+    """A run on Weights & Biases, in the project that the config names; resumed with the run."""
+
+    def __init__(self, config: TrainConfig, start_step: int):
+        """Starts the run, or resumes the one whose name output/wandb.txt holds.
+
+        Raises:
+          NeoError: wandb is not installed, or does not let us in.
+        """
+        _require("wandb", "wandb")
+        import wandb
+
+        file = make_path(config.output) / "wandb.txt"
+        if not (start_step and file.exists()):
+            file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                id=file.read_text(encoding="utf-8"),
+                resume="allow",
+                config=dataclasses.asdict(config),
+            )
+        except Exception as error:  # of the network, the login, the service
+            raise NeoError(
+                f"wandb cannot start a run in '{config.wandb}' ({reason(error)}); run wandb login, "
+                "set WANDB_MODE=offline, or leave the field wandb of the config empty."
+            ) from error
+        # Else it would refuse the steps between a checkpoint and the kill, which come again.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, **values: float) -> None:
+        """Takes the values of a step."""
+        self._run.log({"step": step, **values})
+
+    def sync(self) -> None:
+        """Does nothing: it sends by itself."""
+
+    def close(self) -> None:
+        """Sends what is still to be sent."""
+        self._run.finish()
+
+
+def _require(package: str, extra: str) -> None:
+    """Checks that a package is there.
+
+    Raises:
+      NeoError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise NeoError(
+            f"the config asks for {package}, which is not installed; pip install 'neo_jax[{extra}]'"
+        )
+
+
+def _unwritable(path: Path, error: OSError) -> NeoError:
+    return NeoError(
+        f"cannot write {path} ({reason(error)}); make room there or ask for write access, then "
+        "give the same command: the run goes on from its newest checkpoint."
+    )

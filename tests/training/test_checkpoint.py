@@ -1,0 +1,226 @@
+"""neo_jax/training/checkpoint.py: what stays, what is damaged, what cannot be written."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neo_jax.errors import NeoError
+from neo_jax.training import checkpoint
+from neo_jax.training.checkpoint import Checkpoints
+from neo_jax.training.state import TrainState
+
+NAN = float("nan")
+
+
+def state(step):
+    """A state that differs from that of any other step."""
+    noise = np.random.default_rng(step).normal(size=(64, 48)).astype(np.float32)
+    return TrainState(
+        jnp.int32(step), {"h": {"kernel": jnp.asarray(noise)}}, {"count": jnp.int32(step)}
+    )
+
+
+def abstract():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state(0)
+    )
+
+
+def assert_is_step(restored, step):
+    jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+
+
+@pytest.fixture
+def save(config):
+    """Saves steps with a held-out loss each, in one go; returns what is there then."""
+
+    def call(losses, folder="run/checkpoints", **options):
+        folder = Path(config.output).parent / folder
+        with Checkpoints(folder, **options) as checkpoints:
+            for step, loss in losses.items():
+                checkpoints.save(state(step), config, loss)
+        return {path.name for path in folder.iterdir()}
+
+    return call
+
+
+def restore(config, folder):
+    with Checkpoints(folder, keep=3) as checkpoints:
+        return checkpoints.restore_latest(abstract(), config)
+
+
+# What stays.
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "best"),
+    [
+        ([5, 3, 4, 4, 4, 4], {"2", "5", "6"}, 2),
+        ([5, 3, 4, 4, 4, 1], {"5", "6"}, 6),
+        ([NAN, 3, 4, NAN, 4, 3], {"2", "5", "6"}, 2),
+        ([NAN] * 6, {"5", "6"}, None),
+    ],
+)
+def test_the_newest_stay_and_the_best(config, save, losses, kept, best):
+    losses = dict(enumerate(losses, 1))
+    save({step: losses.pop(step) for step in (1, 2, 3)})
+    with Checkpoints(Path(config.output) / "checkpoints") as checkpoints:
+        checkpoints.restore_latest(abstract(), config)  # learns the best of those before
+        for step, loss in losses.items():
+            assert checkpoints.is_best(loss) == (step == best)
+            checkpoints.save(state(step), config, loss)
+    assert save({}) == kept
+    file = Path(config.output) / "best.json"
+    assert file.exists() == (best is not None)
+    if best:
+        expected = {
+            "step": best,
+            "eval_loss": losses.get(best, 3),
+            "checkpoint": f"checkpoints/{best}",
+        }
+        assert json.loads(file.read_text()) == expected
+
+
+def test_some_stay_for_good(save):
+    assert save(dict.fromkeys(range(1, 7), NAN), keep=1, keep_every=2) == {"2", "4", "6"}
+
+
+def test_a_checkpoint_says_what_wrote_it(config, save):
+    save({7: 1.0})
+    folder = Path(config.output) / "checkpoints" / "7"
+    fields = json.loads((folder / "config" / "metadata").read_text())
+    assert fields["seed"] == config.seed
+    assert fields["model"]["embed_dim"] == 32
+    versions = json.loads((folder / "versions" / "metadata").read_text())
+    assert versions["jax"] == jax.__version__
+    assert set(versions) == {"neo_jax", "python", "jax", "flax", "optax", "orbax-checkpoint"}
+
+
+# What a kill, a disk or a hand has damaged.
+
+
+@pytest.fixture
+def folder(config, save):
+    """Checkpoints of the steps 2, 4 and 6."""
+    save(dict.fromkeys((2, 4, 6), 1.0), keep=3)
+    return Path(config.output) / "checkpoints"
+
+
+def remove(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scramble(path):
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config/metadata", remove),
+        ("state/_METADATA", scramble),
+        ("largest", truncate),
+        ("largest", scramble),
+    ],
+)
+def test_the_one_before_a_damaged_checkpoint_is_used(config, save, folder, capfd, file, damage):
+    files = [path for path in (folder / "6").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    damage(largest if file == "largest" else folder / "6" / file)
+    assert_is_step(restore(config, folder), 4)
+    out, err = capfd.readouterr()
+    assert err.startswith(f"neo-jax: checkpoint 6 in {folder} is damaged (")
+    assert err.endswith("); removed it, going on from 4.\n")
+    assert (out, err.count("\n")) == ("", 1)
+    assert save({5: 1.0, 6: 1.0}, keep=3) == {"4", "5", "6"}  # their steps are done again
+    assert_is_step(restore(config, folder), 6)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_two_damaged_checkpoints(config, folder, capfd):
+    for step in ("4", "6"):
+        shutil.rmtree(folder / step / "state")
+    assert_is_step(restore(config, folder), 2)
+    err = capfd.readouterr().err
+    assert all(f"checkpoint {i} in {folder} is damaged" in err for i in (4, 6))
+    assert err.count("going on from 2.") == 2
+
+
+def test_where_all_are_damaged_none_is_removed(config, folder):
+    for path in folder.glob("*/config/metadata"):
+        remove(path)
+    with pytest.raises(
+        NeoError, match=r"no checkpoint in .* can be read \(the newest, 6: .*\); br"
+    ):
+        restore(config, folder)
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "6"}
+
+
+def test_a_damaged_evaluation_is_only_not_the_best(config, save, folder, capfd):
+    scramble(folder / "2" / "evaluation" / "metadata")
+    assert_is_step(restore(config, folder), 6)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_half_written_checkpoint_is_none(config, save, folder):
+    (folder / "6").rename(folder / "6.orbax-checkpoint-tmp")
+    assert_is_step(restore(config, folder), 4)
+    assert save({5: NAN}, keep=3) == {"2", "4", "5"}
+
+
+# What cannot be written.
+
+
+def test_a_full_disk_is_told_at_the_start(config, monkeypatch):
+    usage = SimpleNamespace(free=1000, total=1_000_000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(NeoError, match=r"takes 1\.23e-05 GB, and .* has 1e-06 GB left; make room"):
+        restore(config, Path(config.output) / "checkpoints")
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(config, save, folder, monkeypatch):
+    usage = SimpleNamespace(free=1000, total=1_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(NeoError, match="make room there, then give the same command: it goes"):
+            save({8: 1.0})
+    assert_is_step(restore(config, folder), 6)
+
+
+def test_a_save_that_fails_in_the_background_is_told_in_one_line(
+    config, save, folder, monkeypatch, capfd
+):
+    def fail(self, *args, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+
+    # Deep in the threads that write.
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", fail)
+    with pytest.raises(NeoError) as error:
+        save({8: 1.0}, keep=3)
+    assert str(error.value) == (
+        f"cannot write a checkpoint in {folder} (RESOURCE_EXHAUSTED: No space left on device); "
+        "make room there or ask for write access, then give the same command: it goes on from the "
+        "last whole checkpoint."
+    )
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.undo()
+    assert_is_step(restore(config, folder), 6)
+
+
+def test_other_messages_are_not_dropped(save, caplog):
+    save({})
+    logging.getLogger("asyncio").warning("Executing %s took 3 s", "it")
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    assert [record.getMessage() for record in caplog.records] == ["Executing it took 3 s"]

@@ -1,0 +1,76 @@
+"""neo_jax/training/interrupt.py: runs that are asked to stop, and runs that are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from neo_jax.training import loop
+from neo_jax.training.interrupt import Interrupt
+from neo_jax.training.loop import train
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_training.py"
+
+
+def handlers():
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_the_second_does_what_it_did(number):
+    before = handlers()
+    with Interrupt() as interrupt:
+        assert not interrupt.requested()
+        os.kill(os.getpid(), number)
+        assert interrupt.requested()
+        assert handlers() == before
+    with Interrupt() as interrupt:
+        assert not interrupt.requested()
+    assert handlers() == before
+
+
+def test_outside_the_main_thread_nothing_is_caught():
+    def enter():
+        with Interrupt() as interrupt:
+            seen.append((handlers() == before, interrupt.requested()))
+
+    before, seen = handlers(), []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(True, False)]
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(config, monkeypatch):
+    feed = loop.batches
+
+    def signalling(*args, **options):
+        for i, batch in enumerate(feed(*args, **options)):
+            if i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", signalling)
+    assert int(train(config).step) == 2
+    output = Path(config.output)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["2"]
+    assert not (output / "model").exists()
+    monkeypatch.undo()
+    assert int(train(config).step) == 6
+    assert (output / "model").exists()
+
+
+def test_killed_runs_end_where_others_do():
+    """`benchmarks/kill_training.py`, in short; without options it kills twenty times."""
+    options = ["--kills", "3", "--terms", "0", "--steps", "50"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("3 kills, ")
+    assert last.endswith(" and 0 terms: the weights are bit-identical, and all losses equal")
