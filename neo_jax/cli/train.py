@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, arg
 
 import neo_jax
-from neo_jax.cli import UsageError, parse
+from neo_jax.cli import UsageError, explain, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
@@ -41,18 +42,21 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "train", args[1:], default=default)
     from neo_jax.distributed import is_leader
     from neo_jax.language_model import enable_compilation_cache
+    from neo_jax.training.checkpoint import SaveError
     from neo_jax.training.loop import train
 
     enable_compilation_cache()
     config = options.config
-    with options.cluster.joined(bool(config.mesh or config.rules)):
-        step = int(train(config).step)
-        if step == config.steps:
-            print(f"{config.output}/model")
-        elif is_leader():
-            print(
-                f"stopped after step {step}; the same command goes on from there", file=sys.stderr
-            )
+    try:
+        with options.cluster.joined(bool(config.mesh or config.rules)):
+            step = int(train(config).step)
+            if step == config.steps:
+                print(f"{config.output}/model")
+            elif is_leader():
+                line = f"stopped after step {step}; the same command goes on from there"
+                print(line, file=sys.stderr)
+    except SaveError as error:
+        os._exit(explain(error))  # the usual way out would wait for orbax's threads
 
 
 def load_config(name: str) -> TrainConfig:

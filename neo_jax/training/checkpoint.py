@@ -35,6 +35,10 @@ from neo_jax.training.state import TrainState
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
+class SaveError(NeoError):
+    """A checkpoint that cannot be written. Threads of orbax may wait ten minutes for the rest."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`. A context manager: leaving it waits for writes.
 
@@ -95,7 +99,8 @@ class Checkpoints:
           loss: on held-out text, nats a token; NaN where it was not asked for.
 
         Raises:
-          NeoError: this checkpoint, or the one before, cannot be written.
+          NeoError: the disk has no room for it; a `SaveError` where it, or the one before, cannot
+            be written.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -217,7 +222,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of orbax, tensorstore or the system
-            raise NeoError(
+            raise SaveError(
                 f"cannot write a checkpoint in {self._folder} ({_short(error)}); make room there "
                 "or ask for write access, then give the same command: it goes on from the last "
                 "whole checkpoint."

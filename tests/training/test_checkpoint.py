@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,24 +202,40 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(config, save, folder, m
     assert_is_step(restore(config, folder), 6)
 
 
-def test_a_save_that_fails_in_the_background_is_told_in_one_line(
-    config, save, folder, monkeypatch, capfd
-):
-    def fail(self, *args, **options):
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+FAILING = """
+import sys
+import orbax.checkpoint as ocp
+from neo_jax.cli import main
 
-    # Deep in the threads that write.
-    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", fail)
-    with pytest.raises(NeoError) as error:
-        save({8: 1.0}, keep=3)
-    assert str(error.value) == (
-        f"cannot write a checkpoint in {folder} (RESOURCE_EXHAUSTED: No space left on device); "
-        "make room there or ask for write access, then give the same command: it goes on from the "
-        "last whole checkpoint."
+def fail(self, *args, **options):
+    raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+
+ocp.JsonCheckpointHandler._save_fn = fail  # deep in the threads that write
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_a_save_that_fails_in_the_background_is_one_line_and_the_end(config, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
+        f"config = {config!r}\n"
     )
-    assert capfd.readouterr() == ("", "")
-    monkeypatch.undo()
-    assert_is_step(restore(config, folder), 6)
+    root = str(Path(checkpoint.__file__).parents[2])
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, **quick, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", FAILING, str(file)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    told = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert told == [
+        f"neo-jax: cannot write a checkpoint in {config.output}/checkpoints (RESOURCE_EXHAUSTED: "
+        "No space left on device); make room there or ask for write access, then give the same "
+        "command: it goes on from the last whole checkpoint."
+    ]
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_other_messages_are_not_dropped(save, caplog):
