@@ -23,8 +23,8 @@ LAYERS = [
     ["cache"],
     ["model"],
     ["stacked"],
-    ["decode", "training"],
-    ["evaluation"],
+    ["decode"],
+    ["training", "evaluation"],
     ["language_model"],
     ["cli"],
 ]

@@ -70,7 +70,7 @@ def test_from_text_to_a_trained_model(
     assert rates[:2] == [0.0, pytest.approx(3e-4, rel=1e-5)]
     assert set(lines[0]) == {
         "step", "loss", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_second",
-        "mfu", "memory_bytes",
+        "mfu", "memory_bytes", "skipped", "skipped_in_a_row",
     }  # fmt: skip
     assert set(lines[4]) == {"step", "eval_loss", "eval_bits_per_byte"}
     # A held-out token costs about as much as a guess, and there are some three in ten bytes.

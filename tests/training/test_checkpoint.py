@@ -26,7 +26,10 @@ def state(step):
     """A state that differs from that of any other step."""
     noise = np.random.default_rng(step).normal(size=(64, 48)).astype(np.float32)
     return TrainState(
-        jnp.int32(step), {"h": {"kernel": jnp.asarray(noise)}}, {"count": jnp.int32(step)}
+        jnp.int32(step),
+        {"h": {"kernel": jnp.asarray(noise)}},
+        {"count": jnp.int32(step)},
+        jnp.zeros(2, jnp.int32),
     )
 
 

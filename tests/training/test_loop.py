@@ -19,6 +19,7 @@ from neo_jax.data.packing import TokenDataset
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 from neo_jax.sharding import make_sharding
+from neo_jax.stacked import unstack
 from neo_jax.training import loop
 from neo_jax.training.loop import train
 from neo_jax.training.optimizer import make_optimizer
@@ -68,7 +69,7 @@ def test_a_run_learns_and_leaves_a_model(config, text):
     folder = Path(config.output) / "model"
     lm = neo_jax.load(folder)
     assert lm.config == config.model
-    assert_identical(lm.params, state.params)
+    assert_identical(lm.params, unstack(state.params, config.model))
     assert lm.tokenizer.eos_id == config.model.eos_token_id
     reference = GPTNeoForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     ids = torch.tensor([lm.encode(text)[:32]])
@@ -134,7 +135,7 @@ def test_only_the_newest_checkpoints_are_kept(config):
 def test_seeds_choose_the_weights_and_the_order_of_the_data(config, finished):
     other = dataclasses.replace(config, seed=1)
     states = train(other), finished[1]
-    kernels = [state.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in states]
+    kernels = [state.params["unit_0"]["mlp"]["c_fc"]["kernel"] for state in states]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
     dataset = TokenDataset.open(config.data, length=32)
     first, again, second = (

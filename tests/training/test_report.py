@@ -89,7 +89,7 @@ def test_a_run_that_only_skips_ends_with_advice(config, clock):
 
 
 def skip(config, clock, steps):
-    with Report(config, 0) as report:
+    with Report(config, 0, BYTES) as report:
         for step in range(1, steps + 1):
             clock[0] += 1
             report.step(step, values(step) | {"skipped_in_a_row": jnp.int32(step)})
