@@ -32,6 +32,7 @@ config = TrainConfig(
         beta2=0.95,
         weight_decay=0.1,
     ),
+    z_loss=0.0,
     eval_every=500,
     save_every=250,
 )

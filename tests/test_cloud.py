@@ -22,6 +22,7 @@ from neo_jax.errors import NeoError
 from neo_jax.language_model import enable_compilation_cache
 from neo_jax.pretrained import load_params, read_config, save_pretrained, stored_dtypes
 from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.stacked import unstack
 from neo_jax.training.loop import train
 
 
@@ -282,7 +283,7 @@ def test_a_run_and_its_continuation(cloud, bucket, config):
     folders = {name.split("/")[0] for name in cloud.names(f"{bucket}/run/checkpoints")}
     assert folders == {"1", "2"}
     lm = neo_jax.load(f"gs://{bucket}/run/model")
-    assert_identical(lm.params, state.params)
+    assert_identical(lm.params, unstack(state.params, lm.config))
     assert lm.tokenizer is not None
 
 
