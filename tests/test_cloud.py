@@ -21,8 +21,8 @@ from neo_jax.data.tokenizer_training import train_sentencepiece
 from neo_jax.errors import NeoError
 from neo_jax.language_model import enable_compilation_cache
 from neo_jax.pretrained import load_params, read_config, save_pretrained, stored_dtypes
-from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.stacked import unstack
+from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import train
 
 
