@@ -113,7 +113,7 @@ class Einsum(nn.Module):
         if self.bias_axes:
             shape = [self.shape[self.axes.index(axis)] for axis in self.bias_axes]
             bias = _param(self, "bias", nn.initializers.zeros, self.bias_axes, shape)
-            y += bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            y += _for_each_row(bias, x.shape[:2])
         return y
 
 
@@ -164,14 +164,34 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the normalised activations, in float32."""
         width = (x.shape[-1],)
-        scale = _param(self, "scale", nn.initializers.ones, (EMBED,), width).astype(jnp.float32)
-        bias = _param(self, "bias", nn.initializers.zeros, (EMBED,), width).astype(jnp.float32)
+        scale = _param(self, "scale", nn.initializers.ones, (EMBED,), width)
+        bias = _param(self, "bias", nn.initializers.zeros, (EMBED,), width)
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (
-            centred * jax.lax.rsqrt(variance + self.epsilon) * scale[None, None] + bias[None, None]
-        )
+        normalized = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return normalized * _for_each_row(scale, x.shape[:2]) + _for_each_row(bias, x.shape[:2])
+
+
+def _for_each_row(vector: Array, rows: tuple[int, ...]) -> Array:
+    """Repeats a parameter along new first axes, in float32."""
+    return _repeated(rows, vector.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _repeated(rows: tuple[int, ...], vector: Array) -> Array:
+    return jnp.broadcast_to(vector, (*rows, *vector.shape))
+
+
+def _repeated_backward(rows: tuple[int, ...], _: None, grad: Array) -> tuple[Array]:
+    # A product with ones: XLA's CPU backend is many times slower on the sum itself.
+    num_rows = math.prod(rows)
+    ones, highest = jnp.ones(num_rows, jnp.float32), jax.lax.Precision.HIGHEST
+    total = jnp.einsum("i,io->o", ones, grad.reshape((num_rows, -1)), precision=highest)
+    return (total.reshape(grad.shape[len(rows) :]),)
+
+
+_repeated.defvjp(lambda rows, vector: (_repeated(rows, vector), None), _repeated_backward)
 
 
 def _param(

@@ -63,6 +63,7 @@ def encode(
     tokens: Int[Array, "B T"],
     *,
     remat: Remat = "none",
+    unroll: int = 1,
     key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns ln_f's output for whole sequences, as `Neo.encode` does for canonical parameters.
@@ -72,6 +73,7 @@ def encode(
       params: stacked.
       tokens: ids.
       remat: what the backward pass computes again.
+      unroll: how many units of the pattern the program writes out before it loops.
       key: for dropout; None drops nothing.
     """
     config = model.config
@@ -94,7 +96,8 @@ def encode(
         return x, None
 
     trees = [params[f"unit_{position}"] for position in range(unit)]
-    x, _ = jax.lax.scan(one_unit, x, (trees, jnp.arange(config.num_layers // unit)))
+    numbers = jnp.arange(config.num_layers // unit)
+    x, _ = jax.lax.scan(one_unit, x, (trees, numbers), unroll=min(unroll, len(numbers)))
     return model.apply({"params": params}, x, method=Neo.normalize)
 
 

@@ -209,7 +209,7 @@ def test_layer_norm_equals_torch(rng, epsilon):
     y, pull = jax.vjp(
         lambda params, x: module.apply({"params": params}, x), {"scale": scale, "bias": bias}, x
     )
-    params_grad, x_grad = pull(grad)
+    params_grad, x_grad = pull(jnp.asarray(grad))
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y[0, 0], bias, rtol=0, atol=1e-6)
     np.testing.assert_allclose(y[1:], expected.detach()[1:], rtol=0, atol=3e-6)

@@ -2,13 +2,13 @@
 
 | name    | what                                                    | when                      |
 |---------|---------------------------------------------------------|---------------------------|
-| dense   | every query against every key; the plain one, the oracle | decoding, short sequences |
+| dense   | every query against every key; the plain one, the oracle | decoding                  |
 | blocked | blocks of queries against the keys that they can see     | whole sequences           |
 """
 
 from typing import Literal
 
-from neo_jax.attention.blocked import BLOCK_SIZE, blocked
+from neo_jax.attention.blocked import blocked
 from neo_jax.attention.dense import dense
 from neo_jax.attention.mask import Mask
 from neo_jax.axes import Array, Float
@@ -32,14 +32,14 @@ def attend(
       k: keys.
       v: values.
       mask: which key each query sees.
-      kernel: which implementation; "auto" takes blocked where the sequence attends to itself and
-        is longer than a block, and dense otherwise.
+      kernel: which implementation; "auto" takes blocked where the sequence attends to itself, and
+        dense otherwise.
 
     Raises:
       NeoError: unknown kernel, or one that cannot do what is asked.
     """
     if kernel == "auto":
-        kernel = "blocked" if mask.aligned and q.shape[2] > BLOCK_SIZE else "dense"
+        kernel = "blocked" if mask.aligned else "dense"
     if kernel not in KERNELS:
         raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, KERNELS)}")
     return KERNELS[kernel](q, k, v, mask)

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from neo_jax.attention.mask import Mask
 from neo_jax.axes import Array, Float
 
+HIDDEN = jnp.finfo(jnp.float32).min
+"""The logit of a key that its query does not see."""
+
 
 def dense(
     q: Float[Array, "B N T H"],
@@ -18,8 +21,7 @@ def dense(
     A query that sees nothing gets the mean of all values, a finite number that nobody reads.
     """
     logits = _product("bnth,bnsh->bnts", q, k)
-    seen = mask.visible()[:, None]
-    logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask.visible()[:, None], logits, HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1)
     return _product("bnts,bnsh->bnth", weights.astype(v.dtype), v)
 

@@ -40,6 +40,7 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights stay float32
     kernel: Kernel = "auto"  # attention
     remat: Remat = "none"  # computed again in the backward pass, to save memory: products, full
+    unroll: int = 0  # repeats of attention_types that the program writes out; 0 chooses
     accumulation: int = 1  # parts of a batch, computed one after another
     dropout: float = 0.0  # of the embedding and of each branch's output
     z_loss: float = 1e-4  # weight of log(sum(exp(logits)))^2; the reported loss is without it
@@ -71,9 +72,9 @@ class TrainConfig:
             )
         if not 0 <= self.dropout < 1:
             raise NeoError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
-        for name in ("eval_every", "keep_every", "profile"):
+        for name in ("eval_every", "keep_every", "profile", "unroll"):
             if getattr(self, name) < 0:
-                raise NeoError(f"{name} must be 0 (off) or more, not {getattr(self, name)}.")
+                raise NeoError(f"{name} must be 0 or more, not {getattr(self, name)}.")
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "

@@ -38,6 +38,7 @@ def batch_losses(
     batch: Batch,
     *,
     remat: Remat = "none",
+    unroll: int = 1,
     z_loss: float = 0.0,
     key: Array | None = None,
 ) -> Losses:
@@ -48,10 +49,11 @@ def batch_losses(
       params: stacked.
       batch: what to learn from.
       remat: see `neo_jax.stacked.encode`.
+      unroll: likewise.
       z_loss: weight of log(sum(exp(logits)))^2, which keeps logits near 0 (Mesh-TensorFlow).
       key: for dropout.
     """
-    hidden = encode(model, params, batch.tokens[:, :-1], remat=remat, key=key)
+    hidden = encode(model, params, batch.tokens[:, :-1], remat=remat, unroll=unroll, key=key)
     shards = model.sharding.num_shards(BATCH) if model.sharding else 1
     block = max(1, BLOCK_TOKENS * shards // hidden.shape[0])
     head = _Head(model, block, z_loss)

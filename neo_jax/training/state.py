@@ -130,11 +130,18 @@ def _gradients(
 ) -> tuple[Losses, Params]:
     """Returns the losses of a batch and the gradients of its mean objective."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
+    unroll = config.unroll or _fastest_unroll(config)
 
     def objective(params: Params, part: Batch, number: Array) -> tuple[Array, Losses]:
         part_key = None if key is None else jax.random.fold_in(key, number)
         losses = batch_losses(
-            model, params, part, remat=config.remat, z_loss=config.z_loss, key=part_key
+            model,
+            params,
+            part,
+            remat=config.remat,
+            unroll=unroll,
+            z_loss=config.z_loss,
+            key=part_key,
         )
         return losses.objective, losses
 
@@ -151,6 +158,15 @@ def _gradients(
         (grads, losses), _ = jax.lax.scan(add, zeros, parts)
     weight = jnp.maximum(losses.weight, 1)
     return losses._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
+
+
+def _fastest_unroll(config: TrainConfig) -> int:
+    """Returns how many units of layers to write out: on a CPU a loop copies what it carries.
+
+    What is computed again would there be found to be the same without a loop, and be kept.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return config.model.num_layers if on_cpu and config.remat == "none" else 1
 
 
 def _parts(batch: Batch, count: int) -> Batch:

@@ -237,7 +237,7 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
         ({"mesh": "fsdp=8", "rules": "embed:model"}, "names no axis of the mesh"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"profile": -1}, "profile must be 0 (off) or more, not -1"),
+        ({"profile": -1}, "profile must be 0 or more, not -1"),
         ({"prompts": ("",)}, "the prompt is empty"),
         ({"prompts": ("a",), "sample_tokens": 40}, "exceed the context of 32; shorten the prompt"),
     ],
