@@ -382,6 +382,25 @@ def test_pairs_are_whole_and_their_completions_count(tmp_path_factory, pairs, le
     assert seen == fitting
 
 
+def test_documents_and_pairs_of_the_cloud(tmp_path, cloud, bucket):
+    text = documents_on_disk(tmp_path / "text", [[1, 2], [3], [4, 5, 6, 7]])
+    pairs = documents_on_disk(tmp_path / "pairs", [[11, 12], [13, 14, 15], [16, 17]], [1, 1, 1])
+    for folder in (text, pairs):
+        for path in filter(Path.is_file, folder.rglob("*")):
+            cloud[f"{bucket}/{path.relative_to(tmp_path)}"] = path.read_bytes()
+    data = "{0}/text=0.5,{0}/pairs=0.5"
+    here, there = (
+        take(Mixture.open(data.format(root), "train", 4, False), 3, batch_size=4, seed=0)
+        for root in (tmp_path, f"gs://{bucket}")
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
+    cloud[f"{bucket}/pairs/train/prompts.npy"] = b"damaged"
+    with pytest.raises(NeoError, match=r"cannot read gs://.*prompts.npy: "):
+        TokenDataset.open(f"gs://{bucket}/pairs", length=4)
+
+
 def test_pairs_left_out_are_told(tmp_path, capsys):
     folder = documents_on_disk(tmp_path / "a", [[1, 2], [3, 4, 5, 6], [7, 8]], [1, 1, 1])
     TokenDataset.open(folder, length=4)
