@@ -81,8 +81,8 @@ class TokenDataset:
             text before a document counts as its first token. Pairs never see each other.
 
         Raises:
-          NeoError: no data set, no such split, files that do not match dataset.json, or fewer
-            tokens than one sequence takes.
+          NeoError: no data set, no such split, files that do not match dataset.json, fewer tokens
+            than one sequence takes, no pair that fits one, or no documents to tell apart.
         """
         folder = make_path(folder)
         if not (folder / DATASET_FILE).is_file():
