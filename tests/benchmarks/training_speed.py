@@ -4,8 +4,8 @@
   python tests/benchmarks/training_speed.py --memory [--dtypes bfloat16 float32]
 
 GPT-Neo 125M in shape, random tokens; the peer is transformers (eager) with clipping and
-`torch.optim.AdamW(fused=True)`, under bfloat16 autocast or in float32. Each figure is the median over
-rounds of their time of a step over ours: above 1 we are faster. Wants a quiet machine.
+`torch.optim.AdamW(fused=True)`, under bfloat16 autocast or in float32. Each figure is the median
+over rounds of their time of a step over ours: above 1 we are faster. Wants a quiet machine.
 
 With --memory each side runs alone in a process of its own; the figure is the most memory that the
 process ever held, beyond what its imports take.
