@@ -58,7 +58,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache | None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None,
+        starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Returns the attention's output and what it attended to."""
         config = self.config
@@ -79,12 +83,9 @@ class Attention(nn.Module):
         q = project("q_proj", (config.embed_dim * config.head_dim) ** -0.5)
         k = project("k_proj", config.embed_dim**-0.5)
         v = project("v_proj", config.embed_dim**-0.5)
-        if cache is None:  # the sequence is its own cache
-            cache = LayerCache(k, v, positions)
-            mask = Mask(positions, positions, self.window, aligned=True)
-        else:
-            cache = caching.extend(cache, k, v, positions)
-            mask = Mask(positions, cache.positions, self.window)
+        aligned = cache is None  # the sequence is its own cache
+        cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
+        mask = Mask(positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
         y = attend(q, cache.k, cache.v, mask, self.kernel if mask.aligned else "auto")
         out_proj = Einsum(
@@ -153,10 +154,14 @@ class Block(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache | None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None,
+        starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the residual stream and what the layer attended to."""
-        attended, cache = self.attn(self.ln_1(x), positions, cache)
+        """Returns the residual stream and what the layer attended to: nothing before `starts`."""
+        attended, cache = self.attn(self.ln_1(x), positions, cache, starts)
         keep_all = not self.has_rng("dropout")
         x = x + self.drop(attended, deterministic=keep_all)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=keep_all), cache

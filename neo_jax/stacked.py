@@ -61,6 +61,7 @@ def encode(
     model: Neo,
     params: Params,
     tokens: Int[Array, "B T"],
+    starts: Int[Array, "B T"] | None = None,
     *,
     remat: Remat = "none",
     unroll: int = 1,
@@ -72,6 +73,8 @@ def encode(
       model: the model.
       params: stacked.
       tokens: ids.
+      starts: for each token the index in its row at which its document begins: it sees nothing
+        before, and learned positions count from there. None for rows of one document.
       remat: what the backward pass computes again.
       unroll: how many units of the pattern the program writes out before it loops.
       key: for dropout; None drops nothing.
@@ -79,13 +82,15 @@ def encode(
     config = model.config
     unit = len(config.attention_types)
     rngs = None if key is None else {"dropout": jax.random.fold_in(key, config.num_layers)}
-    x, positions = model.apply({"params": params}, tokens, method=Neo.embed, rngs=rngs)
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    learned = index if starts is None else index - starts
+    x, _ = model.apply({"params": params}, tokens, learned, method=Neo.embed, rngs=rngs)
 
     def layer(position: int, x: Array, params: Params, number: Array) -> Array:
         x = constrain(model.sharding, x, RESIDUAL_STREAM, "the residual stream")
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
         block = make_block(model, position)
-        return block.apply({"params": params}, x, positions, None, rngs=rngs)[0]
+        return block.apply({"params": params}, x, index, None, starts, rngs=rngs)[0]
 
     layer = _rematerialized(layer, remat)
 

@@ -126,6 +126,7 @@ def config(tmp_path_factory, tokenizer_folders, text):
             eos_token_id=1,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.1),
+        across_documents=False,  # every array of a batch is sent
         dtype="float32",
         log_every=1,
         eval_every=24,

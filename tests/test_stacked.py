@@ -1,6 +1,7 @@
 """neo_jax/stacked.py: the same numbers as the canonical form, by a program of constant size."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from neo_jax.attention import blocked
 from neo_jax.config import ModelConfig
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.stacked import encode, stack, stacked_axes, unstack
@@ -67,6 +69,40 @@ def test_the_numbers_are_the_canonical_ones(some, remat):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
     for ours, theirs in zip(jax.tree.leaves(our_grads), jax.tree.leaves(their_grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(("kernel", "remat"), [("dense", "none"), ("blocked", "full")])
+def test_documents_of_a_row_are_as_if_alone(kernel, remat, monkeypatch):
+    """Hidden states, and gradients: attention ends, and positions begin, at each document."""
+    monkeypatch.setattr(blocked, "__defaults__", (8,))  # so that a row has several blocks
+    model = Neo(dataclasses.replace(UNIT, num_layers=2), kernel=kernel)
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    params = stack(jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params), model.config)
+    cuts = [0, 3, 4, 20, 24]
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 24), np.int32)
+    starts = np.repeat(cuts[:-1], np.diff(cuts))[None].astype(np.int32)
+    apart = np.zeros((4, 24), np.int32)
+    counts = np.zeros((4, 24), bool)
+    for row, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        apart[row, : stop - start] = tokens[0, start:stop]
+        counts[row, : stop - start] = True
+
+    @jax.jit
+    def run(params, tokens, counts, starts=None):
+        def total(params):
+            x = encode(model, params, tokens, starts, remat=remat)
+            return jnp.sum(jnp.where(counts[..., None], jnp.sin(x), 0)), x
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    (_, ours), our_grads = run(params, tokens, np.ones((1, 24), bool), starts)
+    (_, alone), their_grads = run(params, apart, counts)
+    np.testing.assert_allclose(ours[0], alone[counts], rtol=0, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(their_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+    # The documents do see each other where nothing is said.
+    (_, across), _ = run(params, tokens, np.ones((1, 24), bool))
+    assert np.abs(across[0, :3] - ours[0, :3]).max() < 1e-5 < np.abs(across - ours).max()
 
 
 def compiled(num_layers, remat):

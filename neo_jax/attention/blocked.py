@@ -18,6 +18,8 @@ from neo_jax.errors import NeoError
 
 BLOCK_SIZE = 256
 
+_Positions = tuple[Array, Array, Array | None]
+
 
 def blocked(
     q: Float[Array, "B N T H"],
@@ -38,18 +40,21 @@ def blocked(
     # Without a barrier XLA folds transpositions into products, and its CPU backend cannot run every
     # bfloat16 product that results.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
-    return _blocked(mask.window, block_size, q, k, v, mask.q_positions, mask.k_positions)
+    positions = (mask.q_positions, mask.k_positions, mask.q_starts)
+    return _blocked(mask.window, block_size, q, k, v, positions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(window: int | None, block_size: int, *arrays: Array) -> Array:
-    return _forward(window, block_size, *arrays)[0]
+def _blocked(
+    window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
+) -> Array:
+    return _forward(window, block_size, q, k, v, positions)[0]
 
 
 def _forward(
-    window: int | None, block_size: int, q: Array, k: Array, v: Array, *positions: Array
+    window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
 ) -> tuple[Array, tuple]:
-    mask = Mask(*positions, window)
+    mask = _mask(positions, window)
     outputs, log_sums = [], []
     for queries, keys in _blocks(q.shape[2], window, block_size):
         logits = _product("bnth,bnsh->bnts", q[:, :, queries], k[:, :, keys])
@@ -67,7 +72,7 @@ def _backward(
     window: int | None, block_size: int, saved: tuple, grad: Array
 ) -> tuple[Array | None, ...]:
     q, k, v, positions, y, log_sum = saved
-    mask = Mask(*positions, window)
+    mask = _mask(positions, window)
     dots = jnp.sum(grad * y, axis=-1)[:, :, None]
     grad = jax.lax.optimization_barrier(grad.astype(v.dtype))
     grads_q = []
@@ -86,10 +91,15 @@ def _backward(
         grad_v = grad_v.at[:, :, keys].add(_product("bnst,bnth->bnsh", weights, block_grad))
     grad_q = jnp.concatenate(grads_q, axis=2)
     grads = (grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype))
-    return (*grads, *(None for _ in positions))
+    return *grads, None
 
 
 _blocked.defvjp(_forward, _backward)
+
+
+def _mask(positions: _Positions, window: int | None) -> Mask:
+    of_queries, of_keys, starts = positions
+    return Mask(of_queries, of_keys, window, q_starts=starts)
 
 
 def _blocks(length: int, window: int | None, size: int) -> list[tuple[slice, slice]]:

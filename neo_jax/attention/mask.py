@@ -11,13 +11,15 @@ class Mask:
 
     A key is visible iff 0 <= key position <= query position, and, in a local layer, query
     position - key position < window: `window` keys, the query's own included. Position -1 marks
-    what is not there: padding, or an empty slot of a cache.
+    what is not there: padding, or an empty slot of a cache. With `q_starts` a query sees no key
+    before its start: in a row of several documents, what came before its own.
     """
 
     q_positions: Int[Array, "B T"]
     k_positions: Int[Array, "B S"]
     window: int | None = None
     aligned: bool = False  # query t and key t are one token, positions run on without gaps
+    q_starts: Int[Array, "B T"] | None = None  # the first position that a query may see
 
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns the mask as an array, True where the query sees the key."""
@@ -26,8 +28,12 @@ class Mask:
         seen = (k >= 0) & (k <= q)
         if self.window is not None:
             seen &= q - k < self.window
+        if self.q_starts is not None:
+            seen &= k >= self.q_starts[:, :, None]
         return seen
 
     def block(self, queries: slice, keys: slice) -> "Mask":
         """Returns the mask of some queries and some keys."""
-        return Mask(self.q_positions[:, queries], self.k_positions[:, keys], self.window)
+        starts = None if self.q_starts is None else self.q_starts[:, queries]
+        positions = self.q_positions[:, queries], self.k_positions[:, keys]
+        return Mask(*positions, self.window, q_starts=starts)

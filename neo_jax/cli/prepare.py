@@ -17,6 +17,8 @@ from neo_jax.data.statistics import draw_histogram
 class Options:
     """Tokenizes .txt, .jsonl and TFRecord files, folders and globs into a data set for training.
 
+    A line of .jsonl is {"text": ...}, or {"prompt": ..., "completion": ...} to learn completions.
+
     What was interrupted goes on where it was: give the same command again.
     """
 

@@ -1,1 +1,1 @@
-"""From text to batches, in reading order: sources, tokenizer, writer, prepare, packing, feed."""
+"""Text to batches, in order: sources, tokenizer, writer, prepare, packing, mixture, feed."""

@@ -5,13 +5,15 @@ processes. Each of them names the rows of the batch that its devices hold, and r
 
 Every batch is a dictionary, for R rows, of
   tokens:  int32 [R, T + 1]; inputs are [:, :-1], targets [:, 1:]
-  weights: float32 [R, T]; 1 where a target counts, 0 where it is padding
+  weights: float32 [R, T]; 1 where a target counts, 0 where it is a prompt or padding
+  starts:  int32 [R, T]; the place of the first token that each input may see
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from neo_jax.data.mixture import Mixture
 from neo_jax.data.packing import TokenDataset
 from neo_jax.errors import NeoError
 
@@ -23,7 +25,7 @@ _THREADS = _AHEAD  # in the cloud each of them waits for its answer
 
 
 def batches(
-    dataset: TokenDataset,
+    dataset: TokenDataset | Mixture,
     *,
     batch_size: int,
     seed: int,
@@ -33,9 +35,10 @@ def batches(
     """Yields training batches without end, shuffled anew every epoch.
 
     An epoch holds every sequence once; a batch may hold the end of one and the start of the next.
+    Of a mixture each part has epochs of its own, and its share of every stretch of sequences.
 
     Args:
-      dataset: the sequences.
+      dataset: the sequences, or several data sets of them.
       batch_size: of the global batch.
       seed: of the order, from 0 to 2**32 - 1.
       start_step: the first batch to yield is the one of this step.
@@ -55,11 +58,16 @@ def batches(
 
 
 def _shuffled_batches(
-    dataset: TokenDataset, batch_size: int, rows: Sequence[int], seed: int, step: int
+    dataset: TokenDataset | Mixture, batch_size: int, rows: Sequence[int], seed: int, step: int
 ) -> Iterator[Batch]:
     import grain
 
-    stream = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat(_EPOCHS)
+    mixture = dataset if isinstance(dataset, Mixture) else Mixture((dataset,), (1.0,))
+    streams = [
+        grain.MapDataset.source(part).seed((seed + i) % 2**32).shuffle().repeat(_EPOCHS)
+        for i, part in enumerate(mixture.parts)
+    ]
+    stream = grain.MapDataset.mix(streams, mixture.shares)  # whose shares are right to 1 in 100
 
     def element(i: int) -> dict[str, np.ndarray]:
         steps, row = divmod(i, len(rows))
@@ -67,9 +75,7 @@ def _shuffled_batches(
 
     places = grain.MapDataset.range(step * len(rows), len(stream) // batch_size * len(rows))
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    for batch in places.map(element).batch(len(rows)).to_iter_dataset(options):
-        tokens = batch["tokens"]
-        yield {"tokens": tokens, "weights": np.ones_like(tokens[:, 1:], np.float32)}
+    yield from places.map(element).batch(len(rows)).to_iter_dataset(options)
 
 
 def num_batches_per_epoch(dataset: TokenDataset, batch_size: int) -> int:
@@ -80,20 +86,16 @@ def num_batches_per_epoch(dataset: TokenDataset, batch_size: int) -> int:
 def evaluation_batches(
     dataset: TokenDataset, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yields the split once, in order: every token but the very first is a target exactly once.
+    """Yields the split once, in order: what counts in it is a target exactly once.
 
-    The tokens at the end that fill no sequence come as a last, padded one, so the losses add up to
-    that of the whole split. The last batch is filled with padding: zeros of weight 0. There are as
-    many batches whichever `rows` of the global batch are asked for.
+    The tokens at the end of a stream that fill no sequence come as a last, padded one, so the
+    losses add up to that of the whole split. The last batch is filled with padding: zeros of weight
+    0. There are as many batches whichever `rows` of the global batch are asked for.
     """
     rows = range(batch_size) if rows is None else rows
-    length = dataset.length
-    for first in range(0, -(-(dataset.num_tokens - 1) // length), batch_size):
-        tokens = np.zeros([len(rows), length + 1], np.int32)
-        weights = np.zeros([len(rows), length], np.float32)
-        for i, row in enumerate(rows):
-            start = (first + row) * length
-            sequence = dataset.tokens[start : start + length + 1]
-            tokens[i, : len(sequence)] = sequence
-            weights[i, : max(len(sequence) - 1, 0)] = 1
-        yield {"tokens": tokens, "weights": weights}
+    padding = {name: np.zeros_like(array) for name, array in dataset.sequence(0).items()}
+    count = dataset.num_sequences
+    for first in range(0, count, batch_size):
+        numbers = [first + row for row in rows]
+        sequences = [dataset.sequence(i) if i < count else padding for i in numbers]
+        yield {name: np.stack([each[name] for each in sequences]) for name in padding}

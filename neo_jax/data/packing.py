@@ -1,14 +1,18 @@
 """The data set that `prepare` wrote, as sequences of one length."""
 
 import dataclasses
+import io
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from neo_jax.config import read_json
-from neo_jax.data.writer import DATASET_FILE, VERSION
+from neo_jax.data.writer import DATASET_FILE, OFFSETS_FILE, PROMPTS_FILE, VERSION
+from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.paths import file_size, is_remote, make_path, read_range
 
@@ -34,13 +38,20 @@ class RemoteTokens:
         return np.frombuffer(read_range(self.path, start * size, stop * size), self.dtype)
 
 
+Sequence = dict[str, np.ndarray]
+"""Of `length` predictions: "tokens" int32 [length + 1], of which each but the last predicts the
+next; "weights" float32 [length], 1 where a prediction counts and 0 where not; "starts" int32
+[length], the place of the first token that each one may see."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenDataset:
     """A split of a data set, cut into sequences without regard to where documents end.
 
     Sequence i holds the tokens from i * length to i * length + length inclusive: its last token is
     the first of the next. With inputs [:-1] and targets [1:] every token but the very first is a
-    target exactly once, save the fewer than `length` at the end that fill no sequence.
+    target exactly once. The fewer than `length` at the end that fill no sequence are one more, for
+    evaluation.
     """
 
     tokens: np.ndarray | RemoteTokens  # [num_tokens], memory-mapped; uint16 or uint32
@@ -48,17 +59,30 @@ class TokenDataset:
     num_bytes: int  # of the documents' text in UTF-8
     num_documents: int
     vocab_size: int
+    eos_id: int
     tokenizer_folder: Path  # holds the tokenizer's files
+    offsets: np.ndarray | None = None  # where documents begin, if tokens see only their own
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike[str], split: str = "train", length: int = 1024
+        cls,
+        folder: str | os.PathLike[str],
+        split: str = "train",
+        length: int = 1024,
+        across_documents: bool = True,
     ) -> "TokenDataset":
-        """Opens a split, "train" or "held_out".
+        """Opens a split, "train" or "held_out"; of pairs, as `PairDataset`.
+
+        Args:
+          folder: of the data set.
+          split: its name.
+          length: predictions of a sequence.
+          across_documents: whether tokens may see other documents of their sequence. The end of
+            text before a document counts as its first token. Pairs never see each other.
 
         Raises:
-          NeoError: no data set, no such split, files that do not match dataset.json, or fewer
-            tokens than one sequence takes.
+          NeoError: no data set, no such split, files that do not match dataset.json, fewer tokens
+            than one sequence takes, no pair that fits one, or no documents to tell apart.
         """
         folder = make_path(folder)
         if not (folder / DATASET_FILE).is_file():
@@ -74,39 +98,167 @@ class TokenDataset:
         splits = _field(folder, fields, "splits", dict)
         if split not in splits:
             raise NeoError(f"{folder} has no split '{split}'.{suggest(split, splits)}")
+        if length < 1:
+            raise NeoError(f"the length of a sequence must be at least 1, not {length}.")
         num_tokens, num_bytes, num_documents = (
             _field(folder, splits[split], name, int) for name in ("tokens", "bytes", "documents")
         )
-        if length < 1:
-            raise NeoError(f"the length of a sequence must be at least 1, not {length}.")
-        if num_tokens < length + 1:
+        name, pairs = f"split '{split}' of {folder}", fields.get("pairs", False)
+        if num_tokens < (2 if pairs else length + 1):
+            mend = f"choose a length below {num_tokens}, or " if num_tokens > 1 else ""
             raise NeoError(
-                f"split '{split}' of {folder} has {num_tokens} tokens, too few for a sequence of "
-                f"{length}; choose a length below {num_tokens}, or prepare more text."
+                f"{name} has {num_tokens} tokens, too few for a sequence of {length}; {mend}"
+                "prepare more text."
             )
-        return cls(
+        dataset = cls(
             tokens=_map(folder, split, _field(folder, fields, "dtype", str), num_tokens),
             length=length,
             num_bytes=num_bytes,
             num_documents=num_documents,
             vocab_size=_field(folder, fields, "vocab_size", int),
+            eos_id=_field(folder, fields, "eos_id", int),
             tokenizer_folder=folder,
         )
+        if across_documents and not pairs:
+            return dataset
+        offsets = _numbers(folder / split / OFFSETS_FILE, num_documents + 1)
+        if pairs:
+            prompts = _numbers(folder / split / PROMPTS_FILE, num_documents)
+            return _pairs(dataset, offsets, prompts, name)
+        _check_documents(dataset, offsets, name)
+        return dataclasses.replace(dataset, offsets=offsets)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the split, ends of text included."""
         return len(self.tokens)
 
+    @property
+    def num_target_bytes(self) -> float:
+        """Bytes of the text that is predicted; NaN for pairs, whose completions are not counted."""
+        return float(self.num_bytes)
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether any token of a sequence may be forbidden to see the first."""
+        return self.offsets is not None
+
     def __len__(self) -> int:
         """Returns the number of whole sequences."""
         return (self.num_tokens - 1) // self.length
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        """Returns sequence `index`: "tokens", int32 [length + 1]."""
-        i = range(len(self))[index]  # negative indices, and IndexError
-        start = i * self.length
-        return {"tokens": self.tokens[start : start + self.length + 1].astype(np.int32)}
+    @property
+    def num_sequences(self) -> int:
+        """The number of whole sequences, and of the one at the end that has to be padded."""
+        return -(-(self.num_tokens - 1) // self.length)
+
+    def __getitem__(self, index: SupportsIndex) -> Sequence:
+        """Returns sequence `index`."""
+        return self.sequence(range(len(self))[index])  # negative indices, and IndexError
+
+    def sequence(self, i: int) -> Sequence:
+        """Returns sequence i, from 0 to before `num_sequences`; zeros of weight 0 fill it up."""
+        first = i * self.length
+        tokens = self.tokens[first : first + self.length + 1]
+        starts = np.zeros(self.length, np.int32)
+        if self.offsets is not None:
+            ends = [first + 1, first + self.length + 1]
+            before, after = np.searchsorted(self.offsets, ends)
+            cuts = self.offsets[before:after] - 1 - first  # the ends of text
+            starts[cuts] = cuts
+            starts = np.maximum.accumulate(starts)
+        return _sequence(self.length, tokens, np.ones(len(tokens) - 1), starts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PairDataset(TokenDataset):
+    """Pairs of prompt and completion: a sequence holds as many whole ones as fit, in their order.
+
+    What counts are completions with their ends of text, the first token of a pair never; no pair
+    sees another one. Those that are longer than a sequence are left out.
+    """
+
+    offsets: np.ndarray  # [num_documents + 1]: where pairs begin
+    prompts: np.ndarray  # [num_documents]: how many tokens of each are its prompt
+    bounds: np.ndarray  # [sequences, 2]: the first pair of each, and the one behind its last
+
+    @property
+    def num_target_bytes(self) -> float:
+        """NaN: how many bytes completions have is not recorded."""
+        return math.nan
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether a token may be forbidden to see the first of its sequence: yes."""
+        return True
+
+    def __len__(self) -> int:
+        """Returns the number of sequences."""
+        return len(self.bounds)
+
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences."""
+        return len(self.bounds)
+
+    def sequence(self, i: int) -> Sequence:
+        """Returns sequence i; zeros of weight 0, each its own start, fill it up."""
+        first, behind = self.bounds[i]
+        offsets = self.offsets[first : behind + 1]
+        lengths = np.diff(offsets)
+        tokens = self.tokens[offsets[0] : offsets[-1]]
+        begins = np.repeat(offsets[:-1] - offsets[0], lengths)  # of the pair of each token
+        places = np.arange(len(tokens)) - begins  # in its pair
+        counts = (places > 0) & (places >= np.repeat(self.prompts[first:behind], lengths))
+        starts = np.arange(self.length)
+        starts[: len(begins)] = begins[: self.length]
+        return _sequence(self.length, tokens, counts[1:], starts)
+
+
+def _pairs(
+    dataset: TokenDataset, offsets: np.ndarray, prompts: np.ndarray, name: str
+) -> PairDataset:
+    """Returns a data set of pairs, and tells how many are left out."""
+    lengths = np.diff(offsets)
+    bounds = _whole_documents(offsets, dataset.length + 1)
+    if not bounds:
+        raise NeoError(
+            f"no pair of {name} fits a sequence of {dataset.length}; choose a length of "
+            f"{lengths.min() - 1} or more."
+        )
+    left_out = np.count_nonzero(lengths > dataset.length + 1)
+    if left_out and is_leader():
+        print(
+            f"{left_out:,} of {len(lengths):,} pairs of {name} are longer than {dataset.length} "
+            "and left out",
+            file=sys.stderr,
+        )
+    fields = vars(dataset) | {"offsets": offsets}
+    return PairDataset(**fields, prompts=prompts, bounds=np.array(bounds))
+
+
+def _whole_documents(offsets: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Returns runs of documents of at most so many tokens, each as long as can be.
+
+    A document that is longer is in none.
+    """
+    # For each document the one behind the last that a run from it can hold.
+    ends = (np.searchsorted(offsets, offsets[:-1] + most, "right") - 1).tolist()
+    runs, first = [], 0
+    while first < len(ends):
+        if ends[first] > first:
+            runs.append((first, ends[first]))
+        first = max(ends[first], first + 1)
+    return runs
+
+
+def _sequence(length: int, tokens: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> Sequence:
+    """Returns a sequence, filled up with zeros."""
+    return {
+        "tokens": np.pad(tokens.astype(np.int32), (0, length + 1 - len(tokens))),
+        "weights": np.pad(weights.astype(np.float32), (0, length - len(weights))),
+        "starts": starts.astype(np.int32),
+    }
 
 
 def split_names(folder: str | os.PathLike[str]) -> list[str]:
@@ -120,6 +272,32 @@ def _field(folder: Path, fields: Any, name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise NeoError(f"{folder / DATASET_FILE}: '{name}' is {value!r}; is the file whole?")
     return value
+
+
+def _check_documents(dataset: TokenDataset, offsets: np.ndarray, name: str) -> None:
+    """Refuses TFRecords of pieces of a stream, whose offsets are not where documents begin."""
+    ends = [int(dataset.tokens[end - 1 : end][0]) for end in offsets[1:9]]
+    if any(end != dataset.eos_id for end in ends):
+        raise NeoError(
+            f"{name} holds pieces of a stream, which do not tell where documents end; prepare the "
+            "text instead, or leave across_documents on."
+        )
+
+
+def _numbers(path: Path, count: int) -> np.ndarray:
+    try:
+        if is_remote(path):
+            numbers = np.load(io.BytesIO(path.read_bytes()))
+        else:
+            numbers = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
+    if len(numbers) != count:
+        raise NeoError(
+            f"{path} has {len(numbers)} numbers, not {count}; copy it again, or run neo-jax "
+            "prepare again."
+        )
+    return numbers
 
 
 def _map(folder: Path, split: str, dtype: str, num_tokens: int) -> np.ndarray | RemoteTokens:

@@ -1,5 +1,6 @@
 """Text to a data set on disk, whose files `writer` describes."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from neo_jax.data.journal import digests
 from neo_jax.data.progress import Advance, progress_bar
-from neo_jax.data.sources import Source, find_sources
+from neo_jax.data.sources import Pair, Source, find_sources
 from neo_jax.data.staging import TRAINED, WORK, staging
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tfrecords import Record
@@ -45,7 +46,8 @@ def prepare(
 
     What was interrupted, even by SIGKILL, goes on where it was when the same is asked for again:
     same output, tokenizer and options, and inputs that have not changed as far as they were read.
-    The ids of TFRecords are taken as they are, and need the tokenizer that made them.
+    The ids of TFRecords are taken as they are, and need the tokenizer that made them. Pairs of
+    prompt and completion make a data set of their own kind.
 
     Args:
       inputs: files, folders, globs and hf:// names, as `sources.find_sources` takes them.
@@ -60,14 +62,15 @@ def prepare(
       progress: show a progress bar on stderr; None shows it where stderr is a terminal.
 
     Returns:
-      The content of dataset.json: "version", "dtype", "vocab_size", "eos_id", and "splits", which
-      gives for "train" and, if documents are held out, "held_out": "documents", "bytes" (of the
-      text in UTF-8), "tokens" (ends of text included), "tokens_per_byte", and "lengths", of which
-      `statistics.length_statistics` tells.
+      The content of dataset.json: "version", "dtype", "vocab_size", "eos_id", "pairs" (whether
+      documents are pairs), and "splits", which gives for "train" and, if documents are held out,
+      "held_out": "documents", "bytes" (of the text in UTF-8), "tokens" (ends of text included),
+      "tokens_per_byte", and "lengths", of which `statistics.length_statistics` tells.
 
     Raises:
       NeoError: no tokenizer or two, a tokenizer without an end of text, an input that cannot be
-        read or holds no text, a split without documents, or an output that is something else.
+        read or holds no text, pairs together with plain text, a split without documents, or an
+        output that is something else.
     """
     _check_options(tokenizer, train_tokenizer, held_out)
     with staging(absolute(make_path(output))) as folder:
@@ -89,13 +92,14 @@ def prepare(
         if tokenizer.eos_id is None:
             raise NeoError("the tokenizer has no end-of-text token; name one as its eos_token.")
         settings += [tokenizer.vocab_size, tokenizer.eos_id, _digest(copy)]
+        pairs = _are_pairs(sources)
         extents = tokenize(
-            sources, folder, tokenizer, tokenizer.eos_id, held_out, settings, progress
+            sources, folder, tokenizer, tokenizer.eos_id, held_out, pairs, settings, progress
         )
         if any(not extent.documents for extent in extents.values()):
             shutil.rmtree(folder / WORK)  # nothing to go on from: other options are needed
             raise NeoError(_empty_split(extents, held_out))
-        return _finish(folder, tokenizer, extents)
+        return _finish(folder, tokenizer, extents, pairs)
 
 
 def _check_options(tokenizer: object, train_tokenizer: int, held_out: float) -> None:
@@ -107,6 +111,13 @@ def _check_options(tokenizer: object, train_tokenizer: int, held_out: float) -> 
         raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
 
 
+def _are_pairs(sources: Sequence[Source]) -> bool:
+    """Returns what the first document is; the others must be of its kind."""
+    documents = (document for source in sources for document in source.documents())
+    with contextlib.closing(documents):
+        return isinstance(next(documents, None), Pair)
+
+
 def _not_held_out(sources: Sequence[Source], held_out: float, advance: Advance) -> Iterator[str]:
     for source in sources:
         for document in source.documents():
@@ -115,18 +126,22 @@ def _not_held_out(sources: Sequence[Source], held_out: float, advance: Advance) 
                     f"{document.where} holds token ids; give the tokenizer that made them instead "
                     "of training one."
                 )
-            advance(1, len(document) / 1e6)
-            if not is_held_out(document, held_out):
-                yield document
+            text = document.text if isinstance(document, Pair) else document
+            advance(1, len(text) / 1e6)
+            if not is_held_out(text, held_out):
+                yield text
 
 
-def _finish(folder: Path, tokenizer: Tokenizer, extents: dict[str, Extent]) -> dict[str, Any]:
+def _finish(
+    folder: Path, tokenizer: Tokenizer, extents: dict[str, Extent], pairs: bool
+) -> dict[str, Any]:
     """Writes all but the splits; returns the content of dataset.json."""
     fields = {
         "version": VERSION,
         "dtype": token_dtype(tokenizer).name,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
+        "pairs": pairs,
         "splits": {name: _statistics(extent, folder / name) for name, extent in extents.items()},
     }
     tokenizer.save(folder)

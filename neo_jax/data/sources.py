@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neo_jax.data.compression import UNPACKERS, open_unpacked, unpacked_name
 from neo_jax.data.hugging_face import SCHEME, HubDataset
@@ -16,10 +16,24 @@ from neo_jax.errors import NeoError, reason
 from neo_jax.paths import file_version, find_files, make_path, match
 
 ENDINGS = (".txt", ".jsonl", ".tfrecord", ".tfrecords")
-"""A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}; of
-TFRecords every record. All may be compressed, as .jsonl.zst."""
+"""A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}, or a
+pair, {"prompt": ..., "completion": ...}; of TFRecords every record. All may be compressed, as
+.jsonl.zst."""
 
-Document = str | Record
+
+class Pair(NamedTuple):
+    """A prompt, and how it is to go on."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        """Both, one after the other."""
+        return self.prompt + self.completion
+
+
+Document = str | Record | Pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +58,8 @@ def find_sources(
 
     Raises:
       NeoError: nothing matches, or an unknown ending. The iterators of documents raise it for a
-        file that is unreadable, damaged or not UTF-8, and for a line without a text.
+        file that is unreadable, damaged or not UTF-8, and for a line without a text, or with a
+        prompt and nothing to follow it.
     """
     sources: list[Source] = []
     for name in [os.fspath(path) for path in inputs]:
@@ -110,20 +125,28 @@ def _read_text(path: Path, _: str) -> Iterator[str]:
         yield _decode(path, file.read(), 0)
 
 
-def _read_json(path: Path, text_field: str) -> Iterator[str]:
+def _read_json(path: Path, text_field: str) -> Iterator[str | Pair]:
     for where, fields in json_lines(path):
-        text = fields.get(text_field)
-        if not isinstance(text, str):
-            raise NeoError(
-                f'{where}: no "{text_field}"; every line is an object such as '
-                f'{{"{text_field}": "..."}}.'
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            lone = text[error.start]
-            raise NeoError(f'{where}: "{text_field}" holds the lone surrogate {lone!r}.') from error
-        yield text
+        if text_field in fields or "prompt" not in fields:
+            yield _string(where, fields, text_field, f'{{"{text_field}": "..."}}')
+            continue
+        example = '{"prompt": "...", "completion": "..."}'
+        pair = Pair(*(_string(where, fields, name, example) for name in Pair._fields))
+        if not pair.completion:
+            raise NeoError(f'{where}: the "completion" is empty; write one, or remove the line.')
+        yield pair
+
+
+def _string(where: str, fields: dict[str, Any], name: str, example: str) -> str:
+    text = fields.get(name)
+    if not isinstance(text, str):
+        raise NeoError(f'{where}: no "{name}"; every line is an object such as {example}.')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise NeoError(f'{where}: "{name}" holds the lone surrogate {lone!r}.') from error
+    return text
 
 
 def _read_tfrecords(path: Path, text_field: str) -> Iterator[Record]:

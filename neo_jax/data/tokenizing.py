@@ -18,7 +18,7 @@ import numpy as np
 
 from neo_jax.data.journal import Journal, Place
 from neo_jax.data.progress import progress_bar
-from neo_jax.data.sources import Document, Source
+from neo_jax.data.sources import Document, Pair, Source
 from neo_jax.data.staging import JOURNAL, WORK, clear
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ def tokenize(
     tokenizer: Tokenizer,
     end: int,
     held_out: float,
+    pairs: bool,
     settings: Sequence[Any],
     progress: bool | None,
 ) -> dict[str, Extent]:
@@ -45,18 +46,20 @@ def tokenize(
       tokenizer: makes ids of text.
       end: the end of text.
       held_out: the share of documents to hold out.
+      pairs: whether the documents are pairs.
       settings: what decides the result beside the inputs; others than last time start over.
       progress: show what happens on stderr; None shows a bar where that is a terminal.
 
     Raises:
-      NeoError: an input cannot be read, or an id is not in the vocabulary.
+      NeoError: an input cannot be read, pairs and other documents come together, or an id is not
+        in the vocabulary.
     """
     dtype = token_dtype(tokenizer)
     names = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
     journal = Journal(folder / WORK / JOURNAL, settings, sources)
     was_stopped = not journal.is_empty
     found = journal.newest(
-        lambda place: all(holds(folder / name, dtype, place.extents[name]) for name in names)
+        lambda place: all(holds(folder / name, dtype, place.extents[name], pairs) for name in names)
     )
     if found is None:
         clear(folder)
@@ -65,10 +68,11 @@ def tokenize(
         print(_greeting(place), file=sys.stderr)
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(SplitWriter(folder / name, dtype, extent))
+            name: stack.enter_context(SplitWriter(folder / name, dtype, extent, pairs))
             for name, extent in place.extents.items()
         }
-        batches = stack.enter_context(contextlib.closing(_read_ahead(_batches(sources, place))))
+        read_ahead = _read_ahead(_batches(sources, place, pairs))
+        batches = stack.enter_context(contextlib.closing(read_ahead))
         advance = stack.enter_context(progress_bar("tokenizing", progress))
 
         def save() -> None:
@@ -78,9 +82,9 @@ def tokenize(
 
         try:
             for batch in batches:
-                for text, ids in _encode(batch.documents, tokenizer, end):
+                for text, ids, prompt in _encode(batch.documents, tokenizer, end):
                     split = HELD_OUT if is_held_out(text, held_out) else TRAIN
-                    writers[split].write(len(text), ids)
+                    writers[split].write(len(text), ids, prompt)
                     advance(1, len(text) / 1e6)
                 extents = {name: writer.extent for name, writer in writers.items()}
                 place = Place(batch.source, batch.read, extents)
@@ -109,7 +113,7 @@ _BATCH_CHARACTERS = 1_000_000
 _BATCH_DOCUMENTS = 1024
 
 
-def _batches(sources: Sequence[Source], place: Place) -> Iterator[_Batch]:
+def _batches(sources: Sequence[Source], place: Place, pairs: bool) -> Iterator[_Batch]:
     """Yields the documents behind a place, those that are empty left out."""
     documents: list[Document] = []
     size = 0
@@ -118,7 +122,12 @@ def _batches(sources: Sequence[Source], place: Place) -> Iterator[_Batch]:
         skip = place.documents if number == place.source else 0
         rest = itertools.islice(sources[number].documents(), skip, None)
         for read, document in enumerate(rest, start=skip + 1):
-            length = len(document.ids if isinstance(document, Record) else document)
+            if isinstance(document, Pair) != pairs:
+                raise NeoError(
+                    f"{sources[number].name} brings plain text and pairs of prompt and completion "
+                    "together; prepare them apart, and train on both: --data TEXT=0.9,PAIRS=0.1"
+                )
+            length = _length(document)
             if length:
                 documents.append(document)
                 size += length
@@ -127,6 +136,12 @@ def _batches(sources: Sequence[Source], place: Place) -> Iterator[_Batch]:
                 documents, size = [], 0
     if documents:
         yield _Batch(documents, number, read)
+
+
+def _length(document: Document) -> int:
+    if isinstance(document, Record):
+        return len(document.ids)
+    return len(document.text if isinstance(document, Pair) else document)
 
 
 _AHEAD = 4
@@ -145,14 +160,25 @@ def _read_ahead(items: Iterator[T]) -> Generator[T]:
             thread.shutdown(cancel_futures=True)
 
 
-def _encode(
-    documents: Sequence[Document], tokenizer: Tokenizer, end: int
-) -> Iterator[tuple[bytes, Sequence[int] | np.ndarray]]:
-    """Yields the text of every document in UTF-8, and its ids with the end of text."""
-    texts = iter(tokenizer.encode_batch([text for text in documents if isinstance(text, str)]))
+class _Encoded(NamedTuple):
+    text: bytes
+    ids: Sequence[int] | np.ndarray  # with the end of text
+    prompt: int = 0  # of the ids
+
+
+def _encode(documents: Sequence[Document], tokenizer: Tokenizer, end: int) -> Iterator[_Encoded]:
+    """Yields the text of every document in UTF-8, and its ids.
+
+    A prompt is encoded apart from its completion: it has the ids that it will have alone.
+    """
+    texts = iter(tokenizer.encode_batch([text for each in documents for text in _texts(each)]))
     for document in documents:
         if isinstance(document, str):
-            yield document.encode(), [*next(texts), end]
+            yield _Encoded(document.encode(), [*next(texts), end])
+            continue
+        if isinstance(document, Pair):
+            prompt = next(texts)
+            yield _Encoded(document.text.encode(), [*prompt, *next(texts), end], len(prompt))
             continue
         ids = document.ids
         wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
@@ -163,7 +189,14 @@ def _encode(
             )
         if document.is_document and ids[-1] != end:
             ids = np.append(ids, end)
-        yield tokenizer.decode(ids.tolist()).encode(), ids
+        yield _Encoded(tokenizer.decode(ids.tolist()).encode(), ids)
+
+
+def _texts(document: Document) -> tuple[str, ...]:
+    """Returns what of a document is to be encoded."""
+    if isinstance(document, Record):
+        return ()
+    return tuple(document) if isinstance(document, Pair) else (document,)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:

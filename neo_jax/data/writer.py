@@ -1,10 +1,12 @@
 """A data set on disk: flat token ids, where each document begins, statistics.
 
-dataset.json             version, dtype, vocab_size, eos_id, statistics of every split
+dataset.json             version, dtype, vocab_size, eos_id, pairs (whether documents are pairs of
+                         prompt and completion), statistics of every split
 {train,held_out}/
   tokens.bin             ids, little-endian uint16 (uint32 for large vocabularies); an end of text
                          behind every document
   offsets.npy            int64 [documents + 1]: where each document begins, and the end
+  prompts.npy            of pairs, int64 [documents]: how many tokens of each are its prompt
 tokenizer.json, ...      the tokenizer
 """
 
@@ -20,7 +22,7 @@ import numpy as np
 VERSION = 1
 DATASET_FILE = "dataset.json"
 TRAIN, HELD_OUT = "train", "held_out"
-TOKENS_FILE, OFFSETS_FILE = "tokens.bin", "offsets.npy"
+TOKENS_FILE, OFFSETS_FILE, PROMPTS_FILE = "tokens.bin", "offsets.npy", "prompts.npy"
 
 
 class Extent(NamedTuple):
@@ -38,66 +40,85 @@ class SplitWriter:
       folder: of the split.
       dtype: of the tokens.
       extent: goes on from there, and cuts off what was written beyond it.
+      pairs: whether documents are pairs.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any], extent: Extent) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype[Any], extent: Extent, pairs: bool) -> None:
         folder.mkdir(exist_ok=True)
         self.extent = extent
         self._dtype = dtype
         with contextlib.ExitStack() as files:
-            self._tokens, self._offsets = (
-                files.enter_context(_open(folder / name)) for name in (TOKENS_FILE, OFFSETS_FILE)
-            )
+            self._tokens = files.enter_context(_open(folder / TOKENS_FILE))
             self._tokens.truncate(extent.tokens * dtype.itemsize)
             self._tokens.seek(0, os.SEEK_END)
-            self._write_header()
             # Of as many offsets as documents the last is missing: the end, written again below.
-            self._offsets.truncate(self._offsets.tell() + 8 * extent.documents)
-            self._offsets.seek(0, os.SEEK_END)
-            self._write_offset()
+            self._numbers = [
+                files.enter_context(_Numbers(folder / name, extent.documents))
+                for name in ((OFFSETS_FILE, PROMPTS_FILE) if pairs else (OFFSETS_FILE,))
+            ]
+            self._numbers[0].append(extent.tokens)
             self._files = files.pop_all()
 
     def __enter__(self) -> "SplitWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._files:
-            self._offsets.seek(0)
-            self._write_header()
+        self._files.close()
 
-    def write(self, num_bytes: int, ids: Sequence[int] | np.ndarray) -> None:
-        """Appends a document of `num_bytes` bytes of text."""
+    def write(self, num_bytes: int, ids: Sequence[int] | np.ndarray, prompt: int = 0) -> None:
+        """Appends a document of `num_bytes` bytes of text; `prompt` of its ids are a prompt."""
         self._tokens.write(np.asarray(ids, self._dtype))
         documents, size, tokens = self.extent
         self.extent = Extent(documents + 1, size + num_bytes, tokens + len(ids))
-        self._write_offset()
+        for numbers, number in zip(self._numbers, (self.extent.tokens, prompt), strict=False):
+            numbers.append(number)
 
     def sync(self) -> None:
         """Returns when all that was written is on the disk."""
-        for file in (self._tokens, self._offsets):
+        for file in (self._tokens, *(numbers.file for numbers in self._numbers)):
             file.flush()
             os.fsync(file.fileno())
 
-    def _write_header(self) -> None:
-        self._offsets.write(_header(self.extent))
 
-    def _write_offset(self) -> None:
-        self._offsets.write(self.extent.tokens.to_bytes(8, "little"))
+class _Numbers:
+    """An .npy file of int64 that grows; a context manager, which writes at the end how many."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        """Opens a file, to go on behind its first `count` numbers."""
+        self.file = _open(path)
+        self._count = count
+        self.file.write(_header(count))
+        self.file.truncate(self.file.tell() + 8 * count)
+        self.file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> "_Numbers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.file:
+            self.file.seek(0)
+            self.file.write(_header(self._count))
+
+    def append(self, number: int) -> None:
+        self.file.write(number.to_bytes(8, "little"))
+        self._count += 1
 
 
-def holds(folder: Path, dtype: np.dtype[Any], extent: Extent) -> bool:
+def holds(folder: Path, dtype: np.dtype[Any], extent: Extent, pairs: bool) -> bool:
     """Returns whether the files of a split are at least so long."""
     sizes = {
         folder / TOKENS_FILE: extent.tokens * dtype.itemsize,
-        folder / OFFSETS_FILE: len(_header(extent)) + 8 * (extent.documents + 1),
+        folder / OFFSETS_FILE: len(_header(0)) + 8 * (extent.documents + 1),
     }
+    if pairs:
+        sizes[folder / PROMPTS_FILE] = len(_header(0)) + 8 * extent.documents
     return all(path.is_file() and path.stat().st_size >= size for path, size in sizes.items())
 
 
-def _header(extent: Extent) -> bytes:
-    """Returns what offsets.npy begins with; numpy makes it as long for any number of documents."""
+def _header(count: int) -> bytes:
+    """Returns what an .npy file begins with; numpy makes it as long for any number of items."""
     file = io.BytesIO()
-    header = {"descr": "<i8", "fortran_order": False, "shape": (extent.documents + 1,)}
+    header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
 

@@ -29,13 +29,16 @@ class OptimizerConfig:
 class TrainConfig:
     """Everything that decides a run. The same config gives the same batches and the same model."""
 
-    data: str  # a folder that `neo-jax prepare` wrote, also gs://
+    # A folder that `neo-jax prepare` wrote, also gs://; several with their shares of the sequences
+    # as in "pile=0.7,books=0.3".
+    data: str
     output: str  # the run's folder, also gs://: checkpoints, metrics.jsonl, at the end model/
     steps: int
     batch_size: int  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
+    across_documents: bool = True  # whether tokens see the documents before theirs in a sequence
     seed: int = 0  # of the initial weights and of the order of the data
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights stay float32
     kernel: Kernel = "auto"  # attention

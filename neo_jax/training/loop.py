@@ -14,7 +14,7 @@ from neo_jax import axes
 from neo_jax.axes import Array
 from neo_jax.data.feed import Batch as HostBatch
 from neo_jax.data.feed import batches, evaluation_batches
-from neo_jax.data.packing import TokenDataset, split_names
+from neo_jax.data.mixture import Mixture
 from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> TrainState:
     Raises:
       NeoError: the data set does not fit the model, or the folder cannot be written.
     """
-    dataset = _open_split(config, "train")
+    dataset = _open(config, "train")
     sharding = make_sharding(config.mesh, config.rules)
     if sharding is None and jax.process_count() > 1:
         raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> TrainState:
     model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, config)
-    place = Placement(model, config.batch_size)
+    place = Placement(model, config.batch_size, dataset.has_starts)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, place)
     abstract = abstract_state(model, optimizer)
@@ -76,8 +76,10 @@ def train(config: TrainConfig) -> TrainState:
             start_step=start,
             rows=place.rows,
         )
-        bytes_per_token = dataset.num_bytes / dataset.num_tokens
-        with Report(config, start, bytes_per_token) as report, Trace(config, start) as trace:
+        with (
+            Report(config, start, dataset.bytes_per_token) as report,
+            Trace(config, start) as trace,
+        ):
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)))
                 report.step(step, metrics)
@@ -100,9 +102,9 @@ def train(config: TrainConfig) -> TrainState:
     return state
 
 
-def _open_split(config: TrainConfig, split: str) -> TokenDataset:
-    dataset = TokenDataset.open(config.data, split, config.sequence_length)
-    if dataset.vocab_size > config.model.vocab_size:
+def _open(config: TrainConfig, split: str) -> Mixture:
+    dataset = Mixture.open(config.data, split, config.sequence_length, config.across_documents)
+    if dataset.parts and dataset.vocab_size > config.model.vocab_size:
         raise NeoError(
             f"{config.data} has a vocabulary of {dataset.vocab_size}, the model one of "
             f"{config.model.vocab_size}; set model.vocab_size, or prepare with its tokenizer."
@@ -116,13 +118,19 @@ class Placement:
     That is for the mesh to say: it may give processes the same rows, or rows that lie apart.
     """
 
-    def __init__(self, model: Neo, batch_size: int):
+    def __init__(self, model: Neo, batch_size: int, has_starts: bool = False):
         """Splits the rows of batches of this size as the rules of the model say.
+
+        Args:
+          model: its sharding says where rows lie.
+          batch_size: of the global batch.
+          has_starts: whether the batches' starts are needed: the step is cheaper without.
 
         Raises:
           NeoError: the rows do not divide over the devices.
         """
         self._batch_size = batch_size
+        self._has_starts = has_starts
         self._vocab_size = model.config.vocab_size
         self._sharding = None
         self.rows = list(range(batch_size))
@@ -145,7 +153,8 @@ class Placement:
                 f"{self._vocab_size}: its files are damaged; copy them again, or run neo-jax "
                 "prepare again."
             )
-        return Batch(self._put(batch["tokens"]), self._put(batch["weights"]))
+        starts = self._put(batch["starts"]) if self._has_starts else None
+        return Batch(self._put(batch["tokens"]), self._put(batch["weights"]), starts)
 
     def _put(self, local: np.ndarray) -> Array:
         if self._sharding is None:
@@ -163,17 +172,19 @@ class Placement:
 def _make_evaluation(
     config: TrainConfig, model: Neo, place: Placement
 ) -> Callable[[TrainState], Evaluation] | None:
-    """Returns a function that evaluates the held-out split; None where there is no need of it."""
-    if not config.eval_every or "held_out" not in split_names(config.data):
+    """Returns a function that evaluates the held-out splits; None where there is no need of it."""
+    dataset = _open(config, "held_out") if config.eval_every else None
+    if dataset is None or not dataset.parts:
         return None
-    dataset = _open_split(config, "held_out")
+    num_bytes = sum(part.num_target_bytes for part in dataset.parts)
     losses = jax.jit(functools.partial(batch_losses, model))
 
     def evaluate(state: TrainState) -> Evaluation:
         total = weight = 0.0
-        for batch in evaluation_batches(dataset, config.batch_size, place.rows):
-            cross_entropy, _, count = losses(state.params, place(batch))
-            total, weight = total + float(cross_entropy), weight + float(count)
-        return Evaluation(total / weight, total / math.log(2) / dataset.num_bytes)
+        for part in dataset.parts:
+            for batch in evaluation_batches(part, config.batch_size, place.rows):
+                cross_entropy, _, count = losses(state.params, place(batch))
+                total, weight = total + float(cross_entropy), weight + float(count)
+        return Evaluation(total / weight, total / math.log(2) / num_bytes)
 
     return evaluate

@@ -22,6 +22,7 @@ class Batch(NamedTuple):
 
     tokens: Int[Array, "B T+1"]
     weights: Float[Array, "B T"]  # how much each prediction counts: 1, or 0 for padding
+    starts: Int[Array, "B T"] | None = None  # where the document of each begins, see `encode`
 
 
 class Losses(NamedTuple):
@@ -53,7 +54,8 @@ def batch_losses(
       z_loss: weight of log(sum(exp(logits)))^2, which keeps logits near 0 (Mesh-TensorFlow).
       key: for dropout.
     """
-    hidden = encode(model, params, batch.tokens[:, :-1], remat=remat, unroll=unroll, key=key)
+    inputs = batch.tokens[:, :-1]
+    hidden = encode(model, params, inputs, batch.starts, remat=remat, unroll=unroll, key=key)
     shards = model.sharding.num_shards(BATCH) if model.sharding else 1
     block = max(1, BLOCK_TOKENS * shards // hidden.shape[0])
     head = _Head(model, block, z_loss)

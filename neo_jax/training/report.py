@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
     """How well held-out text is predicted."""
 
     loss: float  # nats a token
-    bits_per_byte: float
+    bits_per_byte: float  # NaN where completions of prompts are predicted, and not all bytes
 
 
 class Report:
@@ -45,7 +45,7 @@ class Report:
         Args:
           config: of the run.
           start_step: the step of the checkpoint that it goes on from, or 0.
-          bytes_per_token: of the training text.
+          bytes_per_token: of the training text; NaN where there is none, as of completions.
 
         Raises:
           NeoError: a file cannot be written, or a package that the config asks for is not there.
@@ -108,12 +108,13 @@ class Report:
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports an evaluation; its time does not count as training."""
         self.flush()
-        self._write(step, eval_loss=evaluation.loss, eval_bits_per_byte=evaluation.bits_per_byte)
+        values, text = {"eval_loss": evaluation.loss}, f"{evaluation.loss:.4f} nats a token"
+        if not math.isnan(evaluation.bits_per_byte):
+            values["eval_bits_per_byte"] = evaluation.bits_per_byte
+            text += f", {evaluation.bits_per_byte:.4f} bits a byte"
+        self._write(step, **values)
         self._sync()
-        self._say(
-            f"step {step}: held-out loss {evaluation.loss:.4f} nats a token, "
-            f"{evaluation.bits_per_byte:.4f} bits a byte"
-        )
+        self._say(f"step {step}: held-out loss {text}")
         self._logged_step, self._logged_time = step, time.perf_counter()
 
     def samples(self, step: int, texts: Iterable[str]) -> None:
@@ -145,7 +146,8 @@ class Report:
         speed = tokens_per_step * (step - self._logged_step) / (now - self._logged_time)
         self._logged_step, self._logged_time = step, now
         utilisation = speed * self._flops / self._peak
-        values["bits_per_byte"] = values["loss"] * self._bits_per_nat
+        if not math.isnan(self._bits_per_nat):
+            values["bits_per_byte"] = values["loss"] * self._bits_per_nat
         values |= {"tokens_per_second": speed, "mfu": utilisation, "memory_bytes": peak_memory()}
         self._write(step, **values)
         text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s  MFU {utilisation:.1%}"

@@ -1,6 +1,7 @@
 """neo_jax/attention: every kernel against a float64 softmax, and the mask that they share."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -173,9 +174,40 @@ def test_the_mask_is_its_rule(positions, window):
     q_positions, k_positions = jnp.array([positions[:4]]), jnp.array([positions[4:]])
     mask = Mask(q_positions, k_positions, window)
     np.testing.assert_array_equal(mask.visible(), visible(q_positions, k_positions, window))
-    part = mask.block(slice(1, 3), slice(2, 7))
-    np.testing.assert_array_equal(part.visible(), mask.visible()[:, 1:3, 2:7])
-    assert not part.aligned
+    starts = jnp.array([positions[2:6]])
+    started = Mask(q_positions, k_positions, window, q_starts=starts)
+    np.testing.assert_array_equal(
+        started.visible(), mask.visible() & (k_positions[:, None] >= starts[:, :, None])
+    )
+    for whole in (mask, started):
+        part = whole.block(slice(1, 3), slice(2, 7))
+        np.testing.assert_array_equal(part.visible(), whole.visible()[:, 1:3, 2:7])
+        assert not part.aligned
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_query_sees_nothing_before_its_start(rng, name, window):
+    """A row of documents equals each of them in a row of its own, in value and gradient."""
+    kernel = IMPLEMENTATIONS[name]
+    cuts = [0, 1, 9, 12, 19]  # within blocks and across them
+    qkv = draw(rng, 1, 2, 19, 8)
+    starts = jnp.asarray(np.repeat(cuts[:-1], np.diff(cuts))[None])
+    positions = jnp.arange(19)[None]
+    grad = jnp.asarray(rng.normal(size=(1, 2, 19, 8)), jnp.float32)
+    mask = Mask(positions, positions, window, aligned=True, q_starts=starts)
+    together = run_with_gradients(kernel, mask, grad, *qkv)
+    spans = list(itertools.pairwise(cuts))
+
+    def apart(x):  # zeros behind each, which add nothing to a gradient
+        rows = [jnp.pad(x[0, :, a:b], ((0, 0), (0, 19 - b + a), (0, 0))) for a, b in spans]
+        return jnp.stack(rows)
+
+    own = sequence(jnp.broadcast_to(positions, (len(spans), 19)), window)
+    alone = run_with_gradients(kernel, own, apart(grad), *map(apart, qkv))
+    for ours, theirs in zip(together, alone, strict=True):
+        for row, (a, b) in enumerate(spans):
+            np.testing.assert_allclose(ours[0, :, a:b], theirs[row, :, : b - a], atol=5e-6)
 
 
 def test_dense_over_a_cache(rng):

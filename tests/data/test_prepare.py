@@ -140,6 +140,13 @@ def test_what_is_not_utf8_is_named_by_its_byte(tmp_path):
         ('{"text": null}', 'b.jsonl:2: no "text"'),
         ('["text"]', "b.jsonl:2: a list, not a JSON object"),
         ('{"text": "\\ud800"}', 'b.jsonl:2: "text" holds the lone surrogate'),
+        (
+            '{"prompt": "a"}',
+            'b.jsonl:2: no "completion"; every line is an object such as {"prompt"',
+        ),
+        ('{"prompt": 1, "completion": "a"}', 'b.jsonl:2: no "prompt"'),
+        ('{"prompt": "a", "completion": ""}', 'b.jsonl:2: the "completion" is empty; write one'),
+        ('{"prompt": "a", "completion": "\\ud800"}', '2: "completion" holds the lone surrogate'),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -217,6 +224,7 @@ def test_a_data_set_holds_its_documents(tmp_path):
         "dtype": "uint16",
         "vocab_size": 257,
         "eos_id": 256,
+        "pairs": False,
         "splits": {
             "train": {
                 "documents": 4,
@@ -237,6 +245,66 @@ def test_a_data_set_holds_its_documents(tmp_path):
 
 
 TEXTS_IN_BYTES = [text.encode() for text in TEXTS]
+
+
+PAIRS = [("How are you?", " Fine."), ("", "Unasked"), ("naïve", " café")]
+
+
+def pair_lines(pairs):
+    lines = (json.dumps({"prompt": prompt, "completion": text}) + "\n" for prompt, text in pairs)
+    return "".join(lines).encode()
+
+
+def test_pairs_of_prompt_and_completion(tmp_path):
+    with lzma.open(tmp_path / "in.jsonl.xz", "wb") as file:
+        file.write(pair_lines(PAIRS))
+    result = prepare([tmp_path], tmp_path / "out", Bytes())
+    assert result["pairs"]
+    assert load(tmp_path / "out") == [[*(a + b).encode(), 256] for a, b in PAIRS]
+    prompts = np.load(tmp_path / "out" / "train" / "prompts.npy")
+    assert (prompts.dtype, prompts.tolist()) == (np.int64, [12, 0, 6])
+    size = sum(len((a + b).encode()) for a, b in PAIRS)
+    statistics = result["splits"]["train"]
+    assert (statistics["documents"], statistics["bytes"]) == (3, size)
+    assert statistics["tokens"] == size + 3
+
+
+def test_a_prompt_has_the_ids_that_it_has_alone(tmp_path, tokenizer_folders):
+    (tmp_path / "in.jsonl").write_bytes(pair_lines([("the lazy do", "g, and the dog")]))
+    prepare([tmp_path], tmp_path / "out", tokenizer_folders["bytes"])
+    tokenizer = load_tokenizer(tokenizer_folders["bytes"])
+    prompt, completion = tokenizer.encode_batch(["the lazy do", "g, and the dog"])
+    assert load(tmp_path / "out") == [[*prompt, *completion, tokenizer.eos_id]]
+    assert np.load(tmp_path / "out" / "train" / "prompts.npy").tolist() == [len(prompt)]
+    assert tokenizer.encode("the lazy dog, and the dog") != [*prompt, *completion]
+
+
+def test_pairs_are_held_out_and_learned_from_as_text(tmp_path):
+    """Where a prompt ends changes neither the split nor the tokenizer."""
+    texts = [f"question {i}: answer {i}" for i in range(60)]
+    results = []
+    for cut in (3, 9):
+        (tmp_path / "in.jsonl").write_bytes(pair_lines([(t[:cut], t[cut:]) for t in texts]))
+        options = {"train_tokenizer": 280, "tokenizer_kind": "bpe", "held_out": 0.3}
+        prepare([tmp_path / "in.jsonl"], tmp_path / "out", **options)
+        tokenizer = load_tokenizer(tmp_path / "out")
+        results.append([tokenizer.decode(ids) for ids in load(tmp_path / "out", "held_out")])
+        prompts = np.load(tmp_path / "out" / "held_out" / "prompts.npy")
+        assert len(prompts) == len(results[-1])
+    assert results[0] == results[1]
+    assert sorted(results[0]) != sorted(texts)
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_pairs_and_text_are_prepared_apart(tmp_path, first):
+    other = "b" if first == "a" else "a"
+    (tmp_path / f"{first}.jsonl").write_bytes(pair_lines(PAIRS))
+    (tmp_path / f"{other}.txt").write_text("plain text")
+    with pytest.raises(NeoError, match=r"b\.\w+ brings .* together; prepare them apart") as error:
+        prepare([tmp_path], tmp_path / "out", Bytes())
+    assert "\n" not in str(error.value)
+    assert "--data TEXT=0.9,PAIRS=0.1" in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):

@@ -104,6 +104,24 @@ def test_it_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch, capsys, b
     assert sorted(os.listdir(tmp_path)) == ["in", "out", "whole"]
 
 
+@pytest.mark.parametrize("size", [None, 8 * 30])
+def test_pairs_go_on_too(tmp_path, size):
+    """Also where prompts.npy is shorter than the journal says."""
+    lines = [json.dumps({"prompt": "ab" * (i % 7), "completion": str(i)}) for i in range(80)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    prepare([tmp_path / "in.jsonl"], tmp_path / "whole", Bytes(), held_out=0.2)
+    for batch in (5, 2):
+        stopped(tmp_path / "in.jsonl", tmp_path / "out", batch, KeyboardInterrupt())
+    if size:
+        os.truncate(partial(tmp_path) / "train" / "prompts.npy", size)
+    rest = Bytes()
+    prepare([tmp_path / "in.jsonl"], tmp_path / "out", rest, held_out=0.2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert "train/prompts.npy" in contents(tmp_path / "out")
+    texts = rest.documents // 2  # prompt and completion
+    assert texts == 80 - 7 * 7 if size is None else 80 - 7 * 7 < texts < 80
+
+
 def test_what_stops_at_once_leaves_nothing(inputs, whole, tmp_path):
     assert stopped(inputs, tmp_path / "out", 0, KeyboardInterrupt()) == ""
     assert sorted(os.listdir(tmp_path)) == ["in", "whole"]

@@ -14,14 +14,16 @@ import torch
 from transformers import GPTNeoForCausalLM
 
 import neo_jax
-from neo_jax.data.feed import batches
+from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.packing import TokenDataset
+from neo_jax.data.prepare import prepare
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
 from neo_jax.training import loop
 from neo_jax.training.loop import train
+from neo_jax.training.loss import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import init_state, make_step
 
@@ -165,6 +167,97 @@ def test_what_a_run_tells_changes_nothing_of_it(config, finished):
         assert (output / name).exists()
 
 
+# What it learns from.
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, tokenizer_folders):
+    """A data set of pairs, a part of them held out."""
+    root = tmp_path_factory.mktemp("pairs")
+    lines = [{"prompt": f"What is {i}? ", "completion": f"the fox {i % 7}"} for i in range(80)]
+    lines.append({"prompt": "the dog and " * 20, "completion": "so do I"})
+    (root / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare([root / "pairs.jsonl"], root / "data", tokenizer_folders["pieces"], held_out=0.2)
+    return root / "data"
+
+
+def evaluation_alone(config, state, data, **options):
+    """The loss of a held-out split, document by document, each in a row of its own."""
+    dataset = TokenDataset.open(data, "held_out", 32, **options)
+    total = weight = 0.0
+    model = Neo(config.model)
+    losses = jax.jit(lambda batch: loop.batch_losses(model, state.params, batch))
+    for i in range(dataset.num_sequences):
+        tokens, weights, starts = (dataset.sequence(i)[n] for n in ("tokens", "weights", "starts"))
+        for start in np.unique(starts[weights > 0]):
+            mine = (starts == start) & (weights > 0)
+            stop = np.flatnonzero(mine)[-1] + 2
+            row = np.zeros((1, 33), np.int32)
+            row[0, : stop - start] = tokens[start:stop]
+            counts = np.zeros((1, 32), np.float32)
+            counts[0, : stop - start - 1] = mine[start : stop - 1]
+            found = losses(Batch(jnp.asarray(row), jnp.asarray(counts)))
+            total, weight = total + float(found.cross_entropy), weight + float(found.weight)
+    return total, weight
+
+
+def test_documents_that_see_only_themselves(config, finished):
+    apart = dataclasses.replace(config, across_documents=False, eval_every=6)
+    state = train(apart)
+    total, weight = evaluation_alone(apart, state, config.data, across_documents=False)
+    assert metrics(apart, "eval_loss")[6] == pytest.approx(total / weight, rel=1e-5)
+    assert metrics(apart, "eval_bits_per_byte")
+    assert metrics(apart)[1] != metrics(finished[0])[1]
+
+
+def test_a_mixture_with_pairs_on_a_mesh(config, pairs):
+    """Each held-out split counts by its targets; bits a byte are of text alone."""
+    data = f"{config.data}=0.6,{pairs}=0.4"
+    mixed = dataclasses.replace(config, data=data, eval_every=6, prompts=("the",), sample_tokens=4)
+    one = train(mixed)
+    parts = [evaluation_alone(mixed, one, pairs)]
+    dataset = TokenDataset.open(config.data, "held_out", 32)
+    losses = jax.jit(lambda batch: loop.batch_losses(Neo(config.model), one.params, batch))
+    for batch in evaluation_batches(dataset, 8):
+        placed = loop.Placement(Neo(config.model), 8)(batch)
+        assert placed.starts is None  # nobody needs them: the step is compiled without
+        found = losses(placed)
+        parts.append((float(found.cross_entropy), float(found.weight)))
+    totals, weights = zip(*parts, strict=True)
+    expected = sum(totals) / sum(weights)
+    assert metrics(mixed, "eval_loss")[6] == pytest.approx(expected, rel=1e-5)
+    assert not metrics(mixed, "eval_bits_per_byte")
+    assert not metrics(mixed, "bits_per_byte")
+    assert neo_jax.load(Path(mixed.output) / "model").tokenizer.vocab_size == 320
+
+    split = {"mesh": "data=2,fsdp=2,model=2", "accumulation": 2}
+    split = dataclasses.replace(mixed, output=mixed.output + "-split", **split)
+    train(split)
+    for step, loss in metrics(split).items():
+        assert loss == pytest.approx(metrics(mixed)[step], rel=1e-5)
+
+
+def test_completions_alone_are_learned(config, pairs, capsys):
+    """What prompts are followed by within themselves has no part in it."""
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2)
+    config = dataclasses.replace(config, data=str(pairs), steps=40, optimizer=optimizer)
+    state = train(dataclasses.replace(config, save_every=40, log_every=20))
+    assert "pairs of split 'train'" in capsys.readouterr().err
+    assert metrics(config)[40] < metrics(config)[20] < math.log(320)
+    sequence = TokenDataset.open(pairs, length=32)[0]
+    tokens = jnp.asarray(sequence["tokens"][None])
+    starts = jnp.asarray(sequence["starts"][None])
+
+    def loss(weights):
+        batch = Batch(tokens, jnp.asarray(weights[None]), starts)
+        found = loop.batch_losses(Neo(config.model), state.params, batch)
+        return float(found.cross_entropy / found.weight)
+
+    real = sequence["tokens"][1:] > 0
+    prompts = ((sequence["weights"] == 0) & real).astype(np.float32)
+    assert loss(sequence["weights"]) < 0.7 * loss(prompts)
+
+
 # Meshes.
 
 
@@ -230,6 +323,11 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
     ("fields", "message"),
     [
         ({"data": "nowhere"}, "nowhere holds no data set; make one: neo-jax prepare FILE..."),
+        (
+            {"data": "a=1,b"},
+            "data 'a=1,b': 'b' is not a folder and its share, a positive number; wr",
+        ),
+        ({"data": "a=1,b=2"}, "a holds no data set; make one"),
         ({"length": 33}, "length 33 exceeds the model's context of 32; shorten it, or raise"),
         ({"batch_size": 6, "mesh": "fsdp=4,data=2"}, "batch: axis 'batch' of size 6 does not"),
         ({"mesh": "fsdp=5"}, "mesh 'fsdp=5' asks for 5 devices, but 8 are here"),
