@@ -166,15 +166,16 @@ class Checkpoints:
         state, saved, why = None, None, "another process cannot read it"
         with _quiet():
             try:
-                saved = self._read(step, config=ocp.args.JsonRestore()).config["model"]
+                saved = self._read(step, config=ocp.args.JsonRestore()).config
             except Exception as error:  # damage shows in many ways
                 why = _short(error)
-        ours = json.loads(json.dumps(dataclasses.asdict(config.model)))
-        if not all_processes(saved in (None, ours)):
-            raise NeoError(
-                "the run in this output folder trains another model; choose another output, or "
-                "delete the folder."
-            )
+        ours = json.loads(json.dumps(dataclasses.asdict(config)))
+        for name, what in (("model", "another model"), ("lora", "other adapters")):
+            if not all_processes((saved or ours).get(name, ours[name]) == ours[name]):
+                raise NeoError(
+                    f"the run in this output folder trains {what}; choose another output, or "
+                    "delete the folder."
+                )
         with _quiet():
             try:
                 if saved is not None:
