@@ -80,7 +80,9 @@ def test_peft_reads_ours(base, ours):
     before = torch_logits(model)
     with warnings.catch_warnings(action="error", category=UserWarning):  # of missing keys
         model = peft.PeftModel.from_pretrained(model, folder)
-    assert_close(torch_logits(model), expected)
+    theirs, exact = torch_logits(model), torch_logits(model.double())
+    noise = np.abs(theirs - exact).max()
+    assert np.abs(expected - exact).max() <= 2 * noise
     assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
     assert model.peft_config["default"].target_modules == set(LORA.targets)
 
