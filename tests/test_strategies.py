@@ -100,7 +100,7 @@ def tune(params, sharding):
     """Returns the losses and the state of three steps that train adapters of every kernel."""
     model = Neo(CONFIG, sharding=sharding)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
-    step = make_step(model, optimizer, dataclasses.replace(RUN, pretrained="params", lora=LORA))
+    step = make_step(model, optimizer, dataclasses.replace(RUN, lora=LORA))
     frozen = stack(params, CONFIG)
     if sharding:
         frozen = jax.device_put(frozen, tree_shardings(sharding, stacked_axes(model), frozen))

@@ -77,8 +77,6 @@ class TrainConfig:
         for name in ("eval_every", "keep_every", "profile"):
             if getattr(self, name) < 0:
                 raise NeoError(f"{name} must be 0 (off) or more, not {getattr(self, name)}.")
-        if self.lora.rank and not self.pretrained:
-            raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
         if not self.pretrained:  # else the model is known when the checkpoint is
             self.check_length()
 

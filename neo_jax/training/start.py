@@ -28,10 +28,12 @@ def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
       The config with that checkpoint's model, and the folder.
 
     Raises:
-      NeoError: it cannot be found or read, the config describes another model, or its length does
-        not fit.
+      NeoError: it cannot be found or read, the config describes another model, its length does not
+        fit, or there are to be adapters of no model.
     """
     if not config.pretrained:
+        if config.lora.rank:
+            raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
         return config, None
     folder = hub.resolve(config.pretrained)
     model = read_config(folder)

@@ -73,9 +73,7 @@ def test_adapters_add_up_too_and_the_frozen_model_stays(params, batch):
     before = jax.tree.map(np.array, params)
     for accumulation in (1, 4):
         lora = LoraConfig(rank=2, alpha=64.0)
-        config = dataclasses.replace(
-            CONFIG, accumulation=accumulation, pretrained="params", lora=lora
-        )
+        config = dataclasses.replace(CONFIG, accumulation=accumulation, lora=lora)
         model, optimizer = Neo(config.model), make_optimizer(config.optimizer, config.steps)
         step = make_step(model, optimizer, config)
         state = init_state(model, optimizer, 0, lora)
@@ -97,7 +95,7 @@ def test_a_frozen_model_gets_no_gradient(params, batch):
         return step.lower(state, batch, *frozen).compile().cost_analysis()["flops"]
 
     whole = flops(CONFIG)
-    lora = dataclasses.replace(CONFIG, pretrained="params", lora=LoraConfig(rank=1))
+    lora = dataclasses.replace(CONFIG, lora=LoraConfig(rank=1))
     forward = jax.jit(lambda p: batch_losses(Neo(CONFIG.model), p, batch)).lower(params)
     forward = forward.compile().cost_analysis()["flops"]
     # Of the products, a third is the forward pass, and a third the gradient of activations.
