@@ -164,14 +164,15 @@ class Checkpoints:
     ) -> tuple[TrainState | None, str]:
         """Reads a checkpoint; where any process cannot, returns None and the reason."""
         state, saved, why = None, None, "another process cannot read it"
+        ours = json.loads(json.dumps(dataclasses.asdict(config)))
         with _quiet():
             try:
-                saved = self._read(step, config=ocp.args.JsonRestore()).config
+                read = self._read(step, config=ocp.args.JsonRestore()).config
+                saved = {"lora": ours["lora"], **read, "model": read["model"]}
             except Exception as error:  # damage shows in many ways
                 why = _short(error)
-        ours = json.loads(json.dumps(dataclasses.asdict(config)))
         for name, what in (("model", "another model"), ("lora", "other adapters")):
-            if not all_processes((saved or ours).get(name, ours[name]) == ours[name]):
+            if not all_processes(saved is None or saved[name] == ours[name]):
                 raise NeoError(
                     f"the run in this output folder trains {what}; choose another output, or "
                     "delete the folder."
