@@ -8,16 +8,18 @@ from pathlib import Path
 from neo_jax.errors import NeoError, suggest
 from neo_jax.paths import is_remote, make_path
 
-_PUBLISHED = {
+PUBLISHED = {
     "gpt-neo-125m": "EleutherAI/gpt-neo-125m",
     "gpt-neo-1.3b": "EleutherAI/gpt-neo-1.3B",
     "gpt-neo-2.7b": "EleutherAI/gpt-neo-2.7B",
 }
+"""Short names of models, and theirs on the hub."""
+
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_FILES = [
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "*.model",
+    "config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "*.model",
 ]  # fmt: skip
 
 
@@ -55,12 +57,12 @@ def resolve(
 
 def _hub_name(name: str) -> str:
     """Returns "org/name" for a published model or a name that already has this form."""
-    if name.lower() in _PUBLISHED:
-        return _PUBLISHED[name.lower()]
+    if name.lower() in PUBLISHED:
+        return PUBLISHED[name.lower()]
     if not _HUB_NAME.fullmatch(name):
         raise NeoError(
             f"there is no folder and no published model '{name}'; give a folder, a hub name such "
-            f"as org/name, or a published model.{suggest(name.lower(), _PUBLISHED)}"
+            f"as org/name, or a published model.{suggest(name.lower(), PUBLISHED)}"
         )
     return name
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from neo_jax import hub, names, pretrained
+from neo_jax import adapters, hub, names, pretrained
 from neo_jax.attention import Kernel
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
@@ -225,6 +225,9 @@ def load(
 ) -> LanguageModel:
     """Loads a checkpoint in Hugging Face's format.
 
+    Where it is an adapter in PEFT's format, the model that it names is loaded, and the adapter
+    merged into it.
+
     Args:
       model: a folder, also gs://bucket/folder; a hub name such as "EleutherAI/gpt-neo-1.3B"; or
         None for the bundled model.
@@ -243,7 +246,8 @@ def load(
     enable_compilation_cache()
     sharding = sharding or make_sharding(mesh, rules, default="decode")
     folder = hub.resolve(model, revision=revision, token=token)
-    config = pretrained.read_config(folder)
+    base = adapters.base_folder(folder, token=token)
+    config = pretrained.read_config(base)
     compute = _dtype(dtype)
     shardings = None
     if sharding:
@@ -251,8 +255,11 @@ def load(
         shardings = unflatten_dict(
             {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in table}
         )
-    params = pretrained.load_params(folder, config, dtype=compute, shardings=shardings)
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    params = pretrained.load_params(base, config, dtype=compute, shardings=shardings)
+    if base != folder:
+        params = adapters.apply_adapter(folder, config, params, shardings)
+    home = folder if has_tokenizer(folder) else base
+    tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
 
 

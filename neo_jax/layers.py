@@ -1,9 +1,11 @@
 """The only owners of parameters: `Einsum`, `Embed`, `LayerNorm`, and the one product they use.
 
 Every product with a parameter, the tied output head included, goes through `einsum`. It alone
-knows the dtype policy: operands in the compute dtype, sums in float32.
+knows the dtype policy: operands in the compute dtype, sums in float32; and what kinds of weight
+there are: arrays, and what stands in the place of one.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -24,7 +26,41 @@ PRODUCT = "product"
 """What `jax.checkpoint` policies call the results of `einsum`."""
 
 
-def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A kernel and what was learned beside it, x W + scale (x A) B: LoRA (Hu et al., 2021).
+
+    A pytree that stands where the kernel's array does; in a stacked tree all parts lead with the
+    number of units. The weight comes first: it is the leaf whose shape Flax checks.
+    """
+
+    weight: Any  # an array [inputs..., outputs...]; in trees of other things one of these
+    a: Any  # [inputs..., rank]
+    b: Any  # [rank, outputs...]
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    def merged(self) -> Array:
+        """Returns the one array that does the same, weight + scale a b in float32."""
+        product = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
+        for _ in range(self.a.ndim + self.b.ndim - 2 - self.weight.ndim):  # stacked
+            product = jax.vmap(product)
+        change = product(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
+        return self.weight.astype(jnp.float32) + self.scale * change
+
+
+Weight = Array | LowRank
+"""What a product takes as a parameter."""
+
+
+def low_rank_axes(
+    axes: Sequence[str], num_inputs: int
+) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Returns the logical axes of the a and the b of a `LowRank`, by those of its weight."""
+    return (*axes[:num_inputs], None), (None, *axes[num_inputs:])
+
+
+def einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     """Multiplies activations by a parameter.
 
     Args:
@@ -32,7 +68,7 @@ def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
         over come last in x, and first or last in the weight; in the output the weight's others
         take their place: "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv".
       x: activations of any float dtype.
-      weight: a parameter of any float dtype.
+      weight: a parameter of any float dtype; a `LowRank` only where inputs come first.
       dtype: what both operands are cast to. float32 means float32: products at full precision
         on every device, where TPUs would otherwise round operands to bfloat16.
 
@@ -40,6 +76,10 @@ def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
       The product in float32, its sums accumulated in float32. Gradients are formed likewise,
       from operands in `dtype`; the weight's gradient stays float32.
     """
+    return checkpoint_name(_einsum(equation, x, weight, dtype), PRODUCT)
+
+
+def _einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     operands, _, output = equation.partition("->")
     x_axes, _, weight_axes = operands.partition(",")
     summed = "".join(axis for axis in x_axes if axis in weight_axes)
@@ -47,12 +87,15 @@ def einsum(equation: str, x: Array, weight: Array, dtype: DTypeLike) -> Array:
     rows = x_axes.removesuffix(summed)
     if not (summed and x_axes == rows + summed and output == rows + kept):
         raise ValueError(f"'{equation}' is not a product of activations and a parameter")
+    if isinstance(weight, LowRank):
+        y = _einsum(equation, x, weight.weight, dtype)
+        low = _einsum(f"{x_axes},{summed}r->{rows}r", x, weight.a, dtype)
+        return y + weight.scale * _einsum(f"{rows}r,r{kept}->{output}", low, weight.b, dtype)
     # As one matrix: XLA's CPU backend is several times slower on the same product with more axes.
     num_summed = math.prod(x.shape[len(rows) :])
     transposed = weight_axes == kept + summed
     matrix = weight.reshape((-1, num_summed) if transposed else (num_summed, -1))
     y = _matmul(transposed, x.reshape((*x.shape[: len(rows)], num_summed)), matrix, dtype)
-    y = checkpoint_name(y, PRODUCT)
     sizes = dict(zip(weight_axes, weight.shape, strict=True))
     return y.reshape((*x.shape[: len(rows)], *(sizes[axis] for axis in kept)))
 
@@ -200,7 +243,16 @@ def _param(
     init: Initializer,
     axes: Sequence[str],
     shape: Sequence[int],
-) -> Array:
+) -> Any:
     """Declares a parameter with its logical axes; returns it as products take it."""
     weight = module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
-    return gather(module.sharding, weight, axes, "/".join((*module.path, name)))
+    gathered = functools.partial(gather, module.sharding, name="/".join((*module.path, name)))
+    if isinstance(weight, LowRank):
+        a_axes, b_axes = low_rank_axes(axes, weight.a.ndim - 1)
+        return LowRank(
+            gathered(weight.weight, axes),
+            gathered(weight.a, a_axes),
+            gathered(weight.b, b_axes),
+            weight.scale,
+        )
+    return gathered(weight, axes)

@@ -103,6 +103,9 @@ _LAYER = (
     ("mlp/c_proj/kernel", "mlp.c_proj.weight", (MLP, EMBED), 1),
     ("mlp/c_proj/bias", "mlp.c_proj.bias", (EMBED,)),
 )
+KERNELS = tuple(path.split("/")[-2] for path, _, _, *inputs in _LAYER if inputs)
+"""The names of the linear maps of a layer."""
+
 _FINAL_NORM = (
     ("ln_f/scale", "ln_f.weight", (EMBED,)),
     ("ln_f/bias", "ln_f.bias", (EMBED,)),

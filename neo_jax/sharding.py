@@ -130,7 +130,9 @@ def padded_rows(sharding: Sharding | None, rows: int) -> int:
     return -(-rows // shards) * shards
 
 
-def gather(sharding: Sharding | None, weight: Array, axes: Sequence[str], name: str) -> Array:
+def gather(
+    sharding: Sharding | None, weight: Array, axes: Sequence[str | None], name: str
+) -> Array:
     """Returns a parameter as products take it: whole along the mesh axes that split the batch.
 
     Its gradient goes the other way, summed over the batch and split again.

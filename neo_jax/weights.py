@@ -52,7 +52,7 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
-        return single, _read_header(single, files)
+        return single, open_file(single, files)
     if not index.is_file():
         raise NeoError(
             f"{folder} holds no {SINGLE}; where it has only pytorch_model.bin, convert that with "
@@ -67,7 +67,7 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise NeoError(f"{index} names {shard}, which is not there; download or copy it again.")
-        shards[shard] = _read_header(folder / shard, files)
+        shards[shard] = open_file(folder / shard, files)
     found = {name: stored for shard in shards.values() for name, stored in shard.items()}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
@@ -79,11 +79,14 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[
     return index, found
 
 
-def _read_header(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor]:
+def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor]:
     """Opens a safetensors file and returns its tensors by name.
 
     The safetensors library judges a file on disk; the header is then read once more, since the
     library gives copies of tensors but not where they lie.
+
+    Raises:
+      NeoError: it is missing or damaged.
     """
     file = None
     try:

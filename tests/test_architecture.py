@@ -23,6 +23,8 @@ LAYERS = [
     ["cache"],
     ["model"],
     ["stacked"],
+    ["lora"],
+    ["adapters"],
     ["decode"],
     ["training", "evaluation"],
     ["language_model"],

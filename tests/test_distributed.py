@@ -158,6 +158,7 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
     file = Path(config.output).with_name("config.py")
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.lora import LoraConfig\n"
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"
     )
@@ -213,6 +214,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, config, tmp_p
     )
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.lora import LoraConfig\n"
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"
     )

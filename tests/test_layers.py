@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.nn.initializers import normal
 from jax.test_util import check_grads
 
-from neo_jax.layers import Einsum, Embed, LayerNorm, einsum
+from neo_jax.layers import Einsum, Embed, LayerNorm, LowRank, einsum
 
 SIZES = {"b": 3, "t": 5, "d": 96, "n": 4, "h": 24, "f": 160, "v": 70}
 EQUATIONS = [  # every one that the model uses
@@ -142,6 +142,58 @@ def equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
+
+
+# Kernels with a product of low rank beside them.
+
+KERNELS = [equation for equation in EQUATIONS if equation != "btd,vd->btv"]
+
+
+def adapted(rng, equation, rank=4, scale=0.5):
+    """x, a `LowRank` and a gradient of the output."""
+    x, weight, output = parts(equation)
+    inputs = "".join(axis for axis in weight if axis in x)
+    outputs = weight.removeprefix(inputs)
+    a, b = (*shape(inputs), rank), (rank, *shape(outputs))
+    shapes = (shape(x), shape(weight), a, b, shape(output))
+    x, weight, a, b, grad = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    return x, LowRank(weight, a, b, scale), grad
+
+
+@pytest.mark.parametrize("equation", KERNELS)
+def test_low_rank_is_its_formula_and_so_are_its_gradients(rng, equation):
+    x, kernel, grad = adapted(rng, equation)
+
+    def formula(x, kernel):
+        change = jnp.tensordot(kernel.a, kernel.b, 1, precision="highest")
+        whole = kernel.weight + kernel.scale * change
+        return jnp.einsum(equation, x, whole, precision="highest")
+
+    ours, our_pull = jax.vjp(lambda *args: einsum(equation, *args, jnp.float32), x, kernel)
+    theirs, their_pull = jax.vjp(formula, x, kernel)
+    merged = einsum(equation, x, kernel.merged(), jnp.float32)
+    for mine, autodiff in zip(
+        jax.tree.leaves((ours, merged, our_pull(grad))),
+        jax.tree.leaves((theirs, theirs, their_pull(grad))),
+        strict=True,
+    ):
+        scale = float(jnp.abs(autodiff).max())
+        np.testing.assert_allclose(mine, autodiff, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_rank_of_zeros_is_its_weight_exactly(rng, dtype):
+    x, kernel, _ = adapted(rng, "btd,dnh->btnh")
+    kernel = LowRank(kernel.weight, kernel.a, jnp.zeros_like(kernel.b), kernel.scale)
+    y = einsum("btd,dnh->btnh", x, kernel, dtype)
+    np.testing.assert_array_equal(y, einsum("btd,dnh->btnh", x, kernel.weight, dtype))
+
+
+def test_merging_a_stack_is_merging_each(rng):
+    kernels = [adapted(rng, "btd,dnh->btnh")[1] for _ in range(3)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *kernels)
+    for merged, kernel in zip(stacked.merged(), kernels, strict=True):
+        np.testing.assert_allclose(merged, kernel.merged(), rtol=0, atol=1e-6)
 
 
 def test_einsum_adds_its_bias_along_the_last_axes(rng):

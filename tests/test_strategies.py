@@ -1,5 +1,6 @@
 """Every strategy on eight devices computes what one device does, and lies as it says."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,13 +14,21 @@ from neo_jax import cache as caching
 from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.lora import LoraConfig
 from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.names import KERNELS
 from neo_jax.sharding import STRATEGIES, make_sharding, tree_shardings
-from neo_jax.stacked import stack
+from neo_jax.stacked import stack, stacked_axes
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loss import Batch, batch_losses
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.state import abstract_state, make_step, state_of, state_shardings
+from neo_jax.training.state import (
+    abstract_state,
+    init_state,
+    make_step,
+    state_of,
+    state_shardings,
+)
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -33,6 +42,7 @@ CONFIG = ModelConfig(
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1)
 STEPS = 3
+LORA = LoraConfig(rank=4, alpha=64.0, targets=KERNELS)
 RUN = TrainConfig("", "", STEPS, batch_size=8, model=CONFIG, optimizer=OPTIMIZER)
 AXES = logical_axes(Neo(CONFIG))
 
@@ -62,14 +72,7 @@ def train(params, sharding):
     state = state_of(stack(params, CONFIG), optimizer)
     if sharding:
         state = jax.device_put(state, state_shardings(model, optimizer, state))
-    rng = np.random.default_rng(1)
-    batches = [
-        Batch(rng.integers(0, 200, (8, 33), np.int32), np.ones((8, 32), np.float32))
-        for _ in range(STEPS)
-    ]
-    if sharding:
-        rows = sharding.named(("batch", None), (8, 33), "batch")
-        batches = jax.device_put(batches, rows)
+    batches = make_batches(sharding)
     gradient = jax.jit(jax.grad(lambda p, b: batch_losses(model, p, b).objective))
     grads = gradient(state.params, batches[0])
     grads = flatten_dict(jax.device_get(grads))
@@ -78,6 +81,35 @@ def train(params, sharding):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, grads, state
+
+
+def make_batches(sharding):
+    """Returns the three batches, where the strategy wants them."""
+    rng = np.random.default_rng(1)
+    batches = [
+        Batch(rng.integers(0, 200, (8, 33), np.int32), np.ones((8, 32), np.float32))
+        for _ in range(STEPS)
+    ]
+    if sharding:
+        rows = sharding.named(("batch", None), (8, 33), "batch")
+        batches = jax.device_put(batches, rows)
+    return batches
+
+
+def tune(params, sharding):
+    """Returns the losses and the state of three steps that train adapters of every kernel."""
+    model = Neo(CONFIG, sharding=sharding)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    step = make_step(model, optimizer, dataclasses.replace(RUN, lora=LORA))
+    frozen = stack(params, CONFIG)
+    if sharding:
+        frozen = jax.device_put(frozen, tree_shardings(sharding, stacked_axes(model), frozen))
+    state = init_state(model, optimizer, 0, LORA)
+    losses = []
+    for batch in make_batches(sharding):
+        state, metrics = step(state, batch, frozen)
+        losses.append(float(metrics["loss"]))
+    return losses, state
 
 
 def greedy(params, sharding):
@@ -133,6 +165,22 @@ def test_a_strategy_changes_no_number(one_device, mesh, rules):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert greedy(wide, sharding) == texts
     assert len({token for text in texts for token in text}) > 20
+
+
+@pytest.fixture(scope="module")
+def tuned(one_device):
+    return tune(one_device[2], None)[0]
+
+
+@pytest.mark.parametrize(("mesh", "rules"), NAMED)
+def test_a_strategy_changes_no_number_of_lora(one_device, tuned, mesh, rules):
+    sharding = make_sharding(mesh, rules)
+    losses, state = tune(one_device[2], sharding)
+    np.testing.assert_allclose(losses, tuned, rtol=1e-5)
+    model = Neo(CONFIG, sharding=sharding)
+    places = state_shardings(model, make_optimizer(OPTIMIZER, STEPS), state)
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 def distance(ours, theirs):

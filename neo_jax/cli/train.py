@@ -16,6 +16,7 @@ from neo_jax.cli import UsageError, explain, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
+from neo_jax.lora import LoraConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 
@@ -90,7 +91,7 @@ def _reason(error: Exception) -> str:
     """Says in one line why a config could not be read, and suggests a field for a wrong one."""
     text = " ".join(str(error).split()) or type(error).__name__
     wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    for kind in (TrainConfig, OptimizerConfig, ModelConfig):
+    for kind in (TrainConfig, OptimizerConfig, LoraConfig, ModelConfig):
         if wrong and wrong[1] == kind.__name__:
             known = [field.name for field in dataclasses.fields(kind)]
             return f"{kind.__name__} has no field '{wrong[2]}'.{suggest(wrong[2], known)}"

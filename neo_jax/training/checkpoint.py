@@ -164,17 +164,19 @@ class Checkpoints:
     ) -> tuple[TrainState | None, str]:
         """Reads a checkpoint; where any process cannot, returns None and the reason."""
         state, saved, why = None, None, "another process cannot read it"
+        ours = json.loads(json.dumps(dataclasses.asdict(config)))
         with _quiet():
             try:
-                saved = self._read(step, config=ocp.args.JsonRestore()).config["model"]
+                read = self._read(step, config=ocp.args.JsonRestore()).config
+                saved = {"lora": ours["lora"], **read, "model": read["model"]}
             except Exception as error:  # damage shows in many ways
                 why = _short(error)
-        ours = json.loads(json.dumps(dataclasses.asdict(config.model)))
-        if not all_processes(saved in (None, ours)):
-            raise NeoError(
-                "the run in this output folder trains another model; choose another output, or "
-                "delete the folder."
-            )
+        for name, what in (("model", "another model"), ("lora", "other adapters")):
+            if not all_processes(saved is None or saved[name] == ours[name]):
+                raise NeoError(
+                    f"the run in this output folder trains {what}; choose another output, or "
+                    "delete the folder."
+                )
         with _quiet():
             try:
                 if saved is not None:

@@ -6,6 +6,7 @@ from typing import Literal
 from neo_jax.attention import Kernel
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
+from neo_jax.lora import LoraConfig
 from neo_jax.stacked import Remat
 
 
@@ -37,6 +38,8 @@ class TrainConfig:
     batch_size: int  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    pretrained: str = ""  # a checkpoint to start from: a folder or a hub name; it gives the model
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
     across_documents: bool = True  # whether tokens see the documents before theirs in a sequence
     seed: int = 0  # of the initial weights and of the order of the data
@@ -78,6 +81,15 @@ class TrainConfig:
         for name in ("eval_every", "keep_every", "profile", "unroll"):
             if getattr(self, name) < 0:
                 raise NeoError(f"{name} must be 0 or more, not {getattr(self, name)}.")
+        if not self.pretrained:  # else the model is known when the checkpoint is
+            self.check_length()
+
+    def check_length(self) -> None:
+        """Checks that sequences fit the model.
+
+        Raises:
+          NeoError: they are longer than its context.
+        """
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax import axes
-from neo_jax.axes import Array
+from neo_jax.adapters import save_adapter
+from neo_jax.axes import Array, Params
 from neo_jax.data.feed import Batch as HostBatch
 from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
-from neo_jax.data.tokenizer import load_tokenizer
+from neo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from neo_jax.errors import NeoError
+from neo_jax.lora import merge
 from neo_jax.model import Neo
 from neo_jax.paths import make_path
 from neo_jax.pretrained import save_pretrained
@@ -29,7 +31,8 @@ from neo_jax.training.loss import Batch, batch_losses
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.report import Evaluation, Report
 from neo_jax.training.samples import Sampler
-from neo_jax.training.state import TrainState, abstract_state, init_state, make_step
+from neo_jax.training.start import find_pretrained, first_state, load_stacked
+from neo_jax.training.state import TrainState, abstract_state, make_step, whole
 from neo_jax.training.trace import Trace
 
 
@@ -37,7 +40,8 @@ def train(config: TrainConfig) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `config.output` if there is one.
 
     Leaves in the output folder: checkpoints/, best.json, metrics.jsonl, loss.png, what else the
-    config asks for, and model/, which `neo_jax.load` and transformers read. Several processes (see
+    config asks for, and model/, which `neo_jax.load` and transformers read; beside it adapter/, for
+    PEFT, where adapters were trained, which model/ has merged. Several processes (see
     `neo_jax.distributed`) that call this are one run, and all need to see that folder; checkpoints
     of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the running step end, save
     and return; the second one does what it always did.
@@ -48,6 +52,7 @@ def train(config: TrainConfig) -> TrainState:
     Raises:
       NeoError: the data set does not fit the model, or the folder cannot be written.
     """
+    config, folder = find_pretrained(config)
     dataset = _open(config, "train")
     sharding = make_sharding(config.mesh, config.rules)
     if sharding is None and jax.process_count() > 1:
@@ -59,7 +64,7 @@ def train(config: TrainConfig) -> TrainState:
     place = Placement(model, config.batch_size, dataset.has_starts)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, place)
-    abstract = abstract_state(model, optimizer)
+    abstract = abstract_state(model, optimizer, config.lora)
     sample = Sampler(config, model, tokenizer)
     output = make_path(config.output)
     with (
@@ -67,7 +72,9 @@ def train(config: TrainConfig) -> TrainState:
         Checkpoints(output / "checkpoints", config.keep, config.keep_every) as checkpoints,
     ):
         restored = checkpoints.restore_latest(abstract, config)
-        state = restored or init_state(model, optimizer, config.seed)
+        state = restored or first_state(config, model, optimizer, folder)
+        frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
+        trained = functools.partial(whole, frozen=frozen, lora=config.lora)
         start = int(state.step)
         feed = batches(
             dataset,
@@ -81,25 +88,39 @@ def train(config: TrainConfig) -> TrainState:
             Trace(config, start) as trace,
         ):
             for step in range(start + 1, config.steps + 1):
-                state, metrics = train_step(state, place(next(feed)))
+                state, metrics = train_step(state, place(next(feed)), frozen)
                 report.step(step, metrics)
                 trace.step(step, metrics)
                 last, stop, loss = step == config.steps, interrupt.requested(), math.nan
                 if config.eval_every and (last or step % config.eval_every == 0):
                     if evaluate:
-                        evaluation = evaluate(state)
+                        evaluation = evaluate(trained(state.params))
                         report.evaluation(step, evaluation)
                         loss = evaluation.loss
-                    report.samples(step, sample(state.params))
+                    report.samples(step, sample(trained(state.params)))
                 if last or stop or step % config.save_every == 0 or checkpoints.is_best(loss):
                     report.sync()  # a run that goes on from here writes later lines only
                     checkpoints.save(state, config, loss)
                 if stop:
                     break
     if int(state.step) == config.steps:
-        params = unstack(state.params, config.model)
-        save_pretrained(output / "model", config.model, params, tokenizer=tokenizer)
+        _export(config, unstack(trained(state.params), config.model), tokenizer)
     return state
+
+
+def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
+    """Writes what a run leaves for use: model/, and adapter/ where adapters were trained."""
+    output = make_path(config.output)
+    if config.lora.rank:
+        save_adapter(
+            output / "adapter",
+            config.model,
+            config.lora,
+            params,
+            base=config.pretrained,
+            tokenizer=tokenizer,
+        )
+    save_pretrained(output / "model", config.model, merge(params), tokenizer=tokenizer)
 
 
 def _open(config: TrainConfig, split: str) -> Mixture:
@@ -171,7 +192,7 @@ class Placement:
 
 def _make_evaluation(
     config: TrainConfig, model: Neo, place: Placement
-) -> Callable[[TrainState], Evaluation] | None:
+) -> Callable[[Params], Evaluation] | None:
     """Returns a function that evaluates the held-out splits; None where there is no need of it."""
     dataset = _open(config, "held_out") if config.eval_every else None
     if dataset is None or not dataset.parts:
@@ -179,11 +200,11 @@ def _make_evaluation(
     num_bytes = sum(part.num_target_bytes for part in dataset.parts)
     losses = jax.jit(functools.partial(batch_losses, model))
 
-    def evaluate(state: TrainState) -> Evaluation:
+    def evaluate(params: Params) -> Evaluation:
         total = weight = 0.0
         for part in dataset.parts:
             for batch in evaluation_batches(part, config.batch_size, place.rows):
-                cross_entropy, _, count = losses(state.params, place(batch))
+                cross_entropy, _, count = losses(params, place(batch))
                 total, weight = total + float(cross_entropy), weight + float(count)
         return Evaluation(total / weight, total / math.log(2) / num_bytes)
 

@@ -32,18 +32,19 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> float:
     """Returns the FLOPs that training needs for one token of a sequence of `length`.
 
     Six for each parameter that multiplies (Kaplan et al., 2020, section 2.1; the tied head once,
-    learned positions never), and 12 H N for each key that a query sees.
+    learned positions never), or four where all are frozen and get no gradient; and 12 H N for each
+    key that a query sees. Adapters are not counted.
     """
     weights = config.num_params - config.max_length * config.embed_dim
     keys = 0.0
     for layer in range(config.num_layers):
         window = min(config.window(layer) or length, length)
         keys += window * (window + 1) / 2 + (length - window) * window
-    return 6 * weights + 12 * config.embed_dim * keys / length
+    return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys / length
 
 
 def peak_flops(dtype: str) -> float:

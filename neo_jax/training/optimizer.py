@@ -45,5 +45,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _decays(params: Params) -> Params:
-    """Marks what weight decay acts on: kernels and embeddings."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    """Marks what weight decay acts on: kernels, adapters of kernels, and embeddings."""
+    decayed = {"kernel", "embedding"}
+    return jax.tree.map_with_path(
+        lambda path, _: not decayed.isdisjoint(entry.key for entry in path), params
+    )

@@ -63,7 +63,8 @@ class Report:
             )
             self._plot = LossPlot(output / "loss.png", lines.read)
         self._bits_per_nat = 1 / math.log(2) / bytes_per_token  # bits a byte, that is
-        self._flops = flops_per_token(config.model, config.sequence_length)
+        frozen = config.lora.rank > 0
+        self._flops = flops_per_token(config.model, config.sequence_length, frozen)
         self._peak = peak_flops(config.dtype)
         self._pending: tuple[int, Metrics] | None = None
         self._logged_step = start_step

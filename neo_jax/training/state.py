@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from neo_jax.axes import Array, Params
+from neo_jax.lora import LoraConfig, adapter_axes, attach, init_adapters
 from neo_jax.model import Neo, init_params
 from neo_jax.sharding import tree_shardings
 from neo_jax.stacked import stack, stacked_axes
@@ -24,25 +25,34 @@ class TrainState(NamedTuple):
     """
 
     step: Array  # int32 scalar: steps done, skipped ones included
-    params: Params  # stacked, float32
+    params: Params  # what is trained, stacked, float32: all weights, or adapters
     opt_state: Any  # what optax keeps
     skipped: Array  # int32 [2]: steps without finite gradients, in all and in a row to the last
 
 
 Metrics = dict[str, Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+
+_ALL_WEIGHTS = LoraConfig()
 
 
-def init_state(model: Neo, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    model: Neo,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    lora: LoraConfig = _ALL_WEIGHTS,
+) -> TrainState:
     """Draws a state; each array is created where it lives, never whole on one host."""
-    init = functools.partial(_init, model, optimizer)
+    init = functools.partial(_init, model, optimizer, lora)
     shardings = state_shardings(model, optimizer, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def abstract_state(model: Neo, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    model: Neo, optimizer: optax.GradientTransformation, lora: LoraConfig = _ALL_WEIGHTS
+) -> TrainState:
     """Returns the shape, dtype and place of every leaf of a state, as `ShapeDtypeStruct`s."""
-    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_init, model, optimizer, lora), jax.random.key(0))
     shardings = state_shardings(model, optimizer, shapes)
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -55,13 +65,22 @@ def abstract_state(model: Neo, optimizer: optax.GradientTransformation) -> Train
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state of a run that starts from stacked parameters."""
+    """Returns the state of a run that starts from stacked parameters, or from adapters."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), jnp.zeros(2, jnp.int32))
 
 
-def _init(model: Neo, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+def _init(
+    model: Neo, optimizer: optax.GradientTransformation, lora: LoraConfig, key: Array
+) -> TrainState:
+    if lora.rank:
+        return state_of(init_adapters(model.config, lora, key), optimizer)
     return state_of(stack(init_params(model, key), model.config), optimizer)
+
+
+def whole(params: Params, frozen: Params | None, lora: LoraConfig) -> Params:
+    """Returns the stacked tree that the model takes: what is trained, in its place in the rest."""
+    return params if frozen is None else attach(frozen, params, lora.scale)
 
 
 def state_shardings(
@@ -75,7 +94,8 @@ def state_shardings(
     sharding = model.sharding
     if sharding is None:
         return None
-    params = tree_shardings(sharding, stacked_axes(model), state.params)
+    axes = adapter_axes(state.params, stacked_axes(model))
+    params = tree_shardings(sharding, axes, state.params)
     replicated = sharding.named((), ())
     slots = optax.tree.map_params(
         optimizer,
@@ -91,14 +111,19 @@ def state_shardings(
 def make_step(model: Neo, optimizer: optax.GradientTransformation, config: TrainConfig) -> Step:
     """Returns the jitted training step of a run; it consumes the state that it is given.
 
+    It takes a state, a batch and, where adapters are trained, the frozen stacked parameters. These
+    get no gradient.
+
     A step whose gradients are not finite changes nothing but the counters. Metrics are scalars:
     loss (nats a token), gradient_norm (before clipping), learning_rate, skipped (steps so far) and
     skipped_in_a_row.
     """
     schedule = make_schedule(config.optimizer, config.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        losses, grads = _gradients(model, config, state, batch)
+    def step(
+        state: TrainState, batch: Batch, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        losses, grads = _gradients(model, config, state, batch, frozen)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -126,7 +151,7 @@ def make_step(model: Neo, optimizer: optax.GradientTransformation, config: Train
 
 
 def _gradients(
-    model: Neo, config: TrainConfig, state: TrainState, batch: Batch
+    model: Neo, config: TrainConfig, state: TrainState, batch: Batch, frozen: Params | None
 ) -> tuple[Losses, Params]:
     """Returns the losses of a batch and the gradients of its mean objective."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
@@ -134,6 +159,7 @@ def _gradients(
 
     def objective(params: Params, part: Batch, number: Array) -> tuple[Array, Losses]:
         part_key = None if key is None else jax.random.fold_in(key, number)
+        params = whole(params, frozen, config.lora)
         losses = batch_losses(
             model,
             params,

@@ -15,6 +15,7 @@ from neo_jax.training.config import TrainConfig
 
 CONFIG = """
 from neo_jax.config import ModelConfig
+from neo_jax.lora import LoraConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 config = TrainConfig(
@@ -84,6 +85,36 @@ def test_from_text_to_a_trained_model(
     assert message.startswith("the run in this output folder trains another model; choose another")
 
 
+TUNING = """
+from neo_jax.training.config import OptimizerConfig, TrainConfig
+
+config = TrainConfig(
+    data={data!r},
+    output={output!r},
+    steps=3,
+    batch_size=4,
+    length=16,
+    optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0),
+    dtype="float32",
+)
+"""
+
+
+def test_from_text_to_adapters(succeed, fail, source, checkpoints, tmp_path):
+    data, output, base = tmp_path / "data", tmp_path / "run", checkpoints["pieces"]
+    file = tmp_path / "tuning.py"
+    file.write_text(TUNING.format(data=str(data), output=str(output)))
+    succeed("prepare", source, "--output", data, "--tokenizer", base)
+    args = ["train", file, "--lora.rank", 2, "--lora.targets", "q_proj", "c_fc"]
+    assert fail(*args).startswith("lora.rank needs a model to adapt; name one in pretrained")
+    assert succeed(*args, "--pretrained", base) == f"{output}/model\n"
+    args = ["generate", "The fox", "--max-new-tokens", 8, "--temperature", 0, "--model"]
+    merged, adapted, before = (
+        succeed(*args, folder) for folder in (output / "model", output / "adapter", base)
+    )
+    assert merged == adapted != before
+
+
 def test_statistics_for_people(succeed, source, tmp_path):
     args = ["prepare", source, "--output", tmp_path / "data", "--train-tokenizer", 320]
     out = succeed(*args)
@@ -128,6 +159,7 @@ def test_every_field_of_a_config_has_an_option(run, config_file):
     [
         (("batch_size=4", "batchsize=4"), "TrainConfig has no field 'batchsize'. Did you mean 'ba"),
         (("warmup_steps=1", "warmup=1"), "OptimizerConfig has no field 'warmup'. Did you mean 'wa"),
+        (("steps=2", "steps=2, lora=LoraConfig(rnk=2)"), "LoraConfig has no field 'rnk'. Did "),
         (("embed_dim", "embd_dim"), "ModelConfig has no field 'embd_dim'. Did you mean 'embed_dim"),
         (("steps=2", "steps=0"), "tiny.py: steps must be at least 1, not 0"),
         (("steps=2,", ""), "tiny.py: TypeError: TrainConfig.__init__() missing 1 required"),

@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(config, finished, m
 def test_a_run_that_goes_on_draws_no_weights(config, monkeypatch):
     """They would lie beside those of the checkpoint."""
     train(dataclasses.replace(config, steps=3))
-    monkeypatch.setattr(loop, "init_state", None)
+    monkeypatch.setattr(loop, "first_state", None)
     assert int(train(dataclasses.replace(config, mesh="fsdp=8")).step) == 6
 
 

@@ -40,6 +40,9 @@ def counted(config, length):
 def test_flops_are_what_a_count_gives(length, attention_types):
     config = dataclasses.replace(TINY, attention_types=attention_types)
     assert flops_per_token(config, length) == pytest.approx(counted(config, length), rel=1e-12)
+    weights = sum(math.prod(row.stored_shape) for row in tensors(config) if row.path[0] != "wpe")
+    saved = flops_per_token(config, length) - flops_per_token(config, length, frozen=True)
+    assert saved == pytest.approx(2 * weights)  # those of the gradients
 
 
 def test_flops_of_the_smallest_published_model():

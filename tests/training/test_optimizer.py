@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
+from neo_jax.lora import LoraConfig, init_adapters
 from neo_jax.training.config import OptimizerConfig
 from neo_jax.training.optimizer import _decays, make_optimizer, make_schedule
 
@@ -102,6 +103,8 @@ def test_kernels_and_embeddings_decay_and_nothing_else(tiny):
     }  # fmt: skip
     rest = {path.split("/")[-1] for path in marks if path not in decayed}
     assert rest == {"bias", "scale"}
+    adapters = init_adapters(tiny[0].config, LoraConfig(rank=2), jax.random.key(0))
+    assert all(jax.tree.leaves(_decays(adapters)))
 
 
 def test_a_step_is_that_of_torch():

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from neo_jax.config import ModelConfig
+from neo_jax.lora import LoraConfig
 from neo_jax.model import Neo, init_params
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import stack
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.loss import Batch
+from neo_jax.training.loss import Batch, batch_losses
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import init_state, make_step, state_of, state_shardings
 
@@ -65,6 +66,40 @@ def test_parts_of_a_batch_add_up_to_it(params, batch, accumulation, mesh):
         jax.tree.leaves(parts.opt_state), jax.tree.leaves(whole.opt_state), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_adapters_add_up_too_and_the_frozen_model_stays(params, batch):
+    states = []
+    before = jax.tree.map(np.array, params)
+    for accumulation in (1, 4):
+        lora = LoraConfig(rank=2, alpha=64.0)
+        config = dataclasses.replace(CONFIG, accumulation=accumulation, lora=lora)
+        model, optimizer = Neo(config.model), make_optimizer(config.optimizer, config.steps)
+        step = make_step(model, optimizer, config)
+        state = init_state(model, optimizer, 0, lora)
+        for _ in range(2):
+            state, metrics = step(state, batch, params)
+        states.append((state.opt_state, metrics["loss"]))
+    for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_a_frozen_model_gets_no_gradient(params, batch):
+    """Not even one that is thrown away: the compiled step lacks its FLOPs."""
+
+    def flops(config, *frozen):
+        model, optimizer = Neo(config.model), make_optimizer(config.optimizer, config.steps)
+        state = jax.eval_shape(lambda: init_state(model, optimizer, 0, config.lora))
+        step = make_step(model, optimizer, config)
+        return step.lower(state, batch, *frozen).compile().cost_analysis()["flops"]
+
+    whole = flops(CONFIG)
+    lora = dataclasses.replace(CONFIG, lora=LoraConfig(rank=1))
+    forward = jax.jit(lambda p: batch_losses(Neo(CONFIG.model), p, batch)).lower(params)
+    forward = forward.compile().cost_analysis()["flops"]
+    # Of the products, a third is the forward pass, and a third the gradient of activations.
+    assert flops(lora, params) - forward < 0.7 * (whole - forward)
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batch):

@@ -1,0 +1,224 @@
+"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save
+
+from neo_jax import hub
+from neo_jax.axes import Params
+from neo_jax.config import ModelConfig, read_json
+from neo_jax.distributed import is_leader, to_host
+from neo_jax.errors import NeoError, reason
+from neo_jax.layers import LowRank
+from neo_jax.lora import LoraConfig, attach, merge
+from neo_jax.names import Tensor, tensors
+from neo_jax.paths import make_path
+from neo_jax.weights import DTYPES, StoredTensor, open_file
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# Fields that do not change what an adapter computes, or that the tensors tell again.
+_NEUTRAL = frozenset(
+    """
+    peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r
+    lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
+    megatron_core qalora_group_size ensure_weight_tying runtime_config eva_config
+    """.split()
+)
+# What else a field may say: that it is off; and ways to draw a and b that leave the weight alone.
+_OFF: tuple[Any, ...] = (None, False, "none", {}, [])
+_DRAWS = (True, "gaussian", "orthogonal", "eva")
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    lora: LoraConfig,
+    params: Params,
+    *,
+    base: str,
+    tokenizer: Any = None,
+) -> None:
+    """Writes the adapters of a model so that this package and PEFT read them.
+
+    Where `params` lie on several processes, all of them call this, and the first writes.
+
+    Args:
+      folder: made where it does not exist.
+      config: describes `params`.
+      lora: what they were trained by.
+      params: the canonical tree, with a `LowRank` in the place of each kernel that has an adapter.
+      base: the model that they are for, as `neo_jax.load` takes it.
+      tokenizer: anything with `save(folder)`, or None.
+
+    Raises:
+      NeoError: the folder cannot be written.
+    """
+    leaves = flatten_dict(params)
+    arrays = {}
+    for row in tensors(config):
+        leaf = leaves[row.path]
+        if isinstance(leaf, LowRank):
+            rank = leaf.b.shape[0]
+            for part, array in (("A", leaf.a.reshape(-1, rank)), ("B", leaf.b.reshape(rank, -1))):
+                arrays[_name(row, part)] = np.ascontiguousarray(to_host(array.T), np.float32)
+    if not is_leader():
+        return
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": hub.PUBLISHED.get(base.lower(), base),
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+    place = make_path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save(place)
+        _write(place / WEIGHTS, save(arrays, {"format": "pt"}))
+        _write(place / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
+    except OSError as error:
+        raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
+
+
+def base_folder(folder: Path, *, token: str | None = None) -> Path:
+    """Returns the folder of the model that an adapter is for; a model's is its own.
+
+    Args:
+      folder: what `neo_jax.hub.resolve` returned.
+      token: for gated and private repositories.
+
+    Raises:
+      NeoError: the adapter names no model, or one that cannot be found.
+    """
+    if (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
+        return folder
+    fields = read_json(folder / CONFIG)
+    name = fields.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise NeoError(
+            f"{folder / CONFIG} names no model in base_model_name_or_path; write there the folder "
+            "or the hub name of the model that the adapter is for."
+        )
+    try:
+        return hub.resolve(name, revision=fields.get("revision"), token=token)
+    except NeoError as error:
+        raise NeoError(f"base_model_name_or_path in {folder / CONFIG}: {error}") from error
+
+
+def load_adapter(
+    folder: str | os.PathLike[str], config: ModelConfig
+) -> tuple[dict[str, Any], float]:
+    """Reads adapters; returns their canonical tree of float32 arrays on the host, and their scale.
+
+    Args:
+      folder: holds adapter_config.json and adapter_model.safetensors.
+      config: of the model that they are for.
+
+    Raises:
+      NeoError: files are missing or damaged, are for another model, or say what is not supported;
+        the message names the file, and the field or tensor.
+    """
+    path = make_path(folder)
+    rank, scale = _read_config(path / CONFIG)
+    with contextlib.ExitStack() as files:
+        found = open_file(path / WEIGHTS, files)
+        leaves = {}
+        for row in tensors(config):
+            names = {part: _name(row, part) for part in "AB"}
+            if row.num_inputs and not found.keys().isdisjoint(names.values()):
+                outputs, inputs = row.hf_shape
+                a = _read(path, found.pop(names["A"], None), names["A"], (rank, inputs))
+                b = _read(path, found.pop(names["B"], None), names["B"], (outputs, rank))
+                leaves[*row.path, "a"] = a.T.reshape(*row.shape[: row.num_inputs], rank)
+                leaves[*row.path, "b"] = b.T.reshape(rank, *row.shape[row.num_inputs :])
+    if found or not leaves:
+        what = f"the tensor {next(iter(found))}" if found else "no tensors"
+        raise NeoError(
+            f"{path / WEIGHTS} holds {what}; this loads plain LoRA of the linear maps of a GPT-Neo."
+        )
+    return unflatten_dict(leaves), scale
+
+
+def apply_adapter(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    shardings: Params | None = None,
+) -> Params:
+    """Returns canonical parameters with adapters merged into them, of the dtypes that they had.
+
+    Args:
+      folder: of the adapters.
+      config: describes `params`.
+      params: the model that they are for; consumed.
+      shardings: a tree like `params`, where each array is to live.
+
+    Raises:
+      NeoError: see `load_adapter`.
+    """
+    adapters, scale = load_adapter(folder, config)
+
+    def apply(params: Params, adapters: Params) -> Params:
+        merged = merge(attach(params, adapters, scale))
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
+
+    return jax.jit(apply, out_shardings=shardings, donate_argnums=0)(params, adapters)
+
+
+def _name(row: Tensor, part: str) -> str:
+    """Returns what PEFT calls a part, "A" or "B", of the adapter of a kernel."""
+    return f"base_model.model.{row.hf_name.removesuffix('.weight')}.lora_{part}.weight"
+
+
+def _read_config(path: Path) -> tuple[int, float]:
+    """Returns the rank and the scale of what a config describes, if that is plain LoRA."""
+    fields = read_json(path)
+    if fields.get("peft_type") != "LORA":
+        raise NeoError(f"{path}: peft_type is {fields.get('peft_type')!r}; this loads 'LORA'.")
+    for name, value in fields.items():
+        fine = _OFF + _DRAWS if name == "init_lora_weights" else _OFF
+        if name not in _NEUTRAL and value not in fine:
+            raise NeoError(
+                f"{path}: {name} is {value!r}, which is not supported; merge the adapter into its "
+                "model with PEFT's merge_and_unload, and load that."
+            )
+    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise NeoError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are no rank and no number.")
+    return rank, alpha / rank
+
+
+def _read(
+    folder: Path, stored: StoredTensor | None, name: str, shape: tuple[int, int]
+) -> np.ndarray:
+    if stored is None:
+        raise NeoError(f"{folder / WEIGHTS} lacks {name}; copy it again.")
+    if stored.shape != shape or stored.code not in DTYPES:
+        raise NeoError(
+            f"{folder / WEIGHTS}: {name} is {stored.code} {list(stored.shape)}, not of floats "
+            f"{list(shape)}; is the adapter for this model?"
+        )
+    return stored.view().astype(np.float32)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes aside and renames: what has the name is whole."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_bytes(data)
+    aside.replace(path)

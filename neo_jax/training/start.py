@@ -1,0 +1,76 @@
+"""Where a run starts: from weights that are drawn, or from those of a pretrained checkpoint."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from neo_jax import hub
+from neo_jax.axes import Params
+from neo_jax.config import ModelConfig
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.pretrained import load_params, read_config
+from neo_jax.sharding import tree_shardings
+from neo_jax.stacked import stack, stacked_axes
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.state import TrainState, init_state, state_of, state_shardings
+
+
+def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
+    """Finds the checkpoint that a run starts from, if any.
+
+    Returns:
+      The config with that checkpoint's model, and the folder.
+
+    Raises:
+      NeoError: it cannot be found or read, the config describes another model, its length does not
+        fit, or there are to be adapters of no model.
+    """
+    if not config.pretrained:
+        if config.lora.rank:
+            raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
+        return config, None
+    folder = hub.resolve(config.pretrained)
+    model = read_config(folder)
+    if config.model not in (ModelConfig(), model):
+        raise NeoError(
+            f"model is another than that of the checkpoint {config.pretrained}; leave it out of "
+            "the config, or leave out pretrained."
+        )
+    config = dataclasses.replace(config, model=model)
+    config.check_length()
+    return config, folder
+
+
+def first_state(
+    config: TrainConfig, model: Neo, optimizer: optax.GradientTransformation, folder: Path | None
+) -> TrainState:
+    """Returns the state before the first step; `folder` is what `find_pretrained` found."""
+    if folder is None or config.lora.rank:
+        return init_state(model, optimizer, config.seed, config.lora)
+    start = functools.partial(state_of, optimizer=optimizer)
+    params = load_stacked(model, folder, jnp.float32)
+    shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
+    return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:
+    """Reads the weights of a checkpoint into the stacked tree; each array is where it lives.
+
+    Raises:
+      NeoError: see `neo_jax.pretrained.load_params`.
+    """
+    stacked = functools.partial(stack, config=model.config)
+    before = after = None
+    if model.sharding:
+        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        before = tree_shardings(model.sharding, logical_axes(model), shapes)
+        shapes = jax.eval_shape(stacked, shapes)
+        after = tree_shardings(model.sharding, stacked_axes(model), shapes)
+    params = load_params(folder, model.config, dtype=dtype, shardings=before)
+    return jax.jit(stacked, out_shardings=after)(params)
