@@ -57,10 +57,32 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def encode(
+def embed(
     model: Neo,
     params: Params,
     tokens: Int[Array, "B T"],
+    starts: Int[Array, "B T"] | None = None,
+    key: Array | None = None,
+) -> Float[Array, "B T D"]:
+    """Returns what the first block reads.
+
+    Args:
+      model: the model.
+      params: stacked.
+      tokens: ids.
+      starts: for each token the index in its row at which its document begins: learned positions
+        count from there. None for rows of one document.
+      key: for dropout; None drops nothing.
+    """
+    rngs = None if key is None else {"dropout": jax.random.fold_in(key, model.config.num_layers)}
+    learned = _indices(tokens) if starts is None else _indices(tokens) - starts
+    return model.apply({"params": params}, tokens, learned, method=Neo.embed, rngs=rngs)[0]
+
+
+def encode(
+    model: Neo,
+    params: Params,
+    x: Float[Array, "B T D"],
     starts: Int[Array, "B T"] | None = None,
     *,
     remat: Remat = "none",
@@ -72,19 +94,15 @@ def encode(
     Args:
       model: the model.
       params: stacked.
-      tokens: ids.
-      starts: for each token the index in its row at which its document begins: it sees nothing
-        before, and learned positions count from there. None for rows of one document.
+      x: what `embed` returned.
+      starts: as for `embed`; a token sees nothing before its document.
       remat: what the backward pass computes again.
       unroll: how many units of the pattern the program writes out before it loops.
       key: for dropout; None drops nothing.
     """
     config = model.config
     unit = len(config.attention_types)
-    rngs = None if key is None else {"dropout": jax.random.fold_in(key, config.num_layers)}
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    learned = index if starts is None else index - starts
-    x, _ = model.apply({"params": params}, tokens, learned, method=Neo.embed, rngs=rngs)
+    index = _indices(x[..., 0])
 
     def layer(position: int, x: Array, params: Params, number: Array) -> Array:
         x = constrain(model.sharding, x, RESIDUAL_STREAM, "the residual stream")
@@ -104,6 +122,10 @@ def encode(
     numbers = jnp.arange(config.num_layers // unit)
     x, _ = jax.lax.scan(one_unit, x, (trees, numbers), unroll=min(unroll, len(numbers)))
     return model.apply({"params": params}, x, method=Neo.normalize)
+
+
+def _indices(rows: Array) -> Array:
+    return jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
 
 
 def _rematerialized(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from neo_jax.attention import blocked
 from neo_jax.config import ModelConfig
 from neo_jax.model import Neo, init_params, logical_axes
-from neo_jax.stacked import encode, stack, stacked_axes, unstack
+from neo_jax.stacked import embed, encode, stack, stacked_axes, unstack
 
 UNIT = ModelConfig(
     num_layers=6, embed_dim=32, num_heads=2, vocab_size=96, max_length=64, window_size=8
@@ -25,6 +25,11 @@ PATTERNS = {
         UNIT, num_layers=3, attention_types=("global", "global", "local")
     ),
 }
+
+
+def run_stacked(model, params, tokens, starts=None, key=None, **options):
+    x = embed(model, params, tokens, starts, key)
+    return encode(model, params, x, starts, key=key, **options)
 
 
 @pytest.fixture(params=PATTERNS)
@@ -57,7 +62,7 @@ def test_the_numbers_are_the_canonical_ones(some, remat):
     model, params, tokens = some
 
     def stacked_sum(params):
-        x = encode(model, stack(params, model.config), tokens, remat=remat)
+        x = run_stacked(model, stack(params, model.config), tokens, remat=remat)
         return jnp.sum(jnp.sin(x)), x
 
     def canonical_sum(params):
@@ -90,7 +95,7 @@ def test_documents_of_a_row_are_as_if_alone(kernel, remat, monkeypatch):
     @jax.jit
     def run(params, tokens, counts, starts=None):
         def total(params):
-            x = encode(model, params, tokens, starts, remat=remat)
+            x = run_stacked(model, params, tokens, starts, remat=remat)
             return jnp.sum(jnp.where(counts[..., None], jnp.sin(x), 0)), x
 
         return jax.value_and_grad(total, has_aux=True)(params)
@@ -111,7 +116,9 @@ def compiled(num_layers, remat):
         lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
     )
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    gradient = jax.grad(lambda params, tokens: encode(model, params, tokens, remat=remat).sum())
+    gradient = jax.grad(
+        lambda params, tokens: run_stacked(model, params, tokens, remat=remat).sum()
+    )
     return jax.jit(gradient).lower(params, tokens).compile()
 
 
@@ -133,14 +140,14 @@ def test_dropout():
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     stacked = stack(params, model.config)
     tokens = jnp.zeros((1, 64), jnp.int32)
-    run = jax.jit(lambda key, remat: encode(model, stacked, tokens, remat=remat, key=key),
+    run = jax.jit(lambda key, remat: run_stacked(model, stacked, tokens, remat=remat, key=key),
                   static_argnums=1)  # fmt: skip
     a, b, again = (run(jax.random.key(seed), "none") for seed in (0, 1, 0))
     assert jnp.abs(a - b).max() > 0.1
     np.testing.assert_array_equal(a, again)
     # The backward pass of a rematerialised layer draws what the forward pass drew.
     grads = [
-        jax.jit(jax.grad(lambda p, r=remat: jnp.sum(encode(
+        jax.jit(jax.grad(lambda p, r=remat: jnp.sum(run_stacked(
             model, p, tokens, remat=r, key=jax.random.key(0)) ** 3)))(stacked)
         for remat in ("none", "full")
     ]  # fmt: skip
@@ -156,5 +163,6 @@ def test_dropout():
     np.testing.assert_allclose(kept[~dropped], 2 * whole[~dropped], rtol=1e-6)
     plain = model.clone(dropout=0.0)
     np.testing.assert_array_equal(
-        encode(model, stacked, tokens), encode(plain, stacked, tokens, key=jax.random.key(0))
+        run_stacked(model, stacked, tokens),
+        run_stacked(plain, stacked, tokens, key=jax.random.key(0)),
     )

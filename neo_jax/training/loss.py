@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from neo_jax.axes import BATCH, Array, Float, Int, Params
 from neo_jax.model import Neo
-from neo_jax.stacked import Remat, encode
+from neo_jax.stacked import Remat, embed, encode
 
 BLOCK_TOKENS = 1024  # of a device, whose logits exist at a time
 
@@ -42,6 +42,7 @@ def batch_losses(
     unroll: int = 1,
     z_loss: float = 0.0,
     key: Array | None = None,
+    embedded: Float[Array, "B T D"] | None = None,
 ) -> Losses:
     """Returns the losses of a batch.
 
@@ -53,9 +54,11 @@ def batch_losses(
       unroll: likewise.
       z_loss: weight of log(sum(exp(logits)))^2, which keeps logits near 0 (Mesh-TensorFlow).
       key: for dropout.
+      embedded: what `embed_inputs` returned, where that is known.
     """
-    inputs = batch.tokens[:, :-1]
-    hidden = encode(model, params, inputs, batch.starts, remat=remat, unroll=unroll, key=key)
+    if embedded is None:
+        embedded = embed_inputs(model, params, batch, key)
+    hidden = encode(model, params, embedded, batch.starts, remat=remat, unroll=unroll, key=key)
     shards = model.sharding.num_shards(BATCH) if model.sharding else 1
     block = max(1, BLOCK_TOKENS * shards // hidden.shape[0])
     head = _Head(model, block, z_loss)
@@ -63,6 +66,13 @@ def batch_losses(
         head, params["wte"], hidden, batch.tokens[:, 1:], batch.weights
     )
     return Losses(cross_entropy, objective, jnp.sum(batch.weights))
+
+
+def embed_inputs(
+    model: Neo, params: Params, batch: Batch, key: Array | None = None
+) -> Float[Array, "B T D"]:
+    """Returns what the first block reads of a batch; params stacked, a key for dropout."""
+    return embed(model, params, batch.tokens[:, :-1], batch.starts, key)
 
 
 class _Head(NamedTuple):

@@ -14,7 +14,7 @@ from neo_jax.model import Neo, init_params
 from neo_jax.sharding import tree_shardings
 from neo_jax.stacked import stack, stacked_axes
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.loss import Batch, Losses, batch_losses
+from neo_jax.training.loss import Batch, Losses, batch_losses, embed_inputs
 from neo_jax.training.optimizer import make_schedule
 
 
@@ -157,31 +157,42 @@ def _gradients(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
     unroll = config.unroll or _fastest_unroll(config)
 
-    def objective(params: Params, part: Batch, number: Array) -> tuple[Array, Losses]:
+    def embedded(params: Params) -> Array:
+        return embed_inputs(model, whole(params, frozen, config.lora), batch, key)
+
+    def objective(
+        params: Params, x: Array | None, part: Batch, number: Array
+    ) -> tuple[Array, Losses]:
         part_key = None if key is None else jax.random.fold_in(key, number)
-        params = whole(params, frozen, config.lora)
         losses = batch_losses(
             model,
-            params,
+            whole(params, frozen, config.lora),
             part,
             remat=config.remat,
             unroll=unroll,
             z_loss=config.z_loss,
             key=part_key,
+            embedded=x,
         )
         return losses.objective, losses
 
-    gradient = jax.grad(objective, has_aux=True)
     if config.accumulation == 1:
-        grads, losses = gradient(state.params, batch, jnp.int32(0))
+        one = functools.partial(objective, x=None, part=batch, number=jnp.int32(0))
+        grads, losses = jax.grad(one, has_aux=True)(state.params)
     else:
+        # Of the embedding outside of the loop: a TPU's compiler sums wrongly what a loop scatters
+        # over a split table (openxla/xla issue 49143).
+        x, pull = jax.vjp(embedded, state.params)
+        gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
         zeros = jax.tree.map(jnp.zeros_like, (state.params, Losses(*[jnp.zeros(())] * 3)))
 
-        def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
+        def add(sums: Any, part: tuple[Array, Batch, Array]) -> tuple[Any, Array]:
+            (grads, grad_x), losses = gradient(state.params, *part)
+            return jax.tree.map(jnp.add, sums, (grads, losses)), grad_x
 
-        parts = (_parts(batch, config.accumulation), jnp.arange(config.accumulation))
-        (grads, losses), _ = jax.lax.scan(add, zeros, parts)
+        parts = (*_parts((x, batch), config.accumulation), jnp.arange(config.accumulation))
+        (grads, losses), grads_x = jax.lax.scan(add, zeros, parts)
+        grads = jax.tree.map(jnp.add, grads, *pull(_joined(grads_x)))
     weight = jnp.maximum(losses.weight, 1)
     return losses._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
 
@@ -195,10 +206,15 @@ def _fastest_unroll(config: TrainConfig) -> int:
     return config.model.num_layers if on_cpu and config.remat == "none" else 1
 
 
-def _parts(batch: Batch, count: int) -> Batch:
-    """Cuts a batch into parts, a new first axis; each part has some rows of every device."""
+def _parts(batch: Any, count: int) -> Any:
+    """Cuts a tree of batches into parts, a new first axis; each has some rows of every device."""
 
     def cut(x: Array) -> Array:
         return jnp.moveaxis(x.reshape((-1, count, *x.shape[1:])), 1, 0)
 
     return jax.tree.map(cut, batch)
+
+
+def _joined(parts: Array) -> Array:
+    """Undoes `_parts` for an array."""
+    return jnp.moveaxis(parts, 0, 1).reshape((-1, *parts.shape[2:]))

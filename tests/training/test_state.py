@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,6 +101,27 @@ def test_a_frozen_model_gets_no_gradient(params, batch):
     forward = forward.compile().cost_analysis()["flops"]
     # Of the products, a third is the forward pass, and a third the gradient of activations.
     assert flops(lora, params) - forward < 0.7 * (whole - forward)
+
+
+def test_no_loop_scatters_into_a_table(params, batch):
+    """What a TPU's compiler may sum wrongly: openxla/xla issue 49143."""
+    model, config = Neo(CONFIG.model), dataclasses.replace(CONFIG, accumulation=4)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_step(model, optimizer, config)
+    program = jax.make_jaxpr(step)(state_of(params, optimizer), batch)
+    tables = {params[name]["embedding"].shape for name in ("wte", "wpe")}
+    inside = [looped for looped, shape in scatters(program.jaxpr) if shape in tables]
+    assert inside == [False, False]
+
+
+def scatters(jaxpr, looped=False):
+    """Yields whether each scatter of a program is in a loop, and the shape of what it gives."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name.startswith("scatter"):
+            yield looped, equation.outvars[0].aval.shape
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from scatters(inner, looped or name in ("scan", "while"))
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batch):
