@@ -61,14 +61,14 @@ def main(args: Sequence[str]) -> None:
 
 
 def load_config(name: str) -> TrainConfig:
-    """Reads a config from a .py file, or by its name in `configs/`; "-" and "_" are one.
+    """Reads a config from a .py file, or by its name in `configs/`; "-", "_" and "." are one.
 
     Raises:
       NeoError: there is no such config, or the file defines none.
     """
     path = Path(name)
     if path.suffix != ".py":
-        path = _folder() / f"{name.replace('-', '_')}.py"
+        path = _folder() / f"{re.sub('[-.]', '_', name)}.py"
         if not path.is_file():
             raise NeoError(f"no config is called '{name}'.{suggest(name, _names())}")
     if not path.is_file():
@@ -106,4 +106,6 @@ def _folder() -> Path:
 
 
 def _names() -> list[str]:
-    return sorted(p.stem.replace("_", "-") for p in _folder().glob("[!_]*.py"))
+    """Returns the names of `configs/` as people write them: gpt_neo_1_3b is gpt-neo-1.3b."""
+    stems = sorted(path.stem for path in _folder().glob("[!_]*.py"))
+    return [re.sub(r"(?<=\d)_(?=\d)", ".", stem).replace("_", "-") for stem in stems]

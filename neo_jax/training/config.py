@@ -38,7 +38,8 @@ class TrainConfig:
     batch_size: int  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    pretrained: str = ""  # a checkpoint to start from: a folder or a hub name; it gives the model
+    # A checkpoint to start from, which gives the model: a folder, a hub name or "bundled".
+    pretrained: str = ""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
     across_documents: bool = True  # whether tokens see the documents before theirs in a sequence
