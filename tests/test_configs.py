@@ -17,6 +17,7 @@ from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.sharding import make_sharding, tree_shardings
 from neo_jax.training.loop import train
 
+
 @pytest.mark.parametrize(
     ("name", "size", "tokens", "devices"),
     [

@@ -20,7 +20,7 @@ def test_there_are_configs_and_all_have_names():
     assert [re.sub("[-.]", "_", name) for name in _names()] == [path.stem for path in FILES]
 
 
-@pytest.mark.parametrize(("name", "path"), zip(_names(), FILES, strict=True), ids=_names())
+@pytest.mark.parametrize(("name", "path"), list(zip(_names(), FILES, strict=True)), ids=_names())
 def test_a_config_loads_and_says_how_it_is_run(name, path):
     config = load_config(str(path))
     assert load_config(name) == load_config(path.stem) == config
