@@ -22,7 +22,8 @@ from neo_jax.stacked import stack
 from neo_jax.training import loop
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.loop import train
-from neo_jax.training.start import find_pretrained, load_stacked
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.start import find_pretrained, first_state, load_stacked
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "c_fc"))
 
@@ -168,6 +169,35 @@ def test_a_frozen_model_has_the_dtype_of_products(tuning, checkpoints, mesh):
     assert kernel.addressable_shards[0].data.shape == ((1, 8, 64) if mesh else (1, 32, 128))
 
 
+@pytest.mark.parametrize("mesh", ["", "fsdp=4,model=2"])
+def test_new_tokens_begin_as_the_mean_of_all(tuning, checkpoints, mesh):
+    config = dataclasses.replace(tuning, lora=LoraConfig(), new_tokens=60, mesh=mesh)
+    config, folder = find_pretrained(config)
+    assert config.model.vocab_size == 387  # a further block of 128 rows
+    model = Neo(config.model, sharding=loop.make_sharding(mesh))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    params = jax.device_get(first_state(config, model, optimizer, folder).params)
+    base = neo_jax.load(checkpoints["pieces"])
+    before = np.asarray(base.params["wte"]["embedding"])[:327]
+    table = params["wte"].pop("embedding")
+    assert table.shape == (512, 32)
+    np.testing.assert_array_equal(table[:327], before)
+    mean = np.broadcast_to(before.mean(axis=0), (60, 32))
+    np.testing.assert_allclose(table[327:387], mean, rtol=0, atol=1e-7)
+    assert not table[387:].any()
+    start = jax.device_get(stack(base.params, base.config))
+    del start["wte"]["embedding"]
+    assert_identical(params, start)
+
+
+def test_a_run_with_new_tokens_leaves_a_model(tuning):
+    train(dataclasses.replace(tuning, lora=LoraConfig(), new_tokens=60, steps=2, mesh="fsdp=8"))
+    folder = Path(tuning.output) / "model"
+    theirs = GPTNeoForCausalLM.from_pretrained(folder)
+    assert theirs.get_input_embeddings().weight.shape == (387, 32)
+    assert neo_jax.load(folder).config.vocab_size == 387
+
+
 def test_the_length_is_the_context_of_the_checkpoint(tuning):
     assert find_pretrained(dataclasses.replace(tuning, length=0))[0].sequence_length == 64
 
@@ -176,6 +206,8 @@ def test_the_length_is_the_context_of_the_checkpoint(tuning):
     ("fields", "message"),
     [
         ({"pretrained": ""}, "lora.rank needs a model to adapt; name one in pretrained"),
+        ({"new_tokens": 2}, "adapters do not train embeddings, so those of new_tokens would never"),
+        ({"new_tokens": 2, "lora": LoraConfig(), "pretrained": ""}, "new_tokens are for a model"),
         ({"length": 65}, "length 65 exceeds the model's context of 64"),
         ({"model": ModelConfig(num_layers=2)}, "model is another than that of the checkpoint"),
         ({"pretrained": "nowhere"}, "there is no folder and no published model 'nowhere'"),
