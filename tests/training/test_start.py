@@ -11,10 +11,12 @@ import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from transformers import GPTNeoForCausalLM
+from transformers import AutoTokenizer, GPTNeoForCausalLM
 
 import neo_jax
 from neo_jax.config import ModelConfig
+from neo_jax.data.prepare import prepare
+from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.errors import NeoError
 from neo_jax.lora import LoraConfig, init_adapters
 from neo_jax.model import Neo
@@ -190,12 +192,34 @@ def test_new_tokens_begin_as_the_mean_of_all(tuning, checkpoints, mesh):
     assert_identical(params, start)
 
 
-def test_a_run_with_new_tokens_leaves_a_model(tuning):
-    train(dataclasses.replace(tuning, lora=LoraConfig(), new_tokens=60, steps=2, mesh="fsdp=8"))
-    folder = Path(tuning.output) / "model"
+def test_new_tokens_from_text_to_a_model(tuning, checkpoints, tokenizer_folders, tmp_path):
+    lines = [{"text": f"<|user|>The fox and the dog {i}.<|bot|>It is so."} for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new = ["<|user|>", "<|bot|>", *(f"<|{i}|>" for i in range(8))]  # seven ids were free
+    with pytest.raises(NeoError, match="a SentencePiece tokenizer takes no new tokens; leave"):
+        prepare(
+            [tmp_path / "in.jsonl"], tmp_path / "no", tokenizer_folders["pieces"], new_tokens=new
+        )
+    source = checkpoints["bytes"]
+    for wrong in ("", "<|endoftext|>"):
+        with pytest.raises(NeoError, match="cannot be a new token: it is empty or there"):
+            load_tokenizer(source).add_tokens([wrong])
+    fields = prepare([tmp_path / "in.jsonl"], tmp_path / "data", source, new_tokens=new)
+    assert fields["vocab_size"] == 330
+    config = dataclasses.replace(
+        tuning, data=str(tmp_path / "data"), pretrained=str(source), lora=LoraConfig(), steps=2
+    )
+    with pytest.raises(NeoError, match=r"the model one of 327; set new_tokens to 3, or prepare"):
+        train(config)
+    train(dataclasses.replace(config, new_tokens=3, mesh="fsdp=8"))
+    folder = Path(config.output) / "model"
     theirs = GPTNeoForCausalLM.from_pretrained(folder)
-    assert theirs.get_input_embeddings().weight.shape == (387, 32)
-    assert neo_jax.load(folder).config.vocab_size == 387
+    assert theirs.get_input_embeddings().weight.shape == (330, 32)
+    lm = neo_jax.load(folder)
+    assert lm.config.vocab_size == 330
+    ids = lm.encode("<|user|>The fox<|bot|>")
+    assert (ids[0], ids[-1]) == (320, 321)
+    assert AutoTokenizer.from_pretrained(folder)("<|user|>The fox<|bot|>")["input_ids"] == ids
 
 
 def test_the_length_is_the_context_of_the_checkpoint(tuning):
