@@ -15,6 +15,9 @@ PUBLISHED = {
 }
 """Short names of models, and theirs on the hub."""
 
+BUNDLED = "bundled"
+"""The name of the model that comes with the package, where one is asked for."""
+
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_FILES = [
     "config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json",
@@ -30,14 +33,15 @@ def resolve(
 
     Args:
       model: a folder, also gs://bucket/folder; a published model, "gpt-neo-1.3b"; a name on the
-        Hugging Face hub, "org/name"; or None for the small model that comes with the package.
+        Hugging Face hub, "org/name"; "bundled" or None for the small model that comes with the
+        package.
       revision: branch, tag or commit on the hub.
       token: for gated and private repositories; by default what `hf auth login` or HF_TOKEN set.
 
     Raises:
       NeoError: nothing has this name, or the hub does not hand it out; the message says which.
     """
-    if model is None:
+    if model is None or (model == BUNDLED and not Path(BUNDLED).is_dir()):
         folder = Path(str(importlib.resources.files("neo_jax") / "bundled"))
         if not folder.is_dir():
             raise NeoError("this installation came without its bundled model; name a model.")
@@ -62,7 +66,7 @@ def _hub_name(name: str) -> str:
     if not _HUB_NAME.fullmatch(name):
         raise NeoError(
             f"there is no folder and no published model '{name}'; give a folder, a hub name such "
-            f"as org/name, or a published model.{suggest(name.lower(), PUBLISHED)}"
+            f"as org/name, or a published model.{suggest(name.lower(), [*PUBLISHED, BUNDLED])}"
         )
     return name
 

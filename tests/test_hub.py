@@ -65,6 +65,7 @@ def test_no_name_is_the_bundled_model(tmp_path, monkeypatch):
     assert "without its bundled model" in failed_resolve(None)
     (tmp_path / "bundled").mkdir()
     assert resolve(None) == tmp_path / "bundled"
+    assert resolve("bundled") == tmp_path / "bundled"
 
 
 @pytest.mark.parametrize(

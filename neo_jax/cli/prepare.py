@@ -28,6 +28,7 @@ class Options:
     tokenizer: str = ""  # a folder with a tokenizer's files
     train_tokenizer: int = 0  # or the size of a vocabulary to learn from the text
     tokenizer_kind: TokenizerKind = "sentencepiece"  # of the tokenizer to train
+    new_tokens: tuple[str, ...] = ()  # special tokens to add to it, such as "<|user|>"
     text_field: str = "text"  # name of the text in .jsonl and hf://, of the ids in TFRecords
     held_out: float = 0.0  # share of documents kept from training, to evaluate on
     json: bool = False  # print the statistics as JSON
@@ -46,6 +47,7 @@ def main(args: Sequence[str]) -> None:
         options.tokenizer or None,
         train_tokenizer=options.train_tokenizer,
         tokenizer_kind=options.tokenizer_kind,
+        new_tokens=options.new_tokens,
         text_field=options.text_field,
         held_out=options.held_out,
     )

@@ -61,14 +61,14 @@ def main(args: Sequence[str]) -> None:
 
 
 def load_config(name: str) -> TrainConfig:
-    """Reads a config from a .py file, or by its name in `configs/`; "-" and "_" are one.
+    """Reads a config from a .py file, or by its name in `configs/`; "-", "_" and "." are one.
 
     Raises:
       NeoError: there is no such config, or the file defines none.
     """
     path = Path(name)
     if path.suffix != ".py":
-        path = _folder() / f"{name.replace('-', '_')}.py"
+        path = beside("configs") / f"{re.sub('[-.]', '_', name)}.py"
         if not path.is_file():
             raise NeoError(f"no config is called '{name}'.{suggest(name, _names())}")
     if not path.is_file():
@@ -98,12 +98,14 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, NeoError) else f"{type(error).__name__}: {text}"
 
 
-def _folder() -> Path:
-    """`configs/`: installed inside the package; beside it in a checkout."""
+def beside(name: str) -> Path:
+    """Returns the folder `configs/` or `convert/`: in the package; beside it in a checkout."""
     package = Path(neo_jax.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def _names() -> list[str]:
-    return sorted(p.stem.replace("_", "-") for p in _folder().glob("[!_]*.py"))
+    """Returns the names of `configs/` as people write them: gpt_neo_1_3b is gpt-neo-1.3b."""
+    stems = sorted(path.stem for path in beside("configs").glob("[!_]*.py"))
+    return [re.sub(r"(?<=\d)_(?=\d)", ".", stem).replace("_", "-") for stem in stems]

@@ -15,7 +15,7 @@ from neo_jax.data.sources import Pair, Source, find_sources
 from neo_jax.data.staging import TRAINED, WORK, staging
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tfrecords import Record
-from neo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from neo_jax.data.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.data.tokenizing import is_held_out, token_dtype, tokenize
 from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, TRAIN, VERSION, Extent
@@ -34,6 +34,7 @@ def prepare(
     *,
     train_tokenizer: int = 0,
     tokenizer_kind: TokenizerKind = "sentencepiece",
+    new_tokens: Sequence[str] = (),
     text_field: str = "text",
     held_out: float = 0.0,
     progress: bool | None = None,
@@ -57,6 +58,8 @@ def prepare(
       train_tokenizer: instead of `tokenizer`, the size of one to train on the documents that are
         not held out.
       tokenizer_kind: of the tokenizer to train: SentencePiece, or byte-level BPE as GPT-2's.
+      new_tokens: special tokens to add to the tokenizer, which is then saved with them; not for
+        SentencePiece.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
       held_out: the share of documents to hold out, at least 0 and less than 1.
       progress: show a progress bar on stderr; None shows it where stderr is a terminal.
@@ -68,9 +71,9 @@ def prepare(
       "tokens_per_byte", and "lengths", of which `statistics.length_statistics` tells.
 
     Raises:
-      NeoError: no tokenizer or two, a tokenizer without an end of text, an input that cannot be
-        read or holds no text, pairs together with plain text, a split without documents, or an
-        output that is something else.
+      NeoError: no tokenizer or two, one that takes no new tokens, a tokenizer without an end of
+        text, an input that cannot be read or holds no text, pairs together with plain text, a split
+        without documents, or an output that is something else.
     """
     _check_options(tokenizer, train_tokenizer, held_out)
     with staging(absolute(make_path(output))) as folder:
@@ -89,9 +92,17 @@ def prepare(
             tokenizer = load_tokenizer(copy)
         else:
             tokenizer.save(_emptied(copy))
+        if new_tokens:
+            tokenizer = load_tokenizer(copy)  # the one that was given stays as it is
+            if not isinstance(tokenizer, BytePairTokenizer):
+                raise NeoError(
+                    "a SentencePiece tokenizer takes no new tokens; leave them out, or use a "
+                    "tokenizer.json."
+                )
+            tokenizer.add_tokens(new_tokens)
         if tokenizer.eos_id is None:
             raise NeoError("the tokenizer has no end-of-text token; name one as its eos_token.")
-        settings += [tokenizer.vocab_size, tokenizer.eos_id, _digest(copy)]
+        settings += [tokenizer.vocab_size, tokenizer.eos_id, _digest(copy), *new_tokens]
         pairs = _are_pairs(sources)
         extents = tokenize(
             sources, folder, tokenizer, tokenizer.eos_id, held_out, pairs, settings, progress

@@ -102,6 +102,19 @@ class BytePairTokenizer:
         """Returns the text of ids."""
         return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
 
+    def add_tokens(self, tokens: Sequence[str]) -> None:
+        """Adds special tokens at the end of the vocabulary.
+
+        Raises:
+          NeoError: a token is empty, or there already.
+        """
+        for token in tokens:
+            if not token or self._tokenizer.token_to_id(token) is not None:
+                raise NeoError(f"'{token}' cannot be a new token: it is empty or there already.")
+            self._tokenizer.add_special_tokens([token])
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._file = None  # what is saved is no copy any more
+
     def save(self, folder: Path) -> None:
         """Copies the files, and adds those without which transformers cannot load the folder."""
         for name in _BYTE_PAIR_FILES:

@@ -38,7 +38,10 @@ class TrainConfig:
     batch_size: int  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    pretrained: str = ""  # a checkpoint to start from: a folder or a hub name; it gives the model
+    # A checkpoint to start from, which gives the model: a folder, a hub name or "bundled".
+    pretrained: str = ""
+    # Rows added to the vocabulary of `pretrained`, each the mean of those that are there.
+    new_tokens: int = 0
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
     across_documents: bool = True  # whether tokens see the documents before theirs in a sequence
@@ -78,7 +81,7 @@ class TrainConfig:
             )
         if not 0 <= self.dropout < 1:
             raise NeoError(f"dropout must be at least 0 and below 1, not {self.dropout}.")
-        for name in ("eval_every", "keep_every", "profile", "unroll"):
+        for name in ("eval_every", "keep_every", "new_tokens", "profile", "unroll"):
             if getattr(self, name) < 0:
                 raise NeoError(f"{name} must be 0 or more, not {getattr(self, name)}.")
         if not self.pretrained:  # else the model is known when the checkpoint is

@@ -126,9 +126,13 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
 def _open(config: TrainConfig, split: str) -> Mixture:
     dataset = Mixture.open(config.data, split, config.sequence_length, config.across_documents)
     if dataset.parts and dataset.vocab_size > config.model.vocab_size:
+        missing = dataset.vocab_size - config.model.vocab_size
+        mend = "model.vocab_size"
+        if config.pretrained:
+            mend = f"new_tokens to {config.new_tokens + missing}"
         raise NeoError(
             f"{config.data} has a vocabulary of {dataset.vocab_size}, the model one of "
-            f"{config.model.vocab_size}; set model.vocab_size, or prepare with its tokenizer."
+            f"{config.model.vocab_size}; set {mend}, or prepare with its tokenizer."
         )
     return dataset
 

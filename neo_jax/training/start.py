@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from neo_jax import hub
-from neo_jax.axes import Params
+from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params, logical_axes
@@ -29,14 +29,22 @@ def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
 
     Raises:
       NeoError: it cannot be found or read, the config describes another model, its length does not
-        fit, or there are to be adapters of no model.
+        fit, or there are to be adapters or new tokens of no model, or both of one.
     """
+    if config.new_tokens and config.lora.rank:
+        raise NeoError(
+            "adapters do not train embeddings, so those of new_tokens would never be learned; set "
+            "lora.rank or new_tokens to 0."
+        )
     if not config.pretrained:
+        if config.new_tokens:
+            raise NeoError("new_tokens are for a model in pretrained; set model.vocab_size here.")
         if config.lora.rank:
             raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
         return config, None
     folder = hub.resolve(config.pretrained)
     model = read_config(folder)
+    model = dataclasses.replace(model, vocab_size=model.vocab_size + config.new_tokens)
     if config.model not in (ModelConfig(), model):
         raise NeoError(
             f"model is another than that of the checkpoint {config.pretrained}; leave it out of "
@@ -54,9 +62,23 @@ def first_state(
     if folder is None or config.lora.rank:
         return init_state(model, optimizer, config.seed, config.lora)
     start = functools.partial(state_of, optimizer=optimizer)
-    params = load_stacked(model, folder, jnp.float32)
+    stored = dataclasses.replace(
+        model.config, vocab_size=model.config.vocab_size - config.new_tokens
+    )
+    params = load_stacked(model.clone(config=stored), folder, jnp.float32)
+    if config.new_tokens:
+        grown = jax.jit(functools.partial(_grow, before=stored, after=model.config))
+        params = params | {"wte": {"embedding": grown(params["wte"]["embedding"])}}
     shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _grow(table: Array, before: ModelConfig, after: ModelConfig) -> Array:
+    """Adds rows to an embedding table, float32, each the mean of those of the vocabulary."""
+    mean = table.sum(axis=0, keepdims=True) / before.vocab_size  # the rows beyond it are zeros
+    table = jnp.pad(table, ((0, after.padded_vocab_size - before.padded_vocab_size), (0, 0)))
+    row = jnp.arange(after.padded_vocab_size)[:, None]
+    return jnp.where((before.vocab_size <= row) & (row < after.vocab_size), mean, table)
 
 
 def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:

@@ -1,6 +1,7 @@
 """configs/: every one loads, and its model fits the data it names."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,19 @@ FILES = sorted(FOLDER.glob("[!_]*.py"))
 
 def test_there_are_configs_and_all_have_names():
     assert "bundled" in _names()
-    assert _names() == [path.stem.replace("_", "-") for path in FILES]
+    assert [re.sub("[-.]", "_", name) for name in _names()] == [path.stem for path in FILES]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_loads_and_says_how_it_is_run(path):
+@pytest.mark.parametrize(("name", "path"), list(zip(_names(), FILES, strict=True)), ids=_names())
+def test_a_config_loads_and_says_how_it_is_run(name, path):
     config = load_config(str(path))
-    assert load_config(path.stem.replace("_", "-")) == config
+    assert load_config(name) == load_config(path.stem) == config
     assert 0 < config.sequence_length <= config.model.max_length
     assert config.optimizer.warmup_steps < config.steps
     assert 0 <= config.model.eos_token_id < config.model.vocab_size
-    assert path.stem in config.output
+    assert name in config.output
     source = path.read_text()
-    assert f"neo-jax train {path.stem.replace('_', '-')}" in source
+    assert f"neo-jax train {name}\n" in source
     assert config.data in source.split('"""')[1]  # the docstring says where it comes from
     for word in ("\ncost ", "\nexpected "):
         assert word in source

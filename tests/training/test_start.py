@@ -11,10 +11,12 @@ import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from transformers import GPTNeoForCausalLM
+from transformers import AutoTokenizer, GPTNeoForCausalLM
 
 import neo_jax
 from neo_jax.config import ModelConfig
+from neo_jax.data.prepare import prepare
+from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.errors import NeoError
 from neo_jax.lora import LoraConfig, init_adapters
 from neo_jax.model import Neo
@@ -22,7 +24,8 @@ from neo_jax.stacked import stack
 from neo_jax.training import loop
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.loop import train
-from neo_jax.training.start import find_pretrained, load_stacked
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.start import find_pretrained, first_state, load_stacked
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "c_fc"))
 
@@ -168,6 +171,57 @@ def test_a_frozen_model_has_the_dtype_of_products(tuning, checkpoints, mesh):
     assert kernel.addressable_shards[0].data.shape == ((1, 8, 64) if mesh else (1, 32, 128))
 
 
+@pytest.mark.parametrize("mesh", ["", "fsdp=4,model=2"])
+def test_new_tokens_begin_as_the_mean_of_all(tuning, checkpoints, mesh):
+    config = dataclasses.replace(tuning, lora=LoraConfig(), new_tokens=60, mesh=mesh)
+    config, folder = find_pretrained(config)
+    assert config.model.vocab_size == 387  # a further block of 128 rows
+    model = Neo(config.model, sharding=loop.make_sharding(mesh))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    params = jax.device_get(first_state(config, model, optimizer, folder).params)
+    base = neo_jax.load(checkpoints["pieces"])
+    before = np.asarray(base.params["wte"]["embedding"])[:327]
+    table = params["wte"].pop("embedding")
+    assert table.shape == (512, 32)
+    np.testing.assert_array_equal(table[:327], before)
+    mean = np.broadcast_to(before.mean(axis=0), (60, 32))
+    np.testing.assert_allclose(table[327:387], mean, rtol=0, atol=1e-7)
+    assert not table[387:].any()
+    start = jax.device_get(stack(base.params, base.config))
+    del start["wte"]["embedding"]
+    assert_identical(params, start)
+
+
+def test_new_tokens_from_text_to_a_model(tuning, checkpoints, tokenizer_folders, tmp_path):
+    lines = [{"text": f"<|user|>The fox and the dog {i}.<|bot|>It is so."} for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new = ["<|user|>", "<|bot|>", *(f"<|{i}|>" for i in range(8))]  # seven ids were free
+    with pytest.raises(NeoError, match="a SentencePiece tokenizer takes no new tokens; leave"):
+        prepare(
+            [tmp_path / "in.jsonl"], tmp_path / "no", tokenizer_folders["pieces"], new_tokens=new
+        )
+    source = checkpoints["bytes"]
+    for wrong in ("", "<|endoftext|>"):
+        with pytest.raises(NeoError, match="cannot be a new token: it is empty or there"):
+            load_tokenizer(source).add_tokens([wrong])
+    fields = prepare([tmp_path / "in.jsonl"], tmp_path / "data", source, new_tokens=new)
+    assert fields["vocab_size"] == 330
+    config = dataclasses.replace(
+        tuning, data=str(tmp_path / "data"), pretrained=str(source), lora=LoraConfig(), steps=2
+    )
+    with pytest.raises(NeoError, match=r"the model one of 327; set new_tokens to 3, or prepare"):
+        train(config)
+    train(dataclasses.replace(config, new_tokens=3, mesh="fsdp=8"))
+    folder = Path(config.output) / "model"
+    theirs = GPTNeoForCausalLM.from_pretrained(folder)
+    assert theirs.get_input_embeddings().weight.shape == (330, 32)
+    lm = neo_jax.load(folder)
+    assert lm.config.vocab_size == 330
+    ids = lm.encode("<|user|>The fox<|bot|>")
+    assert (ids[0], ids[-1]) == (320, 321)
+    assert AutoTokenizer.from_pretrained(folder)("<|user|>The fox<|bot|>")["input_ids"] == ids
+
+
 def test_the_length_is_the_context_of_the_checkpoint(tuning):
     assert find_pretrained(dataclasses.replace(tuning, length=0))[0].sequence_length == 64
 
@@ -176,6 +230,8 @@ def test_the_length_is_the_context_of_the_checkpoint(tuning):
     ("fields", "message"),
     [
         ({"pretrained": ""}, "lora.rank needs a model to adapt; name one in pretrained"),
+        ({"new_tokens": 2}, "adapters do not train embeddings, so those of new_tokens would never"),
+        ({"new_tokens": 2, "lora": LoraConfig(), "pretrained": ""}, "new_tokens are for a model"),
         ({"length": 65}, "length 65 exceeds the model's context of 64"),
         ({"model": ModelConfig(num_layers=2)}, "model is another than that of the checkpoint"),
         ({"pretrained": "nowhere"}, "there is no folder and no published model 'nowhere'"),

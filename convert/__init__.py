@@ -1,0 +1,1 @@
+"""From the formats of other programs to those of this one."""
