@@ -24,6 +24,7 @@ from neo_jax.paths import make_path
 from neo_jax.pretrained import save_pretrained
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
+from neo_jax.training.check import check_run
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.interrupt import Interrupt
@@ -50,7 +51,8 @@ def train(config: TrainConfig) -> TrainState:
       The final state, or that of the step at which the run was asked to stop: then without model/.
 
     Raises:
-      NeoError: the data set does not fit the model, or the folder cannot be written.
+      NeoError: see `check_run`; the data set does not fit the model, or the folder cannot be
+        written.
     """
     config, folder = find_pretrained(config)
     dataset = _open(config, "train")
@@ -66,6 +68,7 @@ def train(config: TrainConfig) -> TrainState:
     evaluate = _make_evaluation(config, model, place)
     abstract = abstract_state(model, optimizer, config.lora)
     sample = Sampler(config, model, tokenizer)
+    check_run(config, model, train_step, abstract, dataset.has_starts)
     output = make_path(config.output)
     with (
         Interrupt() as interrupt,

@@ -83,7 +83,8 @@ def test_errors_of_opening(folder, tmp_path_factory):
         return str(error.value)
 
     nowhere = tmp_path_factory.mktemp("empty") / "nowhere"
-    assert f"neo-jax prepare FILE... --output {nowhere}" in refused(nowhere)
+    for source in (nowhere, nowhere.parent):  # a folder without anything in it
+        assert f"neo-jax prepare FILE... --output {source}" in refused(source)
     assert "no split 'heldout'. Did you mean 'held_out'?" in refused(split="heldout")
     assert "Known are: held_out, train." in refused(split="x")
     assert "has 7 tokens, too few for a sequence of 7; choose a length below 7" in refused(

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from transformers import GPTNeoForCausalLM
@@ -21,7 +23,7 @@ from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
-from neo_jax.training import loop
+from neo_jax.training import check, loop
 from neo_jax.training.loop import train
 from neo_jax.training.loss import Batch
 from neo_jax.training.optimizer import make_optimizer
@@ -330,6 +332,14 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
         ({"data": "a=1,b=2"}, "a holds no data set; make one"),
         ({"length": 33}, "length 33 exceeds the model's context of 32; shorten it, or raise"),
         ({"batch_size": 6, "mesh": "fsdp=4,data=2"}, "batch: axis 'batch' of size 6 does not"),
+        (
+            {"accumulation": 2, "mesh": "data=2,fsdp=4"},
+            "a batch of 8 in accumulation 2 parts does not divide over 8 devices; make batch",
+        ),
+        (
+            {"mesh": "fsdp=8", "rules": "batch:fsdp,length:fsdp"},
+            "mesh axis 'fsdp' of 8 devices would split both 'batch' of size 8 and 'length' of size",
+        ),
         ({"mesh": "fsdp=5"}, "mesh 'fsdp=5' asks for 5 devices, but 8 are here"),
         ({"mesh": "model=8"}, "axis 'heads' of size 2 does not divide over 8 devices of model"),
         ({"mesh": "fsdp=8", "rules": "embed:model"}, "names no axis of the mesh"),
@@ -345,7 +355,24 @@ def test_runs_that_cannot_be(config, fields, message):
         train(dataclasses.replace(config, **fields))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert not (Path(config.output) / "model").exists()
+    assert not Path(config.output).exists()
+
+
+def test_a_state_larger_than_its_device(config, monkeypatch):
+    """Four arrays of 4 bytes a parameter: weights, gradients and AdamW's two."""
+    params = jax.eval_shape(lambda: init_state(Neo(config.model), optax.identity(), 0)).params
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    monkeypatch.setattr(check, "device_memory", lambda: 16 * size)
+    with pytest.raises(NeoError, match=r"GB of each device, which has .* GB; split them over more"):
+        train(config)
+    assert not Path(config.output).exists()
+    monkeypatch.setattr(check, "device_memory", lambda: 16 * size + 64)  # and counters
+    assert int(train(dataclasses.replace(config, steps=1)).step) == 1
+
+
+def test_the_memory_of_a_device_is_its_share_of_the_machine():
+    share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 8
+    assert check.device_memory() == share
 
 
 def test_a_vocabulary_that_does_not_fit(config):

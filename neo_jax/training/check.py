@@ -1,0 +1,97 @@
+"""What is known of a run before it begins: whether its step can be, and whether it fits."""
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from neo_jax.axes import BATCH, Params
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo, init_params
+from neo_jax.stacked import stack
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.loss import Batch
+from neo_jax.training.state import Step, TrainState
+
+
+def check_run(
+    config: TrainConfig, model: Neo, step: Step, state: TrainState, has_starts: bool
+) -> None:
+    """Checks what would else be an error of the first step, the output folder made by then.
+
+    Args:
+      config: of the run.
+      model: its model, with the strategy.
+      step: what `make_step` returned.
+      state: the shape, dtype and place of every leaf, as `abstract_state` says.
+      has_starts: whether batches tell where documents begin.
+
+    Raises:
+      NeoError: parts of a batch do not divide over the mesh, the strategy contradicts itself at
+        some activation, or the state is larger than the memory of its devices.
+    """
+    _check_parts(config, model)
+    length = config.sequence_length
+
+    def rows(length: int, dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((config.batch_size, length), dtype)
+
+    starts = rows(length, jnp.int32) if has_starts else None
+    batch = Batch(rows(length + 1, jnp.int32), rows(length, jnp.float32), starts)
+    jax.eval_shape(step, state, batch, _frozen(config, model))
+    _check_memory(state)
+
+
+def _check_parts(config: TrainConfig, model: Neo) -> None:
+    shards = model.sharding.num_shards(BATCH) if model.sharding else 1
+    if config.batch_size % (config.accumulation * shards):
+        raise NeoError(
+            f"a batch of {config.batch_size} in accumulation {config.accumulation} parts does not "
+            f"divide over {shards} devices; make batch_size a multiple of "
+            f"{config.accumulation * shards}, or accumulation smaller."
+        )
+
+
+def _frozen(config: TrainConfig, model: Neo) -> Params | None:
+    """Returns the shapes of the frozen parameters, where adapters are trained."""
+    if not config.lora.rank:
+        return None
+    shapes = jax.eval_shape(
+        lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
+    )
+    dtype = jnp.dtype(config.dtype)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def _check_memory(state: TrainState) -> None:
+    """Compares what every step holds at once, whatever its activations, with what a device has."""
+    needed = sum(map(_bytes_of_a_device, jax.tree.leaves((state, state.params))))  # and gradients
+    memory = device_memory()
+    if needed > memory:
+        raise NeoError(
+            f"weights, gradients and optimizer take {needed / 1e9:.3g} GB of each device, which "
+            f"has {memory / 1e9:.3g} GB; split them over more devices along fsdp (--mesh fsdp=-1), "
+            "or choose --optimizer.name adafactor, or adapters (--lora.rank 8)."
+        )
+
+
+def _bytes_of_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def device_memory() -> float:
+    """Returns the bytes that a device of this process has; infinity where that is not known.
+
+    Devices of a CPU have equal shares of the machine's memory.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices]
+        return min(limits)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+    except (ValueError, OSError, AttributeError):  # a system that does not say
+        return math.inf
