@@ -47,8 +47,7 @@ def prepare(
 
     What was interrupted, even by SIGKILL, goes on where it was when the same is asked for again:
     same output, tokenizer and options, and inputs that have not changed as far as they were read.
-    The ids of TFRecords are taken as they are, and need the tokenizer that made them. Pairs of
-    prompt and completion make a data set of their own kind.
+    The ids of TFRecords are taken as they are, and need the tokenizer that made them.
 
     Args:
       inputs: files, folders, globs and hf:// names, as `sources.find_sources` takes them.
@@ -58,8 +57,7 @@ def prepare(
       train_tokenizer: instead of `tokenizer`, the size of one to train on the documents that are
         not held out.
       tokenizer_kind: of the tokenizer to train: SentencePiece, or byte-level BPE as GPT-2's.
-      new_tokens: special tokens to add to the tokenizer, which is then saved with them; not for
-        SentencePiece.
+      new_tokens: special tokens to add to the tokenizer; not for SentencePiece.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
       held_out: the share of documents to hold out, at least 0 and less than 1.
       progress: show a progress bar on stderr; None shows it where stderr is a terminal.
@@ -85,31 +83,19 @@ def prepare(
         if tokenizer is None:
             mark = digests([*settings, train_tokenizer, tokenizer_kind], sources)[-1]
             if not _is_marked(folder / WORK / TRAINED, mark):
-                with progress_bar("reading", progress) as advance:
-                    texts = _not_held_out(sources, held_out, advance)
-                    _TRAINERS[tokenizer_kind](texts, train_tokenizer, _emptied(copy))
+                _train(tokenizer_kind, train_tokenizer, sources, held_out, copy, progress)
                 (folder / WORK / TRAINED).write_text(mark)
             tokenizer = load_tokenizer(copy)
         else:
             tokenizer.save(_emptied(copy))
         if new_tokens:
-            tokenizer = load_tokenizer(copy)  # the one that was given stays as it is
-            if not isinstance(tokenizer, BytePairTokenizer):
-                raise NeoError(
-                    "a SentencePiece tokenizer takes no new tokens; leave them out, or use a "
-                    "tokenizer.json."
-                )
-            tokenizer.add_tokens(new_tokens)
+            tokenizer = _with_new_tokens(copy, new_tokens)
         if tokenizer.eos_id is None:
             raise NeoError("the tokenizer has no end-of-text token; name one as its eos_token.")
         settings += [tokenizer.vocab_size, tokenizer.eos_id, _digest(copy), *new_tokens]
-        pairs = _are_pairs(sources)
-        extents = tokenize(
-            sources, folder, tokenizer, tokenizer.eos_id, held_out, pairs, settings, progress
-        )
-        if any(not extent.documents for extent in extents.values()):
-            shutil.rmtree(folder / WORK)  # nothing to go on from: other options are needed
-            raise NeoError(_empty_split(extents, held_out))
+        pairs, end = _are_pairs(sources), tokenizer.eos_id
+        extents = tokenize(sources, folder, tokenizer, end, held_out, pairs, settings, progress)
+        _check_splits(folder, extents, held_out)
         return _finish(folder, tokenizer, extents, pairs)
 
 
@@ -127,6 +113,29 @@ def _are_pairs(sources: Sequence[Source]) -> bool:
     documents = (document for source in sources for document in source.documents())
     with contextlib.closing(documents):
         return isinstance(next(documents, None), Pair)
+
+
+def _train(
+    kind: TokenizerKind,
+    size: int,
+    sources: Sequence[Source],
+    held_out: float,
+    folder: Path,
+    progress: bool | None,
+) -> None:
+    with progress_bar("reading", progress) as advance:
+        _TRAINERS[kind](_not_held_out(sources, held_out, advance), size, _emptied(folder))
+
+
+def _with_new_tokens(folder: Path, new_tokens: Sequence[str]) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)  # the one that was given stays as it is
+    if not isinstance(tokenizer, BytePairTokenizer):
+        raise NeoError(
+            "a SentencePiece tokenizer takes no new tokens; leave them out, or use a "
+            "tokenizer.json."
+        )
+    tokenizer.add_tokens(new_tokens)
+    return tokenizer
 
 
 def _not_held_out(sources: Sequence[Source], held_out: float, advance: Advance) -> Iterator[str]:
@@ -169,12 +178,15 @@ def _statistics(extent: Extent, folder: Path) -> dict[str, Any]:
     }
 
 
-def _empty_split(extents: dict[str, Extent], held_out: float) -> str:
+def _check_splits(folder: Path, extents: dict[str, Extent], held_out: float) -> None:
+    if all(extent.documents for extent in extents.values()):
+        return
+    shutil.rmtree(folder / WORK)  # nothing to go on from: other options are needed
     total = sum(extent.documents for extent in extents.values())
     if not total:
-        return "the input holds no text; are the files empty?"
+        raise NeoError("the input holds no text; are the files empty?")
     name, mend = (TRAIN, "a smaller") if not extents[TRAIN].documents else (HELD_OUT, "a larger")
-    return (
+    raise NeoError(
         f"with held_out {held_out} none of the {total} documents is left for the split '{name}'; "
         f"choose {mend} share, or give more documents."
     )

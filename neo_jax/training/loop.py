@@ -86,10 +86,8 @@ def train(config: TrainConfig) -> TrainState:
             start_step=start,
             rows=place.rows,
         )
-        with (
-            Report(config, start, dataset.bytes_per_token) as report,
-            Trace(config, start) as trace,
-        ):
+        numbers = Report(config, start, dataset.bytes_per_token)
+        with numbers as report, Trace(config, start) as trace:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)), frozen)
                 report.step(step, metrics)
