@@ -124,7 +124,6 @@ def _small_blocks(monkeypatch):
     monkeypatch.setitem(
         attention.KERNELS, "blocked", functools.partial(attention.blocked, block_size=10)
     )
-    monkeypatch.setattr(attention, "BLOCK_SIZE", 10)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
