@@ -12,6 +12,7 @@ from neo_jax.cli import VERBS
 
 # What `neo-jax VERB --help` must name.
 OPTIONS = {
+    "convert": ["the .json config", "the .py file"],
     "generate": [
         "--model", "--prompts-file", "--output", "--json", "--max-new-tokens", "--num-samples",
         "--temperature", "--top-k", "--top-p", "--seed", "--mesh", "--rules", "--dtype",
