@@ -138,10 +138,10 @@ def _optimizer(fields: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     }
     if chosen["schedule"] not in ("cosine", "linear", "constant"):
         raise NeoError(f"lr_decay '{chosen['schedule']}' is unknown; choose cosine or linear.")
-    names = {"beta1": "beta1", "beta2": "beta2", "epsilon": "epsilon"}
+    of_adam = {key: fields[key] for key in ("beta1", "beta2", "epsilon") if key in fields}
     if adam:
-        return chosen | {ours: fields[key] for key, ours in names.items() if key in fields}
-    notes.extend(f"{key} is left out: it is Adam's here" for key in names if key in fields)
+        return chosen | of_adam
+    notes.extend(f"{key} is left out: it is Adam's here" for key in of_adam)
     notes.append("weight_decay was the decay_rate of that Adafactor; here it is a weight decay")
     return chosen
 
