@@ -18,19 +18,13 @@ from jax.typing import DTypeLike
 
 from neo_jax import axes
 from neo_jax import cache as caching
+from neo_jax.activations import ACTIVATIONS
 from neo_jax.attention import Kernel, Mask, attend
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.cache import Cache, LayerCache
 from neo_jax.config import ModelConfig
 from neo_jax.layers import Einsum, Embed, LayerNorm, zeros_beyond
 from neo_jax.sharding import Sharding, constrain
-
-ACTIVATIONS = {
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-}
-
 
 # How activations lie: None stays whole, ... is for the compiler to place.
 RESIDUAL_STREAM = (axes.BATCH, axes.LENGTH, None)

@@ -18,7 +18,7 @@ LAYERS = [
     ["names", "weights", "hub", "data"],
     ["pretrained"],
     ["sharding"],
-    ["layers"],
+    ["layers", "activations"],
     ["attention"],
     ["cache"],
     ["model"],
@@ -32,7 +32,7 @@ LAYERS = [
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "pretrained"}
-MATHEMATICS = {"sharding", "layers", "attention", "cache", "model", "decode"}
+MATHEMATICS = {"sharding", "layers", "activations", "attention", "cache", "model", "decode"}
 
 
 def name(path):
