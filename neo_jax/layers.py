@@ -20,7 +20,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from neo_jax.axes import EMBED, Array, Float, Int
-from neo_jax.sharding import Sharding, gather
+from neo_jax.sharding import Sharding, Shares, gather
 
 PRODUCT = "product"
 """What `jax.checkpoint` policies call the results of `einsum`."""
@@ -54,14 +54,25 @@ Weight = Array | LowRank
 
 
 def low_rank_axes(
-    axes: Sequence[str], num_inputs: int
+    axes: Sequence[str | None], num_inputs: int
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """Returns the logical axes of the a and the b of a `LowRank`, by those of its weight."""
     return (*axes[:num_inputs], None), (None, *axes[num_inputs:])
 
 
-def einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
+def einsum(
+    equation: str,
+    x: Array,
+    weight: Weight,
+    dtype: DTypeLike,
+    sharding: Sharding | None = None,
+    axes: Sequence[str | None] = (),
+) -> Array:
     """Multiplies activations by a parameter.
+
+    Where the strategy splits the parameter over devices that also split the batch, each gathers it
+    as it is needed, in `dtype`, once in the forward and once in the backward pass, and has its part
+    of the gradient's sum, in float32.
 
     Args:
       equation: "x,weight->output" in the letters of `neo_jax.axes`. The letters that are summed
@@ -71,15 +82,24 @@ def einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
       weight: a parameter of any float dtype; a `LowRank` only where inputs come first.
       dtype: what both operands are cast to. float32 means float32: products at full precision
         on every device, where TPUs would otherwise round operands to bfloat16.
+      sharding: the strategy.
+      axes: the logical axes of the weight, which the strategy speaks of.
 
     Returns:
       The product in float32, its sums accumulated in float32. Gradients are formed likewise,
       from operands in `dtype`; the weight's gradient stays float32.
     """
-    return checkpoint_name(_einsum(equation, x, weight, dtype), PRODUCT)
+    return checkpoint_name(_einsum(equation, x, weight, dtype, sharding, axes), PRODUCT)
 
 
-def _einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
+def _einsum(
+    equation: str,
+    x: Array,
+    weight: Weight,
+    dtype: DTypeLike,
+    sharding: Sharding | None,
+    axes: Sequence[str | None],
+) -> Array:
     operands, _, output = equation.partition("->")
     x_axes, _, weight_axes = operands.partition(",")
     summed = "".join(axis for axis in x_axes if axis in weight_axes)
@@ -88,54 +108,94 @@ def _einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     if not (summed and x_axes == rows + summed and output == rows + kept):
         raise ValueError(f"'{equation}' is not a product of activations and a parameter")
     if isinstance(weight, LowRank):
-        y = _einsum(equation, x, weight.weight, dtype)
-        low = _einsum(f"{x_axes},{summed}r->{rows}r", x, weight.a, dtype)
-        return y + weight.scale * _einsum(f"{rows}r,r{kept}->{output}", low, weight.b, dtype)
-    # As one matrix: XLA's CPU backend is several times slower on the same product with more axes.
-    num_summed = math.prod(x.shape[len(rows) :])
-    transposed = weight_axes == kept + summed
-    matrix = weight.reshape((-1, num_summed) if transposed else (num_summed, -1))
-    y = _matmul(transposed, x.reshape((*x.shape[: len(rows)], num_summed)), matrix, dtype)
-    sizes = dict(zip(weight_axes, weight.shape, strict=True))
-    return y.reshape((*x.shape[: len(rows)], *(sizes[axis] for axis in kept)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _matmul(transposed: bool, x: Array, matrix: Array, dtype: DTypeLike) -> Array:
-    return _product("...i,oi->...o" if transposed else "...i,io->...o", x, matrix, dtype)
-
-
-def _product(equation: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
-    highest = jnp.dtype(dtype) == jnp.float32
-    return jnp.einsum(
-        equation,
-        x.astype(dtype),
-        y.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST if highest else None,
-        preferred_element_type=jnp.float32,
+        a_axes, b_axes = low_rank_axes(axes, len(summed)) if axes else ((), ())
+        y = _einsum(equation, x, weight.weight, dtype, sharding, axes)
+        low = _einsum(f"{x_axes},{summed}r->{rows}r", x, weight.a, dtype, sharding, a_axes)
+        high = _einsum(f"{rows}r,r{kept}->{output}", low, weight.b, dtype, sharding, b_axes)
+        return y + weight.scale * high
+    product = _Product(
+        len(summed), weight_axes == kept + summed, jnp.dtype(dtype), Shares.of(sharding, axes)
     )
+    return _multiply(product, x, weight)
 
 
-def _matmul_forward(
-    transposed: bool, x: Array, matrix: Array, dtype: DTypeLike
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A product of activations, [B, T, inputs...], and a parameter."""
+
+    num_inputs: int  # axes of the parameter that are summed over
+    outputs_first: bool  # and they come last
+    dtype: np.dtype
+    shares: Shares
+
+    def forward(self, x: Array, weight: Array) -> Array:
+        weight = self.shares.gather(weight.astype(self.dtype))
+        outputs = (
+            weight.shape[: -self.num_inputs]
+            if self.outputs_first
+            else (weight.shape[self.num_inputs :])
+        )
+        equation = "bti,oi->bto" if self.outputs_first else "bti,io->bto"
+        y = self._einsum(equation, _rows(x), self._matrix(weight))
+        return y.reshape((*x.shape[:2], *outputs))
+
+    def backward(self, x: Array, weight: Array, grad: Array) -> tuple[Array, Array]:
+        grad = _rows(grad)
+        whole = self.shares.gather(weight.astype(self.dtype))
+        equation = "bto,oi->bti" if self.outputs_first else "bto,io->bti"
+        grad_x = self._einsum(equation, grad, self._matrix(whole)).reshape(x.shape)
+        if self.outputs_first:
+            grad_matrix = self._einsum("bto,bti->oi", grad, _rows(x))
+        else:
+            grad_matrix = self._einsum("bti,bto->io", _rows(x), grad)
+        return grad_x, self.shares.scatter(grad_matrix.reshape(whole.shape))
+
+    def _matrix(self, weight: Array) -> Array:
+        # One matrix: XLA's CPU backend is several times slower on a product with more axes.
+        outputs = weight.ndim - self.num_inputs
+        num_rows = math.prod(weight.shape[: outputs if self.outputs_first else self.num_inputs])
+        return weight.reshape((num_rows, -1))
+
+    def _einsum(self, equation: str, x: Array, y: Array) -> Array:
+        return jnp.einsum(
+            equation,
+            x.astype(self.dtype),
+            y.astype(self.dtype),
+            precision=jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape((*x.shape[:2], -1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(product: _Product, x: Array, weight: Array) -> Array:
+    shares = product.shares
+    return shares.map(product.forward, (shares.rows, shares.stored), shares.rows)(x, weight)
+
+
+def _multiply_forward(
+    product: _Product, x: Array, weight: Array
 ) -> tuple[Array, tuple[Array, Array, Array | np.ndarray]]:
     # Keeping the operand as it was multiplied halves the memory of a bfloat16 step.
-    saved = (x.astype(dtype), matrix, jnp.zeros((), x.dtype))
-    return _matmul(transposed, x, matrix, dtype), saved
+    saved = (x.astype(product.dtype), weight, jnp.zeros((), x.dtype))
+    return _multiply(product, x, weight), saved
 
 
-def _matmul_backward(
-    transposed: bool, dtype: DTypeLike, saved: tuple[Array, Array, Array | np.ndarray], grad: Array
+def _multiply_backward(
+    product: _Product, saved: tuple[Array, Array, Array | np.ndarray], grad: Array | np.ndarray
 ) -> tuple[Array, Array]:
-    x, matrix, like_x = saved
-    grad_x = _product("...o,oi->...i" if transposed else "...o,io->...i", grad, matrix, dtype)
-    over_rows = "bto,bti->oi" if transposed else "bti,bto->io"
-    pair = (grad, x) if transposed else (x, grad)
-    grad_matrix = _product(over_rows, *pair, dtype)
-    return grad_x.astype(like_x.dtype), grad_matrix.astype(matrix.dtype)
+    x, weight, like_x = saved
+    shares = product.shares
+    rows, stored = shares.rows, shares.stored
+    backward = shares.map(product.backward, (rows, stored, rows), (rows, stored))
+    grad_x, grad_weight = backward(x, weight, jnp.asarray(grad))
+    return grad_x.astype(like_x.dtype), grad_weight.astype(weight.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class Einsum(nn.Module):
@@ -151,11 +211,11 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, equation: str, x: Array) -> Array:
         """Returns einsum(equation, x, kernel) + bias, in float32."""
-        kernel = _param(self, "kernel", self.kernel_init, self.axes, self.shape)
-        y = einsum(equation, x, kernel, self.dtype)
+        kernel = _declared(self, "kernel", self.kernel_init, self.axes, self.shape)
+        y = einsum(equation, x, kernel, self.dtype, self.sharding, self.axes)
         if self.bias_axes:
             shape = [self.shape[self.axes.index(axis)] for axis in self.bias_axes]
-            bias = _param(self, "bias", nn.initializers.zeros, self.bias_axes, shape)
+            bias = _vector(self, "bias", nn.initializers.zeros, self.bias_axes, shape)
             y += _for_each_row(bias, x.shape[:2])
         return y
 
@@ -173,15 +233,20 @@ class Embed(nn.Module):
     def setup(self) -> None:
         """Declares the table, [rows, D]."""
         shape = (self.num_rows, self.embed_dim)
-        self.embedding = _param(self, "embedding", self.embedding_init, (self.axis, EMBED), shape)
+        self.embedding = _declared(
+            self, "embedding", self.embedding_init, (self.axis, EMBED), shape
+        )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up rows, in float32. Ids outside the table take its first or last row."""
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(jnp.float32)
+        shares = Shares.of(self.sharding, (self.axis, EMBED))
+        look_up = shares.map(shares.look_up, (shares.stored, shares.rows), shares.rows)
+        return look_up(self.embedding, ids).astype(jnp.float32)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Multiplies by the table's transpose: output logits, in float32."""
-        return einsum("btd,vd->btv", x, self.embedding, self.dtype)
+        axes = (self.axis, EMBED)
+        return einsum("btd,vd->btv", x, self.embedding, self.dtype, self.sharding, axes)
 
 
 def zeros_beyond(rows: int, init: Initializer) -> Initializer:
@@ -207,8 +272,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the normalised activations, in float32."""
         width = (x.shape[-1],)
-        scale = _param(self, "scale", nn.initializers.ones, (EMBED,), width)
-        bias = _param(self, "bias", nn.initializers.zeros, (EMBED,), width)
+        scale = _vector(self, "scale", nn.initializers.ones, (EMBED,), width)
+        bias = _vector(self, "bias", nn.initializers.zeros, (EMBED,), width)
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
@@ -237,22 +302,24 @@ def _repeated_backward(rows: tuple[int, ...], _: None, grad: Array) -> tuple[Arr
 _repeated.defvjp(lambda rows, vector: (_repeated(rows, vector), None), _repeated_backward)
 
 
-def _param(
+def _declared(
     module: Einsum | Embed | LayerNorm,
     name: str,
     init: Initializer,
     axes: Sequence[str],
     shape: Sequence[int],
 ) -> Any:
-    """Declares a parameter with its logical axes; returns it as products take it."""
-    weight = module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
-    gathered = functools.partial(gather, module.sharding, name="/".join((*module.path, name)))
-    if isinstance(weight, LowRank):
-        a_axes, b_axes = low_rank_axes(axes, weight.a.ndim - 1)
-        return LowRank(
-            gathered(weight.weight, axes),
-            gathered(weight.a, a_axes),
-            gathered(weight.b, b_axes),
-            weight.scale,
-        )
-    return gathered(weight, axes)
+    """Declares a parameter with its logical axes; returns it as it is stored."""
+    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
+
+
+def _vector(
+    module: Einsum | LayerNorm,
+    name: str,
+    init: Initializer,
+    axes: Sequence[str],
+    shape: Sequence[int],
+) -> Array:
+    """Declares a parameter that is too small to be spared; returns it whole."""
+    vector = _declared(module, name, init, axes, shape)
+    return gather(module.sharding, vector, axes, "/".join((*module.path, name)))

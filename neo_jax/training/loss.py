@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from neo_jax.axes import BATCH, Array, Float, Int, Params
+from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
 from neo_jax.model import Neo
+from neo_jax.sharding import Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
 BLOCK_TOKENS = 1024  # of a device, whose logits exist at a time
@@ -59,11 +61,12 @@ def batch_losses(
     if embedded is None:
         embedded = embed_inputs(model, params, batch, key)
     hidden = encode(model, params, embedded, batch.starts, remat=remat, unroll=unroll, key=key)
-    shards = model.sharding.num_shards(BATCH) if model.sharding else 1
-    block = max(1, BLOCK_TOKENS * shards // hidden.shape[0])
-    head = _Head(model, block, z_loss)
     objective, cross_entropy = _sums(
-        head, params["wte"], hidden, batch.tokens[:, 1:], batch.weights
+        _Head(model, z_loss),
+        params["wte"]["embedding"],
+        hidden,
+        batch.tokens[:, 1:],
+        batch.weights,
     )
     return Losses(cross_entropy, objective, jnp.sum(batch.weights))
 
@@ -76,68 +79,95 @@ def embed_inputs(
 
 
 class _Head(NamedTuple):
-    """From the last hidden states to losses."""
+    """From the last hidden states to losses, for a share of the batch."""
 
     model: Neo
-    block: int  # positions whose logits exist at a time
     z_loss: float
 
-    def losses(self, wte: Params, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    @property
+    def shares(self) -> Shares:
+        """How the batch and the table of the output head lie."""
+        return Shares.of(self.model.sharding, (VOCAB, EMBED))
+
+    def gathered(self, table: Array) -> Array:
+        """Returns the whole table in float32, gathered in the dtype that products round it to."""
+        return self.shares.gather(table.astype(self.model.dtype)).astype(jnp.float32)
+
+    def losses(self, table: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         """Returns the objective and the cross entropy of some positions, summed."""
-        logits = self.model.apply({"params": {"wte": wte}}, x, method=Neo.unembed)
+        model = self.model.clone(sharding=within_share(self.model.sharding))
+        params = {"wte": {"embedding": table}}
+        logits = model.apply({"params": params}, x, method=Neo.unembed)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         cross_entropy = jnp.sum(weights * (log_sum - chosen))
         return cross_entropy + self.z_loss * jnp.sum(weights * log_sum**2), cross_entropy
 
-    def blocks(self, *arrays: Array) -> tuple[Array, ...]:
-        """Cuts axis 1 of arrays into blocks, a new first axis; zeros fill the last."""
-        length = arrays[0].shape[1]
-        count = -(-length // self.block)
-        block = min(self.block, length)
 
-        def cut(x: Array) -> Array:
-            x = jnp.pad(x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape((x.shape[0], count, block, *x.shape[2:])), 1, 0)
+def _blocks(*arrays: Array) -> tuple[Array, ...]:
+    """Cuts axis 1 of arrays into blocks, a new first axis; zeros fill the last."""
+    rows, length = arrays[0].shape[:2]
+    block = min(max(1, BLOCK_TOKENS // rows), length)
+    count = -(-length // block)
 
-        return tuple(map(cut, arrays))
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape((x.shape[0], count, block, *x.shape[2:])), 1, 0)
+
+    return tuple(map(cut, arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
-    head: _Head, wte: Params, x: Array, targets: Array, weights: Array
+    head: _Head, table: Array, x: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array]:
     """Returns the objective and the cross entropy; gradients are those of the objective."""
+    shares = head.shares
 
-    def add(sums: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, head.losses(wte, *block)), None
+    def of_share(table: Array, *arrays: Array) -> tuple[Array, Array]:
+        table = head.gathered(table)
 
-    zeros = jnp.zeros(()), jnp.zeros(())
-    return jax.lax.scan(add, zeros, head.blocks(x, targets, weights))[0]
+        def add(sums: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, head.losses(table, *block)), None
+
+        zeros = jnp.zeros(()), jnp.zeros(())
+        return shares.sum(jax.lax.scan(add, zeros, _blocks(*arrays))[0])
+
+    rows = shares.rows
+    whole = PartitionSpec()
+    function = shares.map(of_share, (shares.stored, rows, rows, rows), (whole, whole))
+    return function(table, x, targets, weights)
 
 
 def _sums_forward(
-    head: _Head, wte: Params, x: Array, targets: Array, weights: Array
-) -> tuple[tuple[Array, Array], tuple[Params, Array]]:
+    head: _Head, table: Array, x: Array, targets: Array, weights: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    shares = head.shares
     grad = jax.value_and_grad(head.losses, argnums=(0, 1), has_aux=True)
 
-    def add(carry: Any, block: tuple[Array, ...]) -> tuple[Any, Array]:
-        (objective, cross_entropy), (grad_wte, grad_x) = grad(wte, *block)
-        return jax.tree.map(jnp.add, carry, (objective, cross_entropy, grad_wte)), grad_x
+    def of_share(table: Array, x: Array, *arrays: Array) -> tuple[Any, Any]:
+        table = head.gathered(table)
 
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, wte))
-    (objective, cross_entropy, grad_wte), grads_x = jax.lax.scan(
-        add, zeros, head.blocks(x, targets, weights)
-    )
-    grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))[:, : x.shape[1]]
-    return (objective, cross_entropy), (grad_wte, grad_x)
+        def add(carry: Any, block: tuple[Array, ...]) -> tuple[Any, Array]:
+            (objective, cross_entropy), (grad_table, grad_x) = grad(table, *block)
+            return jax.tree.map(jnp.add, carry, (objective, cross_entropy, grad_table)), grad_x
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(table))
+        (*sums, grad_table), grads_x = jax.lax.scan(add, zeros, _blocks(x, *arrays))
+        grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))
+        return shares.sum(tuple(sums)), (shares.scatter(grad_table), grad_x[:, : x.shape[1]])
+
+    rows, whole = shares.rows, PartitionSpec()
+    takes = (shares.stored, rows, rows, rows)
+    gives = ((whole, whole), (shares.stored, rows))
+    return shares.map(of_share, takes, gives)(table, x, targets, weights)
 
 
 def _sums_backward(
-    head: _Head, grads: tuple[Params, Array], cotangents: tuple[Array, Array]
-) -> tuple[Params, Array, None, None]:
-    scaled = jax.tree.map(lambda grad: grad * cotangents[0], grads)
-    return (*scaled, None, None)
+    head: _Head, grads: tuple[Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None, None]:
+    grad_table, grad_x = grads
+    return grad_table * cotangents[0], grad_x * cotangents[0], None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)

@@ -151,6 +151,8 @@ def main() -> None:
         draw.shuffle(stops)
         for i, number in enumerate(stops):
             moment = ("saving", "start", "later")[i % 3]
+            if number is signal.SIGTERM and moment == "start":
+                moment = "later"  # an interpreter that just starts has no handler yet
             longest = {"saving": 0.02, "start": first / 2, "later": 0.5}[moment]
             cut_off += stop(run, number, draw.uniform(0, longest), moment)
         last = run.start()
