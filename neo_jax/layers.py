@@ -20,7 +20,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from neo_jax.axes import EMBED, Array, Float, Int
-from neo_jax.sharding import Sharding, Shares, gather
+from neo_jax.sharding import Sharding
+from neo_jax.shares import Shares, gather, look_up
 
 PRODUCT = "product"
 """What `jax.checkpoint` policies call the results of `einsum`."""
@@ -113,9 +114,8 @@ def _einsum(
         low = _einsum(f"{x_axes},{summed}r->{rows}r", x, weight.a, dtype, sharding, a_axes)
         high = _einsum(f"{rows}r,r{kept}->{output}", low, weight.b, dtype, sharding, b_axes)
         return y + weight.scale * high
-    product = _Product(
-        len(summed), weight_axes == kept + summed, jnp.dtype(dtype), Shares.of(sharding, axes)
-    )
+    shares = Shares.of(sharding, axes or [None] * len(weight_axes))
+    product = _Product(len(summed), weight_axes == kept + summed, jnp.dtype(dtype), shares)
     return _multiply(product, x, weight)
 
 
@@ -130,25 +130,28 @@ class _Product:
 
     def forward(self, x: Array, weight: Array) -> Array:
         weight = self.shares.gather(weight.astype(self.dtype))
-        outputs = (
-            weight.shape[: -self.num_inputs]
-            if self.outputs_first
-            else (weight.shape[self.num_inputs :])
-        )
+        last, first = weight.shape[self.num_inputs :], weight.shape[: -self.num_inputs]
         equation = "bti,oi->bto" if self.outputs_first else "bti,io->bto"
         y = self._einsum(equation, _rows(x), self._matrix(weight))
-        return y.reshape((*x.shape[:2], *outputs))
+        return y.reshape((*x.shape[:2], *(first if self.outputs_first else last)))
 
     def backward(self, x: Array, weight: Array, grad: Array) -> tuple[Array, Array]:
-        grad = _rows(grad)
-        whole = self.shares.gather(weight.astype(self.dtype))
         equation = "bto,oi->bti" if self.outputs_first else "bto,io->bti"
-        grad_x = self._einsum(equation, grad, self._matrix(whole)).reshape(x.shape)
-        if self.outputs_first:
-            grad_matrix = self._einsum("bto,bti->oi", grad, _rows(x))
-        else:
-            grad_matrix = self._einsum("bti,bto->io", _rows(x), grad)
-        return grad_x, self.shares.scatter(grad_matrix.reshape(whole.shape))
+        matrix = self._matrix(self.shares.gather(weight.astype(self.dtype)))
+        grad_x = self._einsum(equation, _rows(grad), matrix).reshape(x.shape)
+        inputs = range(weight.ndim)[self._inputs]
+        return grad_x, self.shares.gradient(self._outer, x, grad, inputs)
+
+    def _outer(self, x: Array, grad: Array) -> Array:
+        """Returns the gradient of the weight, for some rows."""
+        pair = (grad, x) if self.outputs_first else (x, grad)
+        equation = "bto,bti->oi" if self.outputs_first else "bti,bto->io"
+        matrix = self._einsum(equation, *map(_rows, pair))
+        return matrix.reshape([size for array in pair for size in array.shape[2:]])
+
+    @property
+    def _inputs(self) -> slice:
+        return slice(-self.num_inputs, None) if self.outputs_first else slice(self.num_inputs)
 
     def _matrix(self, weight: Array) -> Array:
         # One matrix: XLA's CPU backend is several times slower on a product with more axes.
@@ -172,8 +175,7 @@ def _rows(x: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: _Product, x: Array, weight: Array) -> Array:
-    shares = product.shares
-    return shares.map(product.forward, (shares.rows, shares.stored), shares.rows)(x, weight)
+    return product.forward(x, weight)
 
 
 def _multiply_forward(
@@ -188,10 +190,7 @@ def _multiply_backward(
     product: _Product, saved: tuple[Array, Array, Array | np.ndarray], grad: Array | np.ndarray
 ) -> tuple[Array, Array]:
     x, weight, like_x = saved
-    shares = product.shares
-    rows, stored = shares.rows, shares.stored
-    backward = shares.map(product.backward, (rows, stored, rows), (rows, stored))
-    grad_x, grad_weight = backward(x, weight, jnp.asarray(grad))
+    grad_x, grad_weight = product.backward(x, weight, jnp.asarray(grad))
     return grad_x.astype(like_x.dtype), grad_weight.astype(weight.dtype)
 
 
@@ -240,8 +239,7 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up rows, in float32. Ids outside the table take its first or last row."""
         shares = Shares.of(self.sharding, (self.axis, EMBED))
-        look_up = shares.map(shares.look_up, (shares.stored, shares.rows), shares.rows)
-        return look_up(self.embedding, ids).astype(jnp.float32)
+        return look_up(shares, self.embedding, ids).astype(jnp.float32)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Multiplies by the table's transpose: output logits, in float32."""

@@ -12,18 +12,16 @@ PartitionSpec of the package is made in this file. What the table cannot do is a
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from neo_jax.axes import BATCH, LOGICAL_AXES, Array
 from neo_jax.errors import NeoError, suggest
+from neo_jax.torus import arrange
 
 MESH_AXES = ("data", "fsdp", "model", "context")
 
@@ -131,118 +129,6 @@ def padded_rows(sharding: Sharding | None, rows: int) -> int:
     return -(-rows // shards) * shards
 
 
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """Shares of a batch, and what each of the devices that work on one stores of a parameter."""
-
-    mesh: Mesh | AbstractMesh | None
-    batch: tuple[str, ...]  # the mesh axes that split the batch
-    split: tuple[tuple[str, ...], ...]  # for each axis of the parameter those of them that split it
-
-    @classmethod
-    def of(cls, sharding: Sharding | None, axes: Sequence[str | None]) -> "Shares":
-        """Returns the shares of a strategy for a parameter with these logical axes."""
-        if sharding is None:
-            return cls(None, (), ())
-        batch = sharding.mesh_axes(BATCH)
-        split = [sharding.mesh_axes(axis) for axis in axes]
-        return cls(
-            sharding.mesh,
-            batch,
-            tuple(tuple(name for name in names if name in batch) for names in split),
-        )
-
-    @property
-    def rows(self) -> PartitionSpec:
-        """How activations lie, their first axis the batch."""
-        return PartitionSpec(self.batch)
-
-    @property
-    def stored(self) -> PartitionSpec:
-        """How the parameter lies, as far as the devices of the batch are concerned."""
-        return PartitionSpec(*(names or None for names in self.split))
-
-    def map(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
-        """Returns a function of whole arrays that does this to each share of the batch.
-
-        Mesh axes that do not split the batch are left to the compiler.
-        """
-        if not self.batch:
-            return function
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=takes,
-            out_specs=gives,
-            axis_names=set(self.batch),
-            check_vma=False,
-        )
-
-    def gather(self, weight: Array) -> Array:
-        """Returns the whole parameter, from what each device stores."""
-        for axis, names in enumerate(self.split):
-            if names:
-                weight = jax.lax.all_gather(weight, names, axis=axis, tiled=True)
-        return weight
-
-    def look_up(self, table: Array, ids: Array) -> Array:
-        """Returns the rows of a table, [rows, D], for ids, [B, T].
-
-        Each device looks up its part of the rows for all, and sends every share what it asked for:
-        far less than the table.
-        """
-        rows, width = self.split or ((), ())
-        table = Shares(self.mesh, self.batch, (rows, ())).gather(table)
-        if not width:
-            return jnp.take(table, ids, axis=0, mode="clip")
-        ids = jax.lax.all_gather(ids, width, axis=0, tiled=True)
-        parts = jnp.take(table, ids, axis=0, mode="clip")
-        return jax.lax.all_to_all(parts, width, split_axis=0, concat_axis=2, tiled=True)
-
-    def scatter(self, grad: Array) -> Array:
-        """Sums what the shares of the batch say of a parameter's gradient; keeps what is stored."""
-        for axis, names in enumerate(self.split):
-            if names:
-                grad = jax.lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True)
-        rest = tuple(set(self.batch).difference(*self.split))
-        return jax.lax.psum(grad, rest) if rest else grad
-
-    def sum(self, parts: Any) -> Any:
-        """Returns the sum over all shares of what each has."""
-        return jax.lax.psum(parts, self.batch) if self.batch else parts
-
-
-def within_share(sharding: Sharding | None) -> Sharding | None:
-    """Returns what is left of a strategy within `Shares.map`, where axes of the batch are taken."""
-    rules = _rules_beside_batch(sharding) if sharding else ()
-    if sharding is None or not rules:
-        return None
-    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh_axes(BATCH) else sharding.mesh
-    return Sharding(mesh, rules)
-
-
-def gather(
-    sharding: Sharding | None, weight: Array, axes: Sequence[str | None], name: str
-) -> Array:
-    """Returns a parameter whole along the mesh axes that split the batch; the compiler gathers it.
-
-    Its gradient goes the other way, summed over the batch and split again.
-    """
-    if sharding is None:
-        return weight
-    used = Sharding(sharding.mesh, _rules_beside_batch(sharding))
-    for place in (sharding, used):  # stored first, so that the gradient ends up there
-        weight = constrain(place, weight, axes, name)
-    return weight
-
-
-def _rules_beside_batch(sharding: Sharding) -> Rules:
-    """Returns the rules without the mesh axes that split the batch."""
-    batch = sharding.mesh_axes(BATCH)
-    rules = ((axis, tuple(n for n in names if n not in batch)) for axis, names in sharding.rules)
-    return tuple((axis, names) for axis, names in rules if names)
-
-
 def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
     """Returns the tree of NamedShardings for a tree of arrays or ShapeDtypeStructs.
 
@@ -300,31 +186,7 @@ def make_sharding(
     auto = (AxisType.Auto,) * len(sizes)
     if isinstance(devices, int):
         return Sharding(AbstractMesh(shape, names, axis_types=auto), table)
-    return Sharding(Mesh(_arrange(sizes, devices), names, axis_types=auto), table)
-
-
-def _arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Returns the devices as an array over the mesh, neighbours where the hardware has them.
-
-    TPU slices are joined by a slower network, across which one axis is laid: `data`, which talks
-    least, or else the first that their number divides.
-    """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(
-            tuple(sizes.values()), devices, allow_split_physical_axes=True
-        )
-    for outer in sorted(sizes, key=lambda name: name != "data"):
-        if sizes[outer] % slices == 0:
-            across = [slices if name == outer else 1 for name in sizes]
-            within = [size // n for size, n in zip(sizes.values(), across, strict=True)]
-            return mesh_utils.create_hybrid_device_mesh(
-                within, across, devices, allow_split_physical_axes=True
-            )
-    raise NeoError(
-        f"no axis of the mesh divides over {slices} TPU slices; write for example "
-        f"--mesh data={slices},fsdp=-1."
-    )
+    return Sharding(Mesh(arrange(sizes, devices), names, axis_types=auto), table)
 
 
 def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:

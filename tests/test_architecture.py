@@ -17,7 +17,9 @@ LAYERS = [
     ["config", "distributed"],
     ["names", "weights", "hub", "data"],
     ["pretrained"],
+    ["torus"],
     ["sharding"],
+    ["shares"],
     ["layers", "activations"],
     ["attention"],
     ["cache"],
@@ -32,7 +34,17 @@ LAYERS = [
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "pretrained"}
-MATHEMATICS = {"sharding", "layers", "activations", "attention", "cache", "model", "decode"}
+MATHEMATICS = {
+    "torus",
+    "sharding",
+    "shares",
+    "layers",
+    "activations",
+    "attention",
+    "cache",
+    "model",
+    "decode",
+}
 
 
 def name(path):

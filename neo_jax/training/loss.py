@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
 from neo_jax.model import Neo
-from neo_jax.sharding import Shares, within_share
+from neo_jax.shares import Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
 BLOCK_TOKENS = 1024  # of a device, whose logits exist at a time
@@ -125,18 +125,15 @@ def _sums(
     shares = head.shares
 
     def of_share(table: Array, *arrays: Array) -> tuple[Array, Array]:
-        table = head.gathered(table)
-
         def add(sums: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, head.losses(table, *block)), None
 
         zeros = jnp.zeros(()), jnp.zeros(())
         return shares.sum(jax.lax.scan(add, zeros, _blocks(*arrays))[0])
 
-    rows = shares.rows
-    whole = PartitionSpec()
-    function = shares.map(of_share, (shares.stored, rows, rows, rows), (whole, whole))
-    return function(table, x, targets, weights)
+    rows, whole = PartitionSpec(shares.batch), PartitionSpec()
+    function = shares.map_share(of_share, (whole, rows, rows, rows), (whole, whole))
+    return function(head.gathered(table), x, targets, weights)
 
 
 def _sums_forward(
@@ -146,8 +143,6 @@ def _sums_forward(
     grad = jax.value_and_grad(head.losses, argnums=(0, 1), has_aux=True)
 
     def of_share(table: Array, x: Array, *arrays: Array) -> tuple[Any, Any]:
-        table = head.gathered(table)
-
         def add(carry: Any, block: tuple[Array, ...]) -> tuple[Any, Array]:
             (objective, cross_entropy), (grad_table, grad_x) = grad(table, *block)
             return jax.tree.map(jnp.add, carry, (objective, cross_entropy, grad_table)), grad_x
@@ -155,12 +150,12 @@ def _sums_forward(
         zeros = (jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(table))
         (*sums, grad_table), grads_x = jax.lax.scan(add, zeros, _blocks(x, *arrays))
         grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))
-        return shares.sum(tuple(sums)), (shares.scatter(grad_table), grad_x[:, : x.shape[1]])
+        return shares.sum(tuple(sums)), (grad_table[None], grad_x[:, : x.shape[1]])
 
-    rows, whole = shares.rows, PartitionSpec()
-    takes = (shares.stored, rows, rows, rows)
-    gives = ((whole, whole), (shares.stored, rows))
-    return shares.map(of_share, takes, gives)(table, x, targets, weights)
+    rows, whole = PartitionSpec(shares.batch), PartitionSpec()
+    function = shares.map_share(of_share, (whole, rows, rows, rows), ((whole, whole), (rows, rows)))
+    sums, (grads_table, grad_x) = function(head.gathered(table), x, targets, weights)
+    return sums, (shares.sum_parts(grads_table), grad_x)
 
 
 def _sums_backward(
