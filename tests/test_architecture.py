@@ -28,6 +28,7 @@ LAYERS = [
     ["decode"],
     ["training", "evaluation"],
     ["language_model"],
+    ["plan"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
