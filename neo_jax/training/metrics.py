@@ -9,27 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from neo_jax.chips import chip
 from neo_jax.config import ModelConfig
-
-# Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`. Sources: Google Cloud's TPU
-# system architecture pages and NVIDIA's data sheets. A TPU v2 or v3 chip is two devices.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "Tesla T4": 65e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> float:
@@ -55,7 +36,7 @@ def peak_flops(dtype: str) -> float:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_flops(jnp.dtype(dtype)) * jax.process_count()
-    return PEAK_FLOPS.get(device.device_kind, math.nan) * jax.device_count()
+    return chip(device.device_kind).peak_flops * jax.device_count()
 
 
 def _measured_flops(dtype: Any) -> float:
