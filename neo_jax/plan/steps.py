@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from neo_jax import cache as caching
 from neo_jax.axes import BATCH
-from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
@@ -18,6 +18,8 @@ from neo_jax.sharding import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import abstract_inputs, abstract_state, make_step
+
+Kind = Literal["train", "prefill", "decode"]
 
 OPEN_TRIPS = 1
 """How often the one loop of data-dependent length runs: decoding, where a trip is a token."""
@@ -27,9 +29,12 @@ OPEN_TRIPS = 1
 class Step:
     """A step that can be traced, lowered and compiled, and what it takes."""
 
+    kind: Kind
     model: Neo
+    rows: int  # sequences that are worked on at a time, on all devices
+    length: int  # of each
     parts: dict[str, Any]  # its arguments by what they are: trees of `ShapeDtypeStruct`s
-    tokens: int  # that go through the model
+    tokens: int  # that go through the model in a step
     trace: Callable[[], jax.stages.Traced]
     trace_useful: Callable[[], jax.stages.Traced]  # the same without computing anything again
 
@@ -38,6 +43,12 @@ class Step:
         """The strategy."""
         assert self.model.sharding is not None
         return self.model.sharding
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices, as the strategy has them."""
+        assert isinstance(self.sharding.mesh, Mesh)
+        return self.sharding.mesh
 
 
 def training_step(config: TrainConfig, sharding: Sharding) -> Step:
@@ -56,7 +67,10 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
         return make_step(model, optimizer, config).trace(state, batch, frozen)
 
     return Step(
+        "train",
         model,
+        config.batch_size // config.accumulation,
+        config.sequence_length,
         {
             "parameters": (state.params, frozen),
             "optimizer": (state.opt_state, state.step, state.skipped),
@@ -78,7 +92,7 @@ def prefill_step(model: Neo, batch: int, length: int) -> Step:
     trace = functools.partial(engine.prefill.trace, model, length, *arguments)
     params, *rows = arguments
     parts = {"parameters": params, "cache": (), "batch": rows}
-    return Step(model, parts, batch * length, trace, trace)
+    return Step("prefill", model, batch, length, parts, batch * length, trace, trace)
 
 
 def decode_step(model: Neo, batch: int, length: int) -> Step:
@@ -88,13 +102,15 @@ def decode_step(model: Neo, batch: int, length: int) -> Step:
       NeoError: the strategy cannot split this model or batch.
     """
     arguments = _prefill_arguments(model, batch, length)
-    state = _placed(model, jax.eval_shape(functools.partial(engine.prefill, model, length), *arguments))
+    state = _placed(
+        model, jax.eval_shape(functools.partial(engine.prefill, model, length), *arguments)
+    )
     params = arguments[0]
     trace = functools.partial(
         engine.run.trace, model, params, state, jax.ShapeDtypeStruct((), jnp.int32)
     )
     parts = {"parameters": params, "cache": state.cache, "batch": state._replace(cache=())}
-    return Step(model, parts, batch, trace, trace)
+    return Step("decode", model, batch, length, parts, batch, trace, trace)
 
 
 def _prefill_arguments(model: Neo, batch: int, length: int) -> tuple[Any, ...]:
@@ -116,17 +132,16 @@ def _placed(model: Neo, state: engine.DecodeState) -> engine.DecodeState:
     sharding = model.sharding
     assert sharding is not None
 
-    def put(leaf: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def put(leaf: Any, axes: tuple[str | None, ...]) -> Any:
         place = sharding.named(axes, leaf.shape, "the decoding state")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    def rows(leaf: Any) -> jax.ShapeDtypeStruct:
+    def rows(leaf: Any) -> Any:
         return put(leaf, (BATCH, *[None] * (leaf.ndim - 1)))
 
-    cache = tuple(
-        layer._replace(
-            **{name: put(leaf, caching.LOGICAL_AXES[name]) for name, leaf in layer._asdict().items()}
-        )
-        for layer in state.cache
-    )
-    return jax.tree.map(rows, state._replace(cache=()))._replace(cache=cache)
+    def layer(cache: Any) -> Any:
+        placed = {name: put(leaf, caching.LOGICAL_AXES[name]) for name, leaf in cache.items()}
+        return caching.LayerCache(**placed)
+
+    placed = jax.tree.map(rows, state._replace(cache=()))
+    return placed._replace(cache=tuple(layer(each._asdict()) for each in state.cache))

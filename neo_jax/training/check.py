@@ -58,16 +58,17 @@ def _check_memory(state: TrainState, frozen: Params | None) -> None:
         )
 
 
-def device_memory() -> float:
+def device_memory(num_devices: int = 0) -> float:
     """Returns the bytes that a device of this process has; infinity where that is not known.
 
-    Devices of a CPU have equal shares of the machine's memory.
+    Devices of a CPU have equal shares of the machine's memory: of as many as are told, or all.
     """
     devices = jax.local_devices()
+    num_devices = num_devices or len(devices)
     if devices[0].platform != "cpu":
         limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices]
         return min(limits)
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_devices
     except (ValueError, OSError, AttributeError):  # a system that does not say
         return math.inf

@@ -21,11 +21,17 @@ def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> f
     key that a query sees. Adapters are not counted.
     """
     weights = config.num_params - config.max_length * config.embed_dim
-    keys = 0.0
+    keys = visible_keys(config, length) / length
+    return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys
+
+
+def visible_keys(config: ModelConfig, length: int) -> float:
+    """Returns the pairs of a query and a key that it sees, in a sequence, over all layers."""
+    pairs = 0.0
     for layer in range(config.num_layers):
         window = min(config.window(layer) or length, length)
-        keys += window * (window + 1) / 2 + (length - window) * window
-    return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys / length
+        pairs += window * (window + 1) / 2 + (length - window) * window
+    return pairs
 
 
 def peak_flops(dtype: str) -> float:

@@ -1,7 +1,6 @@
 """The state of training, and the pure step from one state to the next."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,7 @@ class TrainState(NamedTuple):
 
 
 Metrics = dict[str, Array]
-Step = Callable[..., tuple[TrainState, Metrics]]
+Step = jax.stages.Wrapped  # from a state and a batch to a state and metrics
 
 _ALL_WEIGHTS = LoraConfig()
 

@@ -1,0 +1,119 @@
+"""Which mesh is best: every one that divides, ranked by arithmetic, the best few compiled."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+from neo_jax.axes import BATCH
+from neo_jax.chips import Chip
+from neo_jax.errors import NeoError
+from neo_jax.memory import tree_bytes
+from neo_jax.plan.compiled import Plan, capacity, make_plan
+from neo_jax.plan.steps import Step
+from neo_jax.plan.topology import Topology
+
+Build = Callable[[str, str], Step]
+"""Builds a step for a mesh and rules, or raises `NeoError` where these cannot split it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh and rules, what they would take by arithmetic, and a plan where one was made."""
+
+    mesh: str
+    rules: str
+    memory: float  # bytes a device
+    seconds: float  # a step
+    fits: bool
+    plan: Plan | None = None
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """What to rank by: compiled times before estimated ones, and what fits before the rest."""
+        if self.plan is None:
+            return not self.fits, self.seconds
+        return not self.plan.fits, self.plan.roofline.step if self.plan.roofline else math.inf
+
+
+def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> list[Candidate]:
+    """Ranks every mesh of a topology; those that were compiled come first.
+
+    Args:
+      build: see `Build`.
+      topology: the devices.
+      kind: of the step, which decides the rules that are tried.
+      num_compiled: how many to compile.
+
+    Raises:
+      NeoError: no mesh splits the step; the message is that of the last that was tried.
+    """
+    found, error = [], None
+    rules = ("fsdp+tensor",) if kind == "train" else ("fsdp+tensor", "decode")
+    for mesh, names in itertools.product(_meshes(len(topology.devices)), rules):
+        try:
+            found.append(_estimate(build, mesh, names, topology))
+        except NeoError as reason:
+            error = reason
+    if not found:
+        assert error is not None
+        raise error
+    found.sort(key=lambda each: each.order)
+    best = [
+        dataclasses.replace(each, plan=make_plan(build(each.mesh, each.rules), topology))
+        for each in found[:num_compiled]
+    ]
+    return [*sorted(best, key=lambda each: each.order), *found[num_compiled:]]
+
+
+def _meshes(num_devices: int) -> Iterator[str]:
+    """Yields every mesh of data, fsdp and model that has so many devices."""
+    divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    for data, model in itertools.product(divisors, divisors):
+        if num_devices % (data * model) == 0:
+            yield f"data={data},fsdp={num_devices // (data * model)},model={model}"
+
+
+def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candidate:
+    step = build(mesh, rules)
+    if step.rows % step.sharding.num_shards(BATCH):
+        raise NeoError(f"{step.rows} sequences do not divide over mesh {mesh}; choose others.")
+    tiled = not topology.is_here
+    held = {name: tree_bytes(tree, tiled) for name, tree in step.parts.items()}
+    config = step.model.config
+    # A sequence's activations of one layer's input, float32.
+    layer = 4 * step.rows // step.sharding.num_shards(BATCH) * step.length * config.embed_dim
+    memory = float(sum(held.values()))
+    if step.kind == "train":
+        memory += held["parameters"] + layer * config.num_layers  # gradients; what is saved
+    seconds = _seconds(step, topology.chip, held)
+    return Candidate(mesh, rules, memory, seconds, not memory > capacity(topology))
+
+
+def _seconds(step: Step, chip: Chip, held: dict[str, int]) -> float:
+    """Returns the slowest of products, memory and interconnect, each by itself.
+
+    Training gathers weights in bfloat16 forward and backward and scatters gradients in float32
+    along fsdp, sums these along data, and sums activations after each branch along model.
+    """
+    config, shape, training = step.model.config, step.mesh.shape, step.kind == "train"
+    data, fsdp, model = (shape.get(name, 1) for name in ("data", "fsdp", "model"))
+    devices = data * fsdp * model
+    weights = config.num_params
+    passes = 4 if training else 1  # forward, again, and backward twice
+    products = 2 * passes * weights * step.tokens / devices / chip.peak_flops
+    sent = 0.0
+    if training:
+        sent += (2 * 2 + 4) * weights / model * (fsdp - 1) / fsdp
+        sent += 2 * 4 * weights / model / fsdp * (data - 1) / data
+    new_tokens = 1 if step.kind == "decode" else step.length
+    rows = step.tokens / new_tokens / step.sharding.num_shards(BATCH)
+    branch = 4 * rows * new_tokens * config.embed_dim  # float32, what a device has of it
+    sums = passes * (2 if training else 1)
+    sent += sums * config.num_layers * 2 * branch * (model - 1) / model
+    if "embed" in dict(step.sharding.rules) and not training:
+        sent += sums * config.num_layers * 2 * branch * (fsdp - 1) / fsdp
+    memory = sum(held.values()) * (2 if training else 1)
+    times = (products, memory / chip.memory_bandwidth, sent / (2 * chip.link_bandwidth))
+    known = [each for each in times if not math.isnan(each)]
+    return max(known, default=sent)
