@@ -82,9 +82,10 @@ def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int |
     root = next(instruction for instruction in condition.values() if instruction.is_root)
     if root.opcode != "compare":
         return open_trips
-    compared = [condition[name] for name in root.operands]
-    limits = [int(each.operands[0]) for each in compared if each.opcode == "constant"]
-    return limits[0] if limits else open_trips
+    compared = {condition[name].opcode: condition[name] for name in root.operands}
+    if compared.keys() != {"get-tuple-element", "constant"}:
+        return open_trips
+    return int(compared["constant"].operands[0])
 
 
 def _branches(conditional: Instruction) -> list[str]:

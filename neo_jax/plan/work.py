@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neo_jax.plan.hlo import Instruction, Program, Run, elements, num_bytes, runs, sizes
+from neo_jax.plan.hlo import Instruction, Program, Run, called, elements, num_bytes, runs, sizes
 
 KernelFlops = Callable[[Instruction, tuple[tuple[int, ...], ...]], float]
 """The FLOPs of a call of a kernel, by the call and the sizes of its operands."""
@@ -113,48 +113,62 @@ def _traffic(program: Program, run: Run) -> float:
     if each.opcode in _STILL:
         return 0
     if each.opcode in _SLICES:
-        return 2 * _in_memory(elements(each.shape)[0])
+        part = elements(each.shape)[-2 if each.opcode == "slice-start" else 0]
+        return num_bytes(part) + _in_memory(part)
     if each.opcode == "dynamic-update-slice":
         return 2 * _in_memory(lines[each.operands[1]].shape)
     if each.opcode == "copy-start":
         target, source = elements(each.shape)[:2]
         return _in_memory(target) + _in_memory(source)
-    called = re.search(r"calls=%?([\w.-]+)", each.attributes)
     operands = [lines[name].shape for name in each.operands]
-    if each.opcode != "fusion" or not called:
-        return _in_memory(each.shape) + sum(map(_in_memory, operands))
-    return _fusion_traffic(program.computations[called[1]], each, operands)
+    if each.opcode == "fusion":
+        return _fusion_traffic(program, called("calls", each), each, operands)
+    return _in_memory(each.shape) + sum(map(_in_memory, operands))
 
 
 def _fusion_traffic(
-    lines: Mapping[str, Instruction], fusion: Instruction, operands: list[str]
+    program: Program, inside: str, fusion: Instruction, operands: list[str]
 ) -> float:
-    users: dict[str, list[Instruction]] = {}
-    for line in lines.values():
-        for name in line.operands:
-            users.setdefault(name, []).append(line)
-    parameters = [line for line in lines.values() if line.opcode == "parameter"]
+    """Counts what a fusion reads of its operands, and the result but for what is only updated."""
     total, updated = 0.0, 0.0
-    for parameter in parameters:
-        shape = operands[int(parameter.operands[0])]
-        uses = _uses(parameter, users)
-        if all(use.opcode in _SLICES for use in uses):
-            read = sum(num_bytes(use.shape) for use in uses)
-            total += min(read, num_bytes(shape)) if _in_memory(shape) else 0
-        elif all(use.opcode == "dynamic-update-slice" for use in uses) and _in_memory(shape):
-            written = sum(num_bytes(lines[use.operands[1]].shape) for use in uses)
-            total += written
+    for line in program.computations[inside].values():
+        if line.opcode != "parameter":
+            continue
+        shape = operands[int(line.operands[0])]
+        uses = _uses(program, inside, line)
+        if not _in_memory(shape):
+            continue
+        if all(use.opcode in _SLICES for use, _ in uses):
+            total += min(sum(num_bytes(use.shape) for use, _ in uses), num_bytes(shape))
+        elif all(use.opcode == "dynamic-update-slice" for use, _ in uses):
+            total += sum(num_bytes(lines[use.operands[1]].shape) for use, lines in uses)
             updated += num_bytes(shape)
         else:
             total += _in_memory(shape)
     return total + max(_in_memory(fusion.shape) - updated, 0)
 
 
-def _uses(line: Instruction, users: Mapping[str, list[Instruction]]) -> list[Instruction]:
-    """Returns what an instruction's result is used by, looking through bitcasts."""
-    found = []
-    for user in users.get(line.name, []):
-        found += _uses(user, users) if user.opcode == "bitcast" else [user]
+def _uses(
+    program: Program, computation: str, line: Instruction
+) -> list[tuple[Instruction, Mapping[str, Instruction]]]:
+    """Returns what uses a result, and where, looking through bitcasts and into fusions."""
+    lines = program.computations[computation]
+    found: list[tuple[Instruction, Mapping[str, Instruction]]] = []
+    for user in lines.values():
+        if line.name not in user.operands:
+            continue
+        if user.opcode == "bitcast" and not user.is_root:
+            found += _uses(program, computation, user)
+        elif user.opcode == "fusion":
+            inside = called("calls", user)
+            number = str(user.operands.index(line.name))
+            parameters = program.computations[inside].values()
+            here = next(p for p in parameters if (p.opcode, *p.operands) == ("parameter", number))
+            for use, where in _uses(program, inside, here):
+                passed_on = use.opcode == "bitcast" and not user.is_root
+                found += _uses(program, computation, user) if passed_on else [(use, where)]
+        else:
+            found.append((user, lines))
     return found
 
 
