@@ -121,7 +121,8 @@ def _start_jax(topology: str) -> None:
         jax.config.update("jax_platforms", "cpu")
         wanted = re.fullmatch(r"cpu:(\d+)", topology)
         if wanted:
-            jax.config.update("jax_num_cpu_devices", int(wanted[1]))
+            number = max(int(wanted[1]), jax.config.jax_num_cpu_devices)
+            jax.config.update("jax_num_cpu_devices", number)
 
 
 def _step(

@@ -11,7 +11,7 @@ from neo_jax.memory import tree_bytes
 from neo_jax.plan.flops import splash_flops, traced_flops
 from neo_jax.plan.hlo import parse
 from neo_jax.plan.program import Traffic, traffic
-from neo_jax.plan.roofline import Roofline, crossing_axes, roofline
+from neo_jax.plan.roofline import Roofline, roofline, slices_of
 from neo_jax.plan.steps import OPEN_TRIPS, Step
 from neo_jax.plan.topology import Topology
 from neo_jax.plan.work import Work, work
@@ -73,7 +73,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     done = work(parse(text), splash_flops(config), OPEN_TRIPS)
-    sent = traffic(text, step.mesh.shape, OPEN_TRIPS)
+    sent = traffic(text, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
     memory = _memory(step, topology, compiled.memory_analysis())
     return Plan(
         step,
@@ -85,7 +85,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
         repeated,
         done,
         sent,
-        roofline(topology.chip, done, sent, crossing_axes(step.mesh)),
+        roofline(topology.chip, done, sent),
         seconds,
         len(text),
     )

@@ -17,6 +17,9 @@ from neo_jax.plan.hlo import Run, elements, num_bytes, parse, runs
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 """The collectives, by XLA's names."""
 
+NO_SLICES: Mapping[str, int] = {}
+"""Of a mesh in one TPU slice."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -26,6 +29,7 @@ class Collective:
     axes: tuple[str, ...]  # of the mesh, along which the devices of a group lie
     times: int
     wire_bytes: int  # that a device sends each time
+    between_slices: bool = False  # by the network, and not from neighbour to neighbour
 
 
 class Traffic(NamedTuple):
@@ -35,16 +39,21 @@ class Traffic(NamedTuple):
     axes: tuple[str, ...]
     times: int  # that one of them runs
     wire_bytes: int  # that a device sends in all of them
+    between_slices: bool = False  # by the network, and not from neighbour to neighbour
 
 
 def traffic(
-    text: str, mesh_shape: Mapping[str, int], open_trips: int | None = None
+    text: str,
+    mesh_shape: Mapping[str, int],
+    open_trips: int | None = None,
+    slices: Mapping[str, int] = NO_SLICES,
 ) -> list[Traffic]:
     """Sums what `collectives` returns by kind and axes, the most bytes first."""
-    rows: dict[tuple[str, tuple[str, ...]], Traffic] = {}
-    for each in collectives(text, mesh_shape, open_trips):
-        before = rows.get((each.kind, each.axes), Traffic(each.kind, each.axes, 0, 0))
-        rows[each.kind, each.axes] = before._replace(
+    rows: dict[tuple, Traffic] = {}
+    for each in collectives(text, mesh_shape, open_trips, slices):
+        key = each.kind, each.axes, each.between_slices
+        before = rows.get(key, Traffic(each.kind, each.axes, 0, 0, each.between_slices))
+        rows[key] = before._replace(
             times=before.times + each.times,
             wire_bytes=before.wire_bytes + each.times * each.wire_bytes,
         )
@@ -52,7 +61,10 @@ def traffic(
 
 
 def collectives(
-    text: str, mesh_shape: Mapping[str, int], open_trips: int | None = None
+    text: str,
+    mesh_shape: Mapping[str, int],
+    open_trips: int | None = None,
+    slices: Mapping[str, int] = NO_SLICES,
 ) -> list[Collective]:
     """Returns what devices do together in one run of a program.
 
@@ -61,34 +73,58 @@ def collectives(
     optimal all-reduce algorithms for clusters of workstations", 2009); in a permutation or an
     all-to-all what leaves it. What a TPU's compiler writes as an all-reduce inside a fusion called
     all-reduce-scatter is a reduce-scatter; the links of a chain, which share a chain_id, are one
-    collective that runs beside other work.
+    collective that runs beside other work. The program of several slices is that of one of them,
+    which sends to the others by its hosts.
 
     Args:
       text: of the compiled program.
       mesh_shape: the size of each axis of the mesh, in order.
       open_trips: how often a loop runs whose end depends on data.
+      slices: the axes that lead to other TPU slices, and to how many.
 
     Raises:
       ValueError: there is a collective in such a loop and `open_trips` is None.
     """
     found = []
     chains = set()
+    inside = {name: size // slices.get(name, 1) for name, size in mesh_shape.items()}
     for run in runs(parse(text), open_trips):
+        attributes = run.instruction.attributes
+        if run.instruction.opcode == "send" and "_xla_megascale_transfer_type" in attributes:
+            found.append(_between_slices(run, slices))
         if run.instruction.opcode.removesuffix("-start") not in KINDS:
             continue
-        chain = re.search('chain_id="([^"]+)"', run.instruction.attributes)
+        chain = re.search('chain_id="([^"]+)"', attributes)
         if chain and (run.path, chain[1]) in chains:
             continue
         if chain:
             chains.add((run.path, chain[1]))
-        found.append(_collective(run, mesh_shape))
+        found.append(_collective(run, inside))
     return found
+
+
+def _between_slices(run: Run, slices: Mapping[str, int]) -> Collective:
+    told = re.search('transfer_type="([A-Z_]+)"', run.instruction.attributes)
+    assert told
+    kind, among = told[1].lower().replace("_", "-"), math.prod(slices.values())
+    size = num_bytes(elements(run.instruction.shape)[0])  # of what a device gives to its host
+    sent = {
+        "all-reduce": 2 * size * (among - 1) // among,
+        "reduce-scatter": size * (among - 1) // among,
+        "all-gather": size * (among - 1),
+    }.get(kind, size)
+    return Collective(kind, tuple(slices), _times(run), sent, between_slices=True)
+
+
+def _times(run: Run) -> int:
+    if run.times is None:
+        raise ValueError(f"{run.instruction.name} is in a loop of unknown length; set open_trips")
+    return run.times
 
 
 def _collective(run: Run, mesh_shape: Mapping[str, int]) -> Collective:
     instruction = run.instruction
-    if run.times is None:
-        raise ValueError(f"{instruction.name} is in a loop of unknown length; set open_trips")
+    times = _times(run)
     kind = instruction.opcode.removesuffix("-start")
     shapes = elements(instruction.shape)
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
@@ -97,13 +133,13 @@ def _collective(run: Run, mesh_shape: Mapping[str, int]) -> Collective:
     groups = _groups(instruction.attributes, math.prod(mesh_shape.values()))
     axes, among = _axes(groups, mesh_shape), groups.shape[1]
     if kind == "collective-permute":
-        return Collective(kind, axes, run.times, size if axes else 0)
+        return Collective(kind, axes, times, size if axes else 0)
     if kind == "reduce-scatter":
         size *= among
     if any(name.startswith("all-reduce-scatter") for name in run.fusions):
         kind = "reduce-scatter"
     passes = 2 if kind == "all-reduce" else 1
-    return Collective(kind, axes, run.times, passes * size * (among - 1) // among)
+    return Collective(kind, axes, times, passes * size * (among - 1) // among)
 
 
 def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "collectives, what a device sends"
     for row in plan.traffic:
-        where = "+".join(row.axes) or "itself"
+        where = "+".join(row.axes) + (", between slices" if row.between_slices else "")
         sent = bytes_text(row.wire_bytes)
         yield f"  {row.kind:<20}{sent:>10}  {row.times:>6} times along {where}"
     if not plan.traffic:

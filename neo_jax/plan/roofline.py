@@ -38,9 +38,7 @@ class Roofline:
         return max(times, key=lambda name: times[name])
 
 
-def roofline(
-    chip: Chip, work: Work, traffic: Sequence[Traffic], crossing: Sequence[str] = ()
-) -> Roofline:
+def roofline(chip: Chip, work: Work, traffic: Sequence[Traffic]) -> Roofline:
     """Returns the times of a step.
 
     Args:
@@ -49,13 +47,11 @@ def roofline(
       traffic: of a device. A ring along one axis of the mesh sends by two links, one each way, and
         rings along different axes one after another; this is a bound where the axis is a ring of
         neighbours.
-      crossing: the axes of the mesh that lead to other slices.
     """
     seconds = {False: 0.0, True: 0.0}
     for row in traffic:
-        far = not set(crossing).isdisjoint(row.axes)
-        speed = chip.network_bandwidth if far else 2 * chip.link_bandwidth
-        seconds[far] += row.wire_bytes / speed if row.wire_bytes else 0.0
+        speed = chip.network_bandwidth if row.between_slices else 2 * chip.link_bandwidth
+        seconds[row.between_slices] += row.wire_bytes / speed if row.wire_bytes else 0.0
     return Roofline(
         work.flops / chip.peak_flops,
         work.memory_bytes / chip.memory_bandwidth,
@@ -64,14 +60,15 @@ def roofline(
     )
 
 
-def crossing_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Returns the axes of a mesh along which devices belong to different slices."""
-    slices = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0)(mesh.devices)
-    return tuple(
-        name
-        for axis, name in enumerate(mesh.axis_names)
-        if np.any(slices != np.take(slices, [0], axis))
-    )
+def slices_of(mesh: Mesh) -> dict[str, int]:
+    """Returns the axes of a mesh that lead to other TPU slices, and along each to how many."""
+    number = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0)(mesh.devices)
+    found = {}
+    for axis, name in enumerate(mesh.axis_names):
+        along = np.moveaxis(number, axis, 0).reshape(mesh.devices.shape[axis], -1)[:, 0]
+        if len(set(along)) > 1:
+            found[name] = len(set(along))
+    return found
 
 
 def utilisation(chip: Chip, roof: Roofline, useful_flops: float) -> float:

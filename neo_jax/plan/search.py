@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
-from neo_jax.axes import BATCH
+from neo_jax.axes import BATCH, EMBED
 from neo_jax.chips import Chip
 from neo_jax.errors import NeoError
 from neo_jax.memory import tree_bytes
@@ -23,17 +23,20 @@ class Candidate:
 
     mesh: str
     rules: str
-    memory: float  # bytes a device
-    seconds: float  # a step
+    memory: float  # bytes of a device
+    sent: float  # bytes that a device sends in a step
+    seconds: float  # of a step; NaN where the chip is not known
     fits: bool
     plan: Plan | None = None
 
     @property
     def order(self) -> tuple[bool, float]:
-        """What to rank by: compiled times before estimated ones, and what fits before the rest."""
+        """What to rank by: what fits comes first, then by time, or if unknown by what is sent."""
         if self.plan is None:
-            return not self.fits, self.seconds
-        return not self.plan.fits, self.plan.roofline.step if self.plan.roofline else math.inf
+            return not self.fits, self.sent if math.isnan(self.seconds) else self.seconds
+        seconds = self.plan.roofline.step if self.plan.roofline else math.inf
+        sent = sum(row.wire_bytes for row in self.plan.traffic)
+        return not self.plan.fits, sent if math.isnan(seconds) else seconds
 
 
 def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> list[Candidate]:
@@ -86,34 +89,47 @@ def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candid
     memory = float(sum(held.values()))
     if step.kind == "train":
         memory += held["parameters"] + layer * config.num_layers  # gradients; what is saved
-    seconds = _seconds(step, topology.chip, held)
-    return Candidate(mesh, rules, memory, seconds, not memory > capacity(topology))
+    sent = _sent(step)
+    seconds = _seconds(step, topology.chip, sum(held.values()), sent)
+    return Candidate(mesh, rules, memory, sent, seconds, not memory > capacity(topology))
 
 
-def _seconds(step: Step, chip: Chip, held: dict[str, int]) -> float:
-    """Returns the slowest of products, memory and interconnect, each by itself.
+def _seconds(step: Step, chip: Chip, held: float, sent: float) -> float:
+    """Returns the slowest of products, memory and interconnect, each by itself."""
+    training = step.kind == "train"
+    products = 2 * _passes(step) * step.model.config.num_params * step.tokens / step.mesh.size
+    moved = held * (2 if training else 1)  # the state is read and written
+    times = (
+        products / chip.peak_flops,
+        moved / chip.memory_bandwidth,
+        sent / (2 * chip.link_bandwidth),
+    )
+    return math.nan if any(map(math.isnan, times)) else max(times)
+
+
+def _passes(step: Step) -> int:
+    """Returns how often weights are multiplied: forward, in training again, and backward twice."""
+    return 4 if step.kind == "train" else 1
+
+
+def _sent(step: Step) -> float:
+    """Returns the bytes that a device sends.
 
     Training gathers weights in bfloat16 forward and backward and scatters gradients in float32
     along fsdp, sums these along data, and sums activations after each branch along model.
     """
     config, shape, training = step.model.config, step.mesh.shape, step.kind == "train"
-    data, fsdp, model = (shape.get(name, 1) for name in ("data", "fsdp", "model"))
-    devices = data * fsdp * model
-    weights = config.num_params
-    passes = 4 if training else 1  # forward, again, and backward twice
-    products = 2 * passes * weights * step.tokens / devices / chip.peak_flops
+    data, fsdp, model = (shape[name] for name in ("data", "fsdp", "model"))
+    weights = config.num_params / model
     sent = 0.0
     if training:
-        sent += (2 * 2 + 4) * weights / model * (fsdp - 1) / fsdp
-        sent += 2 * 4 * weights / model / fsdp * (data - 1) / data
+        sent += (2 * 2 + 4) * weights * (fsdp - 1) / fsdp
+        sent += 2 * 4 * weights / fsdp * (data - 1) / data
     new_tokens = 1 if step.kind == "decode" else step.length
     rows = step.tokens / new_tokens / step.sharding.num_shards(BATCH)
     branch = 4 * rows * new_tokens * config.embed_dim  # float32, what a device has of it
-    sums = passes * (2 if training else 1)
-    sent += sums * config.num_layers * 2 * branch * (model - 1) / model
-    if "embed" in dict(step.sharding.rules) and not training:
-        sent += sums * config.num_layers * 2 * branch * (fsdp - 1) / fsdp
-    memory = sum(held.values()) * (2 if training else 1)
-    times = (products, memory / chip.memory_bandwidth, sent / (2 * chip.link_bandwidth))
-    known = [each for each in times if not math.isnan(each)]
-    return max(known, default=sent)
+    sums = _passes(step) * (2 if training else 1) * config.num_layers
+    sent += sums * 2 * branch * (model - 1) / model
+    if not training and step.sharding.mesh_axes(EMBED):
+        sent += sums * 2 * branch * (fsdp - 1) / fsdp
+    return sent

@@ -102,14 +102,12 @@ def decode_step(model: Neo, batch: int, length: int) -> Step:
       NeoError: the strategy cannot split this model or batch.
     """
     arguments = _prefill_arguments(model, batch, length)
-    state = _placed(
-        model, jax.eval_shape(functools.partial(engine.prefill, model, length), *arguments)
-    )
-    params = arguments[0]
-    trace = functools.partial(
-        engine.run.trace, model, params, state, jax.ShapeDtypeStruct((), jnp.int32)
-    )
-    parts = {"parameters": params, "cache": state.cache, "batch": state._replace(cache=())}
+    prefill = functools.partial(engine.prefill, model, length)
+    state = _placed(model, jax.eval_shape(prefill, *arguments))
+    params, steps = arguments[0], jax.ShapeDtypeStruct((), jnp.int32)
+    trace = functools.partial(engine.run.trace, model, params, state, steps)
+    rows = (state._replace(cache=()), steps)
+    parts = {"parameters": params, "cache": state.cache, "batch": rows}
     return Step("decode", model, batch, length, parts, batch, trace, trace)
 
 

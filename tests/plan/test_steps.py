@@ -3,11 +3,13 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from neo_jax.config import PRESETS, ModelConfig, preset
+from neo_jax.config import ModelConfig, preset
 from neo_jax.lora import LoraConfig
+from neo_jax.memory import tree_bytes
 from neo_jax.model import Neo
 from neo_jax.plan import report
 from neo_jax.plan.compiled import make_plan
@@ -62,14 +64,14 @@ def test_arguments_of_decoding(kind):
     sharding = make_sharding("model=4", "decode", topology.devices)
     model = Neo(MODEL, jnp.bfloat16, sharding=sharding)
     plan = make_plan(kind(model, 8, 256), topology)
-    assert sum(plan.memory.parts.values()) == plan.memory.arguments
-    assert plan.work.flops >= 0.95 * plan.useful_flops
-    assert plan.roofline.slowest == "memory"
-    weights_and_cache = plan.memory.parts["parameters"] + plan.memory.parts["cache"]
-    assert plan.work.memory_bytes > weights_and_cache
+    missing = sum(plan.memory.parts.values()) - plan.memory.arguments
+    params = plan.step.parts["parameters"]
+    # Prefill needs of the last layer no more than its keys and values.
+    unused = tree_bytes((params["h_1"], params["ln_f"]), tiled=True)
+    assert missing == 0 if kind is decode_step else 0 < missing < unused
 
 
-@pytest.mark.parametrize("name", PRESETS[:4])
+@pytest.mark.parametrize("name", ["gpt-neo-125m", "gpt-neo-1.3b"])
 def test_useful_products_are_six_a_parameter_and_token_and_attention(name):
     run = dataclasses.replace(RUN, model=preset(name), remat="full", accumulation=2)
     step = training_step(run, make_sharding("fsdp=8"))
@@ -96,9 +98,15 @@ def test_the_program_does_not_grow_with_the_depth(plan):
 
 def test_slices_are_joined_by_the_network():
     plan = train("2*v5e:2x2", "data=2,fsdp=4")
-    assert plan.roofline.network > 0
-    fields = report.describe(plan)
-    assert fields["devices"] == 8
+    weights = 4 * sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(plan.step.parts["parameters"])
+    )
+    far = [row for row in plan.traffic if row.between_slices]
+    assert [(row.kind, row.axes) for row in far] == [("all-reduce", ("data",))]
+    assert weights <= far[0].wire_bytes <= 1.5 * weights  # twice the half of the gradients
+    assert plan.roofline.network == far[0].wire_bytes / 3.125e9
+    assert all(row.axes == ("fsdp",) for row in plan.traffic if not row.between_slices)
     assert sum(plan.memory.parts.values()) == plan.memory.arguments
 
 
