@@ -49,7 +49,7 @@ def test_arguments_are_what_the_compiler_says(plan):
     "changes",
     [
         {"lora": LoraConfig(rank=4), "optimizer": OptimizerConfig("adafactor")},
-        {"accumulation": 2, "optimizer": OptimizerConfig("lion"), "dtype": "float32"},
+        {"accumulation": 2, "optimizer": OptimizerConfig("lion")},
     ],
     ids=["lora", "accumulation"],
 )
