@@ -96,3 +96,21 @@ def test_a_program_that_was_compiled_here():
         Traffic("collective-permute", ("fsdp",), 5, 5 * shard),
         Traffic("all-to-all", ("model",), 5, 5 * shard // 2),
     }
+
+
+NETWORK = """
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0:T(128)} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[64]{0:T(128)}, u32[], token[]) send(%p, %token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[64]{0:T(128)}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %near = f32[64]{0:T(128)} all-reduce(%p), channel_id=3, replica_groups={{0,2},{1,3}}, to_apply=%add
+}
+"""  # fmt: skip  # noqa: E501
+
+
+def test_slices_send_by_their_hosts_and_number_their_own_devices():
+    assert traffic(NETWORK, {"data": 4, "fsdp": 2}, slices={"data": 2}) == [
+        Traffic("all-reduce", ("data",), 1, 256, between_slices=True),
+        Traffic("all-reduce", ("data",), 1, 256),
+    ]
