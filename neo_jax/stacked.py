@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from neo_jax import axes
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.config import ModelConfig
 from neo_jax.layers import PRODUCT
-from neo_jax.model import RESIDUAL_STREAM, Neo, logical_axes, make_block
-from neo_jax.sharding import constrain
+from neo_jax.model import RESIDUAL_STREAM, Neo, init_params, logical_axes, make_block
+from neo_jax.sharding import constrain, tree_shardings
 
 Remat = Literal["none", "products", "full"]
 """What the backward pass computes again: nothing; all but products with weights; all of a layer."""
@@ -42,6 +43,20 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 def stacked_axes(model: Neo) -> Params:
     """Returns the stacked tree with each leaf's tuple of logical axes in its place."""
     return _stack(logical_axes(model), model.config, lambda first, *_: (axes.LAYERS, *first))
+
+
+def abstract_params(model: Neo, dtype: DTypeLike = jnp.float32) -> Params:
+    """Returns the shape, dtype and place of every stacked parameter, as `ShapeDtypeStruct`s."""
+    shapes = jax.eval_shape(
+        lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
+    )
+    if model.sharding is None:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+        shapes,
+        tree_shardings(model.sharding, stacked_axes(model), shapes),
+    )
 
 
 def _stack(tree: Params, config: ModelConfig, join: Callable[..., Any]) -> Params:

@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 LAYERS = [
     ["axes", "errors"],
     ["paths"],
-    ["config", "distributed"],
+    ["chips", "config", "distributed", "memory"],
     ["names", "weights", "hub", "data"],
     ["pretrained"],
     ["torus"],
@@ -30,6 +30,7 @@ LAYERS = [
     ["decode"],
     ["training", "evaluation"],
     ["language_model"],
+    ["plan"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -102,11 +102,11 @@ def start(
     if rows > len(prompts):
         fill = ((0, rows - len(prompts)),)
         settings = jax.tree.map(lambda x: np.pad(x, fill, mode="edge"), settings)
-    return _prefill(model, room, params, tokens, lengths, limits, settings)
+    return prefill(model, room, params, tokens, lengths, limits, settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(
+def prefill(
     model: Neo,
     room: int,
     params: Params,
@@ -115,6 +115,7 @@ def _prefill(
     limits: Int[Array, "B"],
     settings: Settings,
 ) -> DecodeState:
+    """Returns the state after prompts [B, T] of these lengths, with room for whole texts."""
     # Prompts are padded on the right: padding lies in the future, which nothing sees. The newest
     # token is left to the first step, which so is a step like all others.
     _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)

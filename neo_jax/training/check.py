@@ -2,19 +2,15 @@
 
 import math
 import os
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from neo_jax.axes import BATCH, Params
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo, init_params
-from neo_jax.stacked import stack
+from neo_jax.memory import tree_bytes
+from neo_jax.model import Neo
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.loss import Batch
-from neo_jax.training.state import Step, TrainState
+from neo_jax.training.state import Step, TrainState, abstract_inputs
 
 
 def check_run(
@@ -34,15 +30,9 @@ def check_run(
         some activation, or the state is larger than the memory of its devices.
     """
     _check_parts(config, model)
-    length = config.sequence_length
-
-    def rows(length: int, dtype: DTypeLike) -> Any:
-        return jax.ShapeDtypeStruct((config.batch_size, length), dtype)
-
-    starts = rows(length, jnp.int32) if has_starts else None
-    batch = Batch(rows(length + 1, jnp.int32), rows(length, jnp.float32), starts)
-    jax.eval_shape(step, state, batch, _frozen(config, model))
-    _check_memory(state)
+    batch, frozen = abstract_inputs(config, model, has_starts)
+    jax.eval_shape(step, state, batch, frozen)
+    _check_memory(state, frozen)
 
 
 def _check_parts(config: TrainConfig, model: Neo) -> None:
@@ -55,20 +45,10 @@ def _check_parts(config: TrainConfig, model: Neo) -> None:
         )
 
 
-def _frozen(config: TrainConfig, model: Neo) -> Params | None:
-    """Returns the shapes of the frozen parameters, where adapters are trained."""
-    if not config.lora.rank:
-        return None
-    shapes = jax.eval_shape(
-        lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
-    )
-    dtype = jnp.dtype(config.dtype)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-
-
-def _check_memory(state: TrainState) -> None:
+def _check_memory(state: TrainState, frozen: Params | None) -> None:
     """Compares what every step holds at once, whatever its activations, with what a device has."""
-    needed = sum(map(_bytes_of_a_device, jax.tree.leaves((state, state.params))))  # and gradients
+    tiled = jax.default_backend() == "tpu"
+    needed = tree_bytes((state, state.params, frozen), tiled)  # and gradients
     memory = device_memory()
     if needed > memory:
         raise NeoError(
@@ -78,20 +58,17 @@ def _check_memory(state: TrainState) -> None:
         )
 
 
-def _bytes_of_a_device(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def device_memory() -> float:
+def device_memory(num_devices: int = 0) -> float:
     """Returns the bytes that a device of this process has; infinity where that is not known.
 
-    Devices of a CPU have equal shares of the machine's memory.
+    Devices of a CPU have equal shares of the machine's memory: of as many as are told, or all.
     """
     devices = jax.local_devices()
+    num_devices = num_devices or len(devices)
     if devices[0].platform != "cpu":
         limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices]
         return min(limits)
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_devices
     except (ValueError, OSError, AttributeError):  # a system that does not say
         return math.inf

@@ -9,27 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from neo_jax.chips import chip
 from neo_jax.config import ModelConfig
-
-# Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`. Sources: Google Cloud's TPU
-# system architecture pages and NVIDIA's data sheets. A TPU v2 or v3 chip is two devices.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "Tesla T4": 65e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> float:
@@ -40,11 +21,17 @@ def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> f
     key that a query sees. Adapters are not counted.
     """
     weights = config.num_params - config.max_length * config.embed_dim
-    keys = 0.0
+    keys = visible_keys(config, length) / length
+    return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys
+
+
+def visible_keys(config: ModelConfig, length: int) -> float:
+    """Returns the pairs of a query and a key that it sees, in a sequence, over all layers."""
+    pairs = 0.0
     for layer in range(config.num_layers):
         window = min(config.window(layer) or length, length)
-        keys += window * (window + 1) / 2 + (length - window) * window
-    return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys / length
+        pairs += window * (window + 1) / 2 + (length - window) * window
+    return pairs
 
 
 def peak_flops(dtype: str) -> float:
@@ -55,7 +42,7 @@ def peak_flops(dtype: str) -> float:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_flops(jnp.dtype(dtype)) * jax.process_count()
-    return PEAK_FLOPS.get(device.device_kind, math.nan) * jax.device_count()
+    return chip(device.device_kind).peak_flops * jax.device_count()
 
 
 def _measured_flops(dtype: Any) -> float:

@@ -16,7 +16,7 @@ from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.pretrained import load_params, read_config
 from neo_jax.sharding import tree_shardings
-from neo_jax.stacked import stack, stacked_axes
+from neo_jax.stacked import abstract_params, stack
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import TrainState, init_state, state_of, state_shardings
 
@@ -92,7 +92,6 @@ def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:
     if model.sharding:
         shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
         before = tree_shardings(model.sharding, logical_axes(model), shapes)
-        shapes = jax.eval_shape(stacked, shapes)
-        after = tree_shardings(model.sharding, stacked_axes(model), shapes)
+        after = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model))
     params = load_params(folder, model.config, dtype=dtype, shardings=before)
     return jax.jit(stacked, out_shardings=after)(params)

@@ -1,18 +1,19 @@
 """The state of training, and the pure step from one state to the next."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from neo_jax.axes import Array, Params
+from neo_jax.axes import BATCH, Array, Params
 from neo_jax.lora import LoraConfig, adapter_axes, attach, init_adapters
 from neo_jax.model import Neo, init_params
 from neo_jax.sharding import tree_shardings
-from neo_jax.stacked import stack, stacked_axes
+from neo_jax.stacked import abstract_params, stack, stacked_axes
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.loss import Batch, Losses, batch_losses, embed_inputs
 from neo_jax.training.optimizer import make_schedule
@@ -31,7 +32,7 @@ class TrainState(NamedTuple):
 
 
 Metrics = dict[str, Array]
-Step = Callable[..., tuple[TrainState, Metrics]]
+Step = jax.stages.Wrapped  # from a state and a batch to a state and metrics
 
 _ALL_WEIGHTS = LoraConfig()
 
@@ -62,6 +63,31 @@ def abstract_state(
         shapes,
         shardings,
     )
+
+
+def abstract_inputs(
+    config: TrainConfig, model: Neo, has_starts: bool = False
+) -> tuple[Batch, Params | None]:
+    """Returns what a step takes beside the state, as `ShapeDtypeStruct`s.
+
+    Args:
+      config: of the run.
+      model: its model, with the strategy.
+      has_starts: whether batches tell where documents begin.
+
+    Returns:
+      A batch, and the frozen parameters where adapters are trained, else None.
+    """
+
+    def rows(length: int, dtype: DTypeLike) -> Any:
+        shape, sharding = (config.batch_size, length), model.sharding
+        place = sharding.named((BATCH, None), shape, "batch") if sharding else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    length = config.sequence_length
+    starts = rows(length, jnp.int32) if has_starts else None
+    batch = Batch(rows(length + 1, jnp.int32), rows(length, jnp.float32), starts)
+    return batch, abstract_params(model, jnp.dtype(config.dtype)) if config.lora.rank else None
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -155,7 +181,7 @@ def _gradients(
 ) -> tuple[Losses, Params]:
     """Returns the losses of a batch and the gradients of its mean objective."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
-    unroll = config.unroll or _fastest_unroll(config)
+    unroll = config.unroll or _fastest_unroll(config, model)
 
     def embedded(params: Params) -> Array:
         return embed_inputs(model, whole(params, frozen, config.lora), batch, key)
@@ -197,13 +223,14 @@ def _gradients(
     return losses._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
 
 
-def _fastest_unroll(config: TrainConfig) -> int:
+def _fastest_unroll(config: TrainConfig, model: Neo) -> int:
     """Returns how many units of layers to write out: on a CPU a loop copies what it carries.
 
     What is computed again would there be found to be the same without a loop, and be kept.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    return config.model.num_layers if on_cpu and config.remat == "none" else 1
+    mesh = model.sharding.mesh if model.sharding else None
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    return config.model.num_layers if platform == "cpu" and config.remat == "none" else 1
 
 
 def _parts(batch: Any, count: int) -> Any:

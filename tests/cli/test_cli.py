@@ -24,6 +24,7 @@ OPTIONS = {
         "--held-out", "--json",
     ],
     "train": ["CONFIG"],
+    "plan": ["--model", "--topology", "--step", "--mesh", "--rules", "--search", "--json"],
 }  # fmt: skip
 
 

@@ -1,0 +1,191 @@
+"""neo-jax plan: what a step takes of devices that need not be here."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from neo_jax.attention import Kernel
+from neo_jax.cli import UsageError, parse
+from neo_jax.cli.options import print_json
+from neo_jax.cli.train import load_config
+from neo_jax.config import PRESETS, ModelConfig, preset
+from neo_jax.errors import NeoError, reason
+from neo_jax.stacked import Remat
+from neo_jax.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from neo_jax.plan.steps import Step
+    from neo_jax.plan.topology import Topology
+
+_COMPILED = 3  # meshes of a search
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """For which devices, and how to tell."""
+
+    topology: str = "v5e:4x4"  # a TPU and its shape in chips, as in 2*v5e:16x16 (slices), or cpu:8
+    search: bool = False  # rank every mesh that divides, and compile the best three
+    json: bool = False  # print JSON
+    picture: str = ""  # draw into this PNG file
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """Plans a training, prefill or decoding step of a model."""
+
+    plan: OmitArgPrefixes[PlanOptions]
+    model: str = ""  # a preset such as gpt-neo-2.7b, a folder or a hub name; else the bundled one
+    step: Literal["train", "prefill", "decode"] = "train"
+    mesh: str = ""  # as in fsdp=4,model=2; else what the rules say, or fsdp=-1
+    rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
+    batch: int = 0  # sequences of a step, over all devices; 0 is one for each device
+    length: int = 0  # tokens of each, or slots of its cache; 0 is the model's whole context
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    kernel: Kernel = "auto"  # attention
+    remat: Remat = "full"  # of training: computed again in the backward pass: none, products, full
+    accumulation: int = 1  # of training: parts of a batch, one after another
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigOptions:
+    """Plans the step that `neo-jax train CONFIG` runs; each field of the config is an option."""
+
+    config: Annotated[TrainConfig, arg(name="")]
+    plan: OmitArgPrefixes[PlanOptions]
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    options: StepOptions | ConfigOptions
+    if args and not args[0].startswith("-"):
+        default = ConfigOptions(load_config(args[0]), PlanOptions())
+        options = parse(ConfigOptions, "plan", args[1:], default=default)
+    else:
+        options = parse(StepOptions, "plan", args, default=StepOptions(PlanOptions()))
+    if options.plan.picture and importlib.util.find_spec("matplotlib") is None:
+        raise NeoError("a picture needs matplotlib: pip install 'neo_jax[plot]'.")
+    _start_jax(options.plan.topology)
+    from neo_jax.plan.topology import find_topology
+
+    topology = find_topology(options.plan.topology)
+    if options.plan.search:
+        _search(options, topology)
+    else:
+        _plan(options, topology)
+
+
+def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
+    from neo_jax.plan import report
+    from neo_jax.plan.compiled import make_plan
+
+    chosen = options if isinstance(options, StepOptions) else options.config
+    mesh = chosen.mesh or ("" if chosen.rules else "fsdp=-1")
+    plan = make_plan(_step(options, topology, mesh, chosen.rules), topology)
+    if options.plan.json:
+        print_json(report.describe(plan))
+    else:
+        print(*report.lines(plan), sep="\n")
+    if options.plan.picture:
+        _write(options.plan.picture, report.draw(plan))
+
+
+def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
+    from neo_jax.plan import ranking
+    from neo_jax.plan.search import search
+
+    kind = options.step if isinstance(options, StepOptions) else "train"
+    build = functools.partial(_step, options, topology)
+    found = search(build, topology, kind, _COMPILED)
+    if options.plan.json:
+        print_json({"topology": topology.name, "ranking": ranking.describe(found)})
+    else:
+        print(*ranking.lines(found), sep="\n")
+    if options.plan.picture:
+        _write(options.plan.picture, ranking.draw(found, topology.name))
+
+
+def _start_jax(topology: str) -> None:
+    """Lets JAX start with as many CPU devices as are asked for, and without what else is here."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # it has started: `find_topology` tells
+        jax.config.update("jax_platforms", "cpu")
+        wanted = re.fullmatch(r"cpu:(\d+)", topology)
+        if wanted:
+            number = max(int(wanted[1]), jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+            jax.config.update("jax_num_cpu_devices", number)
+
+
+def _step(
+    options: StepOptions | ConfigOptions, topology: "Topology", mesh: str, rules: str
+) -> "Step":
+    """Returns the step that is asked for, on a mesh."""
+    import jax.numpy as jnp
+
+    from neo_jax.model import Neo
+    from neo_jax.plan import steps
+    from neo_jax.sharding import make_sharding
+
+    sharding = make_sharding(mesh, rules, topology.devices)
+    assert sharding is not None
+    if isinstance(options, ConfigOptions):
+        return steps.training_step(_with_model(options.config), sharding)
+    model = _model(options.model)
+    batch = options.batch or len(topology.devices) * options.accumulation
+    length = options.length or model.max_length
+    if options.step == "train":
+        config = TrainConfig(
+            data="",
+            output="",
+            steps=1,
+            batch_size=batch,
+            model=model,
+            length=length,
+            dtype=options.dtype,
+            kernel=options.kernel,
+            remat=options.remat,
+            accumulation=options.accumulation,
+        )
+        return steps.training_step(config, sharding)
+    if length > model.max_length:
+        raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
+    kind = steps.prefill_step if options.step == "prefill" else steps.decode_step
+    return kind(Neo(model, jnp.dtype(options.dtype), options.kernel, sharding), batch, length)
+
+
+def _model(name: str) -> ModelConfig:
+    """Returns the model of a name, those of published checkpoints without a look at the hub."""
+    published = name.rpartition("/")[2].lower()
+    if published in PRESETS:
+        return preset(published)
+    from neo_jax import hub, pretrained
+
+    return pretrained.read_config(hub.resolve(name or None))
+
+
+def _with_model(config: TrainConfig) -> TrainConfig:
+    """Returns a config that says its model, also where that is a checkpoint's."""
+    if not config.pretrained:
+        return config
+    model = _model("" if config.pretrained == "bundled" else config.pretrained)
+    model = dataclasses.replace(model, vocab_size=model.vocab_size + config.new_tokens)
+    config = dataclasses.replace(config, model=model)
+    config.check_length()
+    return config
+
+
+def _write(path: str, picture: bytes) -> None:
+    try:
+        Path(path).write_bytes(picture)
+    except OSError as error:
+        raise NeoError(f"cannot write {path}: {reason(error)}.") from error
+    print(path, file=sys.stderr)

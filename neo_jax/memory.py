@@ -1,0 +1,61 @@
+"""How many bytes of a device's memory an array takes."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def device_bytes(leaf: Any, tiled: bool) -> int:
+    """Returns the bytes that each device holds of an array.
+
+    Args:
+      leaf: a `jax.ShapeDtypeStruct` with its sharding; without one a device holds all of it.
+      tiled: whether devices keep arrays in tiles, as TPUs do.
+    """
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    itemsize = leaf.dtype.itemsize
+    return tiled_bytes(shape, itemsize) if tiled else math.prod(shape) * itemsize
+
+
+def tree_bytes(tree: Any, tiled: bool) -> int:
+    """Returns the bytes that each device holds of all arrays of a tree."""
+    return sum(device_bytes(leaf, tiled) for leaf in jax.tree.leaves(tree))
+
+
+def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
+    """Returns the bytes of an array in a TPU's memory.
+
+    Its last two axes, in the order that wastes least, are cut into tiles of 8 x 128 entries, or of
+    fewer rows where that is enough; entries of less than four bytes are packed by rows. A vector is
+    cut into tiles of up to 1024 entries. What does not fill its tiles is padding: 768 floats take
+    1024. (Read off what the compiler says of its arguments; a test compares them.)
+    """
+    packed = max(1, 4 // itemsize)  # rows that share a word
+    if len(shape) < 2:
+        size = math.prod(shape)
+        tile = min(1024, max(128 * packed, _power_of_two(size)))
+        return _round_up(size, tile) * itemsize
+
+    def padded(rows: int, columns: int) -> int:
+        tile = min(8, max(packed, _power_of_two(rows)))
+        return _round_up(rows, tile) * _round_up(columns, 128)
+
+    pairs = itertools.permutations(range(len(shape)), 2)
+    size = math.prod(shape)
+    least = min(
+        size // (shape[rows] * shape[columns]) * padded(shape[rows], shape[columns])
+        for rows, columns in pairs
+    )
+    return least * itemsize
+
+
+def _power_of_two(size: int) -> int:
+    """Returns the least power of two that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,1 @@
+"""What a step takes of a machine that need not be there: stages from a topology to a report."""

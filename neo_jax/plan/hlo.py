@@ -1,0 +1,173 @@
+"""XLA's text of a program, `compiled.as_text()`: what runs in it, and how often.
+
+A program is computations, each a list of instructions. A loop calls its body a number of times, a
+fusion calls a computation once and runs it as one instruction.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
+    name: str
+    shape: str  # of the result, as in "f32[4,8]{1,0}" or "(s32[], f32[4])"
+    opcode: str
+    operands: tuple[str, ...]  # names; of a constant its value
+    attributes: str
+    is_root: bool
+
+
+class Program(NamedTuple):
+    """A program as it was read."""
+
+    computations: dict[str, dict[str, Instruction]]  # by name, and in them by name
+    entry: str  # the computation that it starts with
+
+
+class Run(NamedTuple):
+    """An instruction, and how often it runs."""
+
+    instruction: Instruction
+    times: int | None  # None in a loop whose end depends on data
+    computation: str  # that it is in
+    path: tuple[str, ...]  # the loops' bodies around it, from the entry on
+    fusions: tuple[str, ...]  # the fused computations around it
+
+
+def runs(program: Program, open_trips: int | None = None) -> Iterator[Run]:
+    """Yields all that a program runs; every branch of a condition counts.
+
+    Args:
+      program: what `parse` returned.
+      open_trips: how often a loop runs whose end depends on data.
+    """
+    return _runs(program, open_trips, 1, program.entry, (program.entry,), ())
+
+
+def _runs(
+    program: Program,
+    open_trips: int | None,
+    times: int | None,
+    computation: str,
+    path: tuple[str, ...],
+    fusions: tuple[str, ...],
+) -> Iterator[Run]:
+    for each in program.computations[computation].values():
+        yield Run(each, times, computation, path, fusions)
+        if each.opcode == "while":
+            trips, body = _trips(program, each, open_trips), called("body", each)
+            inside = None if times is None or trips is None else times * trips
+            yield from _runs(program, open_trips, inside, body, (*path, body), ())
+        elif each.opcode in ("fusion", "async-start"):
+            name = called("calls", each)
+            yield from _runs(program, open_trips, times, name, path, (*fusions, name))
+        elif each.opcode == "call":
+            name = called("to_apply", each)
+            yield from _runs(program, open_trips, times, name, (*path, name), ())
+        elif each.opcode == "conditional":
+            for name in _branches(each):
+                yield from _runs(program, open_trips, times, name, (*path, name), ())
+
+
+def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int | None:
+    """Returns how often a loop runs: as the text says, or as its condition counts from 0."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = program.computations[called("condition", loop)]
+    root = next(instruction for instruction in condition.values() if instruction.is_root)
+    if root.opcode != "compare":
+        return open_trips
+    compared = {condition[name].opcode: condition[name] for name in root.operands}
+    if compared.keys() != {"get-tuple-element", "constant"}:
+        return open_trips
+    return int(compared["constant"].operands[0])
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
+    if listed:
+        return re.findall(r"[\w.-]+", listed[1])
+    return [called(f"{which}_computation", conditional) for which in ("true", "false")]
+
+
+def called(role: str, instruction: Instruction) -> str:
+    """Returns the computation that an instruction calls as its "body", "condition" or the like."""
+    name = re.search(rf"\b{role}=%?([\w.-]+)", instruction.attributes)
+    assert name, f"{instruction.name} does not say its {role}"
+    return name[1]
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a compiled program."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, lines = "", None
+    for line in text.splitlines():
+        if line.endswith("{") and not line[:1].isspace():
+            header = re.match(r"(ENTRY )?%?([\w.-]+) ", line)
+            if header:
+                lines = computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif lines is not None:
+            instruction = _instruction(line)
+            if instruction:
+                lines[instruction.name] = instruction
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
+    if not head:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end + 1 :]
+    opcode, _, _ = rest.partition("(")
+    rest = rest[len(opcode) :]
+    end = _closing(rest)
+    operands = tuple(re.findall(r"%?([\w.-]+)(?:,|$)", re.sub(r"/\*.*?\*/", "", rest[1:end])))
+    return Instruction(head[2], shape, opcode, operands, rest[end + 1 :], bool(head[1]))
+
+
+def _closing(text: str) -> int:
+    """Returns the index of the parenthesis that closes the one at the start."""
+    depth = 0
+    for match in re.finditer("[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"no closing parenthesis in {text[:80]!r}")
+
+
+def elements(shape: str) -> list[str]:
+    """Returns the elements of a tuple's shape; of another shape itself."""
+    if not shape.startswith("("):
+        return [shape]
+    found, depth, start = [], 0, 1
+    for match in re.finditer(r"[(\[{]|[)\]}]|,", shape):
+        if match[0] == ",":
+            if depth == 1:
+                found.append(shape[start : match.start()])
+                start = match.end()
+        else:
+            depth += 1 if match[0] in "([{" else -1
+    return [*found, shape[start:-1]]
+
+
+def sizes(shape: str) -> tuple[int, ...]:
+    """Returns the sizes of an array's axes: (4, 8) of "f32[4,8]{1,0}"."""
+    inside = shape[shape.index("[") + 1 : shape.index("]")]
+    return tuple(int(size.strip("<=")) for size in inside.split(",") if size)
+
+
+def num_bytes(shape: str) -> int:
+    """Returns the bytes of a shape's arrays, tiles and padding apart: 16 of "f32[4]{0:T(128)}"."""
+    bits = 0
+    for dtype, inside in re.findall(r"([a-z]+[0-9]*)\w*(\[[0-9,<=]*\])", shape):
+        digits = re.sub("[a-z]", "", dtype)
+        bits += (int(digits) if digits else 8 * (dtype == "pred")) * math.prod(sizes(inside))
+    return -(-bits // 8)

@@ -1,0 +1,118 @@
+"""neo-jax plan, on CPU devices that are here and on TPUs that are not."""
+
+import dataclasses
+import json
+
+import pytest
+
+from neo_jax.cli import main
+from neo_jax.cli.plan import ConfigOptions, PlanOptions, _with_model
+from neo_jax.training.config import TrainConfig
+
+CONFIG = """
+from neo_jax.config import ModelConfig
+from neo_jax.training.config import TrainConfig
+
+config = TrainConfig(
+    data="",
+    output="",
+    steps=10,
+    batch_size=16,
+    model=ModelConfig(num_layers=2, embed_dim=64, num_heads=4, vocab_size=300, max_length=64),
+)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def run(capsys, *args):
+    status = main(["plan", *args])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
+
+
+def fail(capsys, *args):
+    status = main(["plan", *args])
+    err = capsys.readouterr().err
+    assert status
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_step_of_a_config(capsys, config):
+    table = run(capsys, config, "--topology", "cpu:8", "--mesh", "fsdp=4,model=2")
+    assert "cpu:8, 8 x cpu" in table
+    assert "fsdp=4, model=2" in table
+    assert "times along model" in table
+
+
+def test_fields_are_options(capsys, config):
+    small = json.loads(run(capsys, config, "--topology", "cpu:8", "--json"))
+    assert small["mesh"] == {"fsdp": 8}
+    assert small["tokens"] == 16 * 64
+    assert small["memory"]["arguments"] == sum(small["memory"]["parts"].values())
+    assert small["fits"] is True
+    wide = json.loads(
+        run(capsys, config, "--topology", "cpu:8", "--json", "--model.mlp-dim", "1024")
+    )
+    assert wide["parameters"] > small["parameters"]
+    assert wide["flops"]["useful"] > small["flops"]["useful"]
+
+
+@pytest.mark.parametrize("step", ["train", "prefill", "decode"])
+def test_steps_of_a_model(capsys, step, checkpoints):
+    fields = json.loads(
+        run(
+            capsys, "--model", str(checkpoints["bare"]), "--step", step, "--topology", "cpu:4",
+            "--mesh", "data=2,model=2", "--batch", "4", "--length", "32", "--json",
+        )
+    )  # fmt: skip
+    assert fields["tokens"] == (4 if step == "decode" else 4 * 32)
+    assert ("cache" in fields["memory"]["parts"]) == (step != "train")
+    assert fields["devices"] == 4
+
+
+def test_a_search(capsys, config, tmp_path):
+    picture = tmp_path / "ranking.png"
+    args = (config, "--topology", "cpu:4", "--search", "--picture", str(picture))
+    _, *table = run(capsys, *args).splitlines()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len({line.partition(" ")[0] for line in table}) == len(table) == 6
+    assert ["compiled" in line for line in table] == [True] * 3 + [False] * 3
+
+
+def test_a_tpu(capsys, config, tmp_path):
+    picture = tmp_path / "plan.png"
+    args = (config, "--topology", "v5e:2x2", "--picture", str(picture), "--json")
+    fields = json.loads(run(capsys, *args))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert fields["device_kind"] == "TPU v5 lite"
+    assert fields["fits"] is True
+    assert fields["mfu"] > 0
+
+
+def test_published_checkpoints_are_known_without_the_hub():
+    run = TrainConfig("", "", 1, 1, pretrained="EleutherAI/gpt-neo-1.3B", new_tokens=2)
+    config = ConfigOptions(run, PlanOptions()).config
+    assert _with_model(config).model.vocab_size == 50259
+    assert _with_model(config).model.embed_dim == 2048
+    assert _with_model(dataclasses.replace(config, pretrained="bundled")).model.embed_dim < 1000
+
+
+def test_errors_are_one_line(capsys, config, tmp_path):
+    assert "is not a topology" in fail(capsys, config, "--topology", "v5e")
+    assert "asks for 3 devices" in fail(capsys, config, "--topology", "cpu:4", "--mesh", "fsdp=3")
+    assert "does not divide" in fail(capsys, config, "--topology", "cpu:8", "--batch-size", "3")
+    assert "exceeds the model's context" in fail(
+        capsys, "--model", "gpt-neo-125m", "--step", "decode", "--length", "5000",
+        "--topology", "cpu:4",
+    )  # fmt: skip
+    assert "cannot write" in fail(
+        capsys, config, "--topology", "cpu:4", "--picture", str(tmp_path / "no" / "a.png")
+    )
