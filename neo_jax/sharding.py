@@ -53,6 +53,13 @@ class Sharding:
     mesh: Mesh | AbstractMesh
     rules: Rules
 
+    @property
+    def device(self) -> jax.Device:
+        """One device, to tell their kind by: of the mesh, or of this process if it has none."""
+        if isinstance(self.mesh, AbstractMesh):
+            return jax.local_devices()[0]
+        return self.mesh.devices.flat[0]
+
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """Returns the mesh axes that split a logical axis, none where it stays whole."""
         return dict(self.rules).get(axis, ()) if axis else ()
