@@ -62,23 +62,33 @@ def extend(
     v: Float[Array, "B N T H"],
     positions: Int[Array, "B T"],
 ) -> LayerCache:
-    """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
+    """Writes new keys and values into the slots of their positions; those at -1 are dropped.
+
+    One token of one row after another, which every compiler does in place. A scatter, be it in two
+    index arrays or one, makes a TPU's compiler lay the cache out anew before and after each step.
+    """
+    rows, tokens = positions.shape
     slots = cache.positions.shape[1]
-    if positions.shape == (1, 1):
+    if rows * tokens == 1:
         return _extend_by_one(cache, k, v, positions)
-    rows = jnp.arange(k.shape[0])[:, None]
-    index = jnp.where(positions >= 0, positions % slots, slots)
 
-    def write(old: Array, new: Array) -> Array:
-        # Two index arrays around a slice put their axes in front: [B, T, N, H].
-        new = new.astype(old.dtype).swapaxes(1, 2)
-        return old.at[rows, :, index].set(new, mode="drop")
+    def write_one(i: Array, cache: LayerCache) -> LayerCache:
+        row, token = i // tokens, i % tokens
+        position = positions[row, token]
 
-    return LayerCache(
-        write(cache.k, k),
-        write(cache.v, v),
-        cache.positions.at[rows, index].set(positions, mode="drop"),
-    )
+        def write(old: Array, new: Array, axis: int) -> Array:
+            source, place = [row] + [0] * (new.ndim - 1), [row] + [0] * (new.ndim - 1)
+            source[axis], place[axis] = token, position % slots
+            sizes = [size if i not in (0, axis) else 1 for i, size in enumerate(new.shape)]
+            new = jax.lax.dynamic_slice(new, source, sizes).astype(old.dtype)
+            here = jax.lax.dynamic_slice(old, place, sizes)
+            return jax.lax.dynamic_update_slice(old, jnp.where(position >= 0, new, here), place)
+
+        return LayerCache(
+            write(cache.k, k, 2), write(cache.v, v, 2), write(cache.positions, positions, 1)
+        )
+
+    return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
 
 
 def _extend_by_one(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neo_jax.axes import BATCH, LOGICAL_AXES, Array
+from neo_jax.axes import BATCH, EMBED, HEAD_DIM, HEADS, LOGICAL_AXES, Array
 from neo_jax.errors import NeoError, suggest
 
 MESH_AXES = ("data", "fsdp", "model", "context")
@@ -172,6 +173,24 @@ def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
         shapes,
         axes,
     )
+
+
+def laid_out(
+    place: jax.sharding.Sharding, axes: Sequence[str | None]
+) -> jax.sharding.Sharding | Format:
+    """Returns a parameter's place and, where a TPU would choose badly, the order of its axes there.
+
+    A TPU keeps an array in tiles of its last two axes. Products want the inputs in a tile; where
+    heads and head_dim are in it, loops begin by laying the parameter out anew, a whole copy of it.
+
+    Args:
+      place: where the parameter lies.
+      axes: its logical axes.
+    """
+    on_tpu = next(iter(place.device_set)).platform == "tpu"
+    if on_tpu and tuple(axes) == (EMBED, HEADS, HEAD_DIM):
+        return Format(Layout((1, 2, 0)), place)
+    return place
 
 
 def make_sharding(
