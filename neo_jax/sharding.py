@@ -187,8 +187,8 @@ def laid_out(
       place: where the parameter lies.
       axes: its logical axes.
     """
-    on_tpu = next(iter(place.device_set)).platform == "tpu"
-    if on_tpu and tuple(axes) == (EMBED, HEADS, HEAD_DIM):
+    device: jax.Device = next(iter(place.device_set))
+    if device.platform == "tpu" and tuple(axes) == (EMBED, HEADS, HEAD_DIM):
         return Format(Layout((1, 2, 0)), place)
     return place
 

@@ -280,6 +280,13 @@ def test_axes_in_another_order_change_nothing(checkpoints, models, monkeypatch, 
     )
 
 
+@pytest.mark.parametrize(("kernel", "where"), [("splash", "runs on TPUs"), ("cudnn", "NVIDIA")])
+def test_a_kernel_of_another_device_is_refused(checkpoints, kernel, where):
+    message = refused(neo_jax.load(checkpoints["bytes"], kernel=kernel).score, [[1, 2, 3]])
+    assert where in message
+    assert message.endswith("use 'blocked'.")
+
+
 def test_kernels_agree(checkpoints, models):
     expected = models["bytes"].embed(PROMPTS)
     for kernel in ("dense", "blocked"):
