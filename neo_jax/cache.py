@@ -64,13 +64,18 @@ def extend(
 ) -> LayerCache:
     """Writes new keys and values into the slots of their positions; those at -1 are dropped.
 
-    One token of one row after another, which every compiler does in place. A scatter, be it in two
-    index arrays or one, makes a TPU's compiler lay the cache out anew before and after each step.
+    The way is that which the compiler of the device does in place. For a scatter a TPU's lays the
+    cache out anew before and after each step; for a slice a CPU's makes all bfloat16 float32.
     """
+    return jax.lax.platform_dependent(
+        cache, k, v, positions, tpu=_extend_in_turn, default=_extend_at_once
+    )
+
+
+def _extend_in_turn(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    """Writes one token of one row after another, as slices."""
     rows, tokens = positions.shape
     slots = cache.positions.shape[1]
-    if rows * tokens == 1:
-        return _extend_by_one(cache, k, v, positions)
 
     def write_one(i: Array, cache: LayerCache) -> LayerCache:
         row, token = i // tokens, i % tokens
@@ -89,6 +94,26 @@ def extend(
         )
 
     return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
+
+
+def _extend_at_once(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    """Writes all tokens of all rows by one scatter a leaf."""
+    slots = cache.positions.shape[1]
+    if positions.shape == (1, 1):
+        return _extend_by_one(cache, k, v, positions)
+    rows = jnp.arange(k.shape[0])[:, None]
+    index = jnp.where(positions >= 0, positions % slots, slots)
+
+    def write(old: Array, new: Array) -> Array:
+        # Two index arrays around a slice put their axes in front: [B, T, N, H].
+        new = new.astype(old.dtype).swapaxes(1, 2)
+        return old.at[rows, :, index].set(new, mode="drop")
+
+    return LayerCache(
+        write(cache.k, k),
+        write(cache.v, v),
+        cache.positions.at[rows, index].set(positions, mode="drop"),
+    )
 
 
 def _extend_by_one(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:

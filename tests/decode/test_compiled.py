@@ -18,6 +18,7 @@ from neo_jax.sharding import laid_out, make_sharding
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_step_copies_a_cache(tiny, batch):
+    """On a CPU, in float32."""
     model, params = tiny
     settings = make_settings(SamplingOptions(), [0] * batch)
     state = engine.start(model, params, [[1, 2, 3]] * batch, 40, settings)
