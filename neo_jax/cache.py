@@ -62,7 +62,42 @@ def extend(
     v: Float[Array, "B N T H"],
     positions: Int[Array, "B T"],
 ) -> LayerCache:
-    """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
+    """Writes new keys and values into the slots of their positions; those at -1 are dropped.
+
+    The way is that which the compiler of the device does in place. For a scatter a TPU's lays the
+    cache out anew before and after each step; for a slice a CPU's makes all bfloat16 float32.
+    """
+    return jax.lax.platform_dependent(
+        cache, k, v, positions, tpu=_extend_in_turn, default=_extend_at_once
+    )
+
+
+def _extend_in_turn(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    """Writes one token of one row after another, as slices."""
+    rows, tokens = positions.shape
+    slots = cache.positions.shape[1]
+
+    def write_one(i: Array, cache: LayerCache) -> LayerCache:
+        row, token = i // tokens, i % tokens
+        position = positions[row, token]
+
+        def write(old: Array, new: Array, axis: int) -> Array:
+            source, place = [row] + [0] * (new.ndim - 1), [row] + [0] * (new.ndim - 1)
+            source[axis], place[axis] = token, position % slots
+            sizes = [size if i not in (0, axis) else 1 for i, size in enumerate(new.shape)]
+            new = jax.lax.dynamic_slice(new, source, sizes).astype(old.dtype)
+            here = jax.lax.dynamic_slice(old, place, sizes)
+            return jax.lax.dynamic_update_slice(old, jnp.where(position >= 0, new, here), place)
+
+        return LayerCache(
+            write(cache.k, k, 2), write(cache.v, v, 2), write(cache.positions, positions, 1)
+        )
+
+    return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
+
+
+def _extend_at_once(cache: LayerCache, k: Array, v: Array, positions: Array) -> LayerCache:
+    """Writes all tokens of all rows by one scatter a leaf."""
     slots = cache.positions.shape[1]
     if positions.shape == (1, 1):
         return _extend_by_one(cache, k, v, positions)

@@ -11,7 +11,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from neo_jax import adapters, hub, names, pretrained
 from neo_jax.attention import Kernel
@@ -24,7 +24,7 @@ from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.model import Neo
-from neo_jax.sharding import Sharding, make_sharding, padded_rows
+from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -258,9 +258,21 @@ def load(
     params = pretrained.load_params(base, config, dtype=compute, shardings=shardings)
     if base != folder:
         params = adapters.apply_adapter(folder, config, params, shardings)
+    params = _laid_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
+
+
+def _laid_out(config: ModelConfig, params: Params) -> Params:
+    """Gives the parameters the order of axes in which their devices read them best."""
+    leaves = flatten_dict(params)
+    for tensor in names.tensors(config):
+        leaf = leaves[tensor.path]
+        place = laid_out(leaf.sharding, tensor.axes)
+        if place is not leaf.sharding:
+            leaves[tensor.path] = jax.device_put(leaf, place, donate=True)
+    return unflatten_dict(leaves)
 
 
 def enable_compilation_cache() -> None:

@@ -81,7 +81,7 @@ class Attention(nn.Module):
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
         mask = Mask(positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
-        y = attend(q, cache.k, cache.v, mask, self.kernel if mask.aligned else "auto")
+        y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
         out_proj = Einsum(
             (config.num_heads, config.head_dim, config.embed_dim),
             (axes.HEADS, axes.HEAD_DIM, axes.EMBED),
@@ -254,14 +254,17 @@ class Neo(nn.Module):
     def _hidden_states(
         self, tokens: Array, positions: Array | None, cache: Cache | None
     ) -> tuple[tuple[Array, ...], Cache]:
+        indexed = positions is None or cache is not None
         x, positions = self.embed(tokens, positions)
+        # Kernels that know only indices take what is before position 0 for another document.
+        starts = None if indexed else jnp.zeros_like(positions)
         # Tokens that are appended to a cache are too few to be split.
         lies = RESIDUAL_STREAM if cache is None else (axes.BATCH, None, None)
         hidden_states, caches = [], []
         for i, block in enumerate(self.h):
             x = constrain(self.sharding, x, lies, "the residual stream")
             hidden_states.append(x)
-            x, layer_cache = block(x, positions, cache[i] if cache else None)
+            x, layer_cache = block(x, positions, cache[i] if cache else None, starts)
             caches.append(layer_cache)
         return (*hidden_states, self.ln_f(x)), tuple(caches)
 

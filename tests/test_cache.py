@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neo_jax import cache as caching
 from neo_jax.attention import Mask
 from neo_jax.cache import SLACK, LayerCache, extend, from_sequence, num_slots
 from neo_jax.config import ModelConfig
@@ -15,6 +16,7 @@ CONFIG = ModelConfig(
     num_layers=2, embed_dim=4, num_heads=2, vocab_size=9, max_length=64, window_size=5
 )
 extend = jax.jit(extend)
+at_once, in_turn = jax.jit(caching._extend_at_once), jax.jit(caching._extend_in_turn)
 
 
 def contents(positions, heads=2, head_dim=3):
@@ -78,6 +80,36 @@ def test_extend_keeps_the_newest_and_every_window_is_whole(history):
         seen = Mask(jnp.asarray(chunk), cache.positions, window).visible().sum(-1)
         np.testing.assert_array_equal(seen, np.where(chunk < 0, 0, np.minimum(chunk + 1, window)))
     assert_holds(cache, newest)
+
+
+@given(histories())
+@settings(max_examples=15, deadline=None)
+def test_writing_in_turn_is_writing_at_once(history):
+    """What TPUs do, and what others do."""
+    window, width, steps, pad_left = history
+    caches, lengths = [empty(2, window + SLACK)] * 2, np.zeros(2, int)
+    for counts in steps[:5]:
+        index = np.arange(width) - (width - np.array(counts)[:, None] if pad_left else 0)
+        there = (index >= 0) & (index < np.array(counts)[:, None])
+        chunk = np.where(there, lengths[:, None] + index, -1).astype(np.int32)
+        lengths += counts
+        caches = [
+            write(cache, contents(chunk), -contents(chunk), jnp.asarray(chunk))
+            for write, cache in zip((at_once, in_turn), caches, strict=True)
+        ]
+    for ours, theirs in zip(*caches, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 7])
+def test_writing_one_token_in_turn(position):
+    chunk = jnp.full((1, 1), position)
+    cache = LayerCache(*(x[:1] for x in empty(2, 5)))
+    new = contents(chunk)
+    for ours, theirs in zip(
+        in_turn(cache, new, -new, chunk), at_once(cache, new, -new, chunk), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_token_more_than_the_slack_would_cut_a_window():

@@ -1,21 +1,31 @@
 """Attention by several implementations of one signature, `attend(q, k, v, mask)`.
 
-| name    | what                                                    | when                      |
-|---------|---------------------------------------------------------|---------------------------|
-| dense   | every query against every key; the plain one, the oracle | decoding                  |
-| blocked | blocks of queries against the keys that they can see     | whole sequences           |
+| name    | what                                                     | "auto" takes it for         |
+|---------|----------------------------------------------------------|-----------------------------|
+| dense   | every query against every key; the plain one, the oracle | decoding                    |
+| blocked | blocks of queries against the keys that they can see     | whole sequences             |
+| splash  | a TPU kernel                                             | the same, bfloat16 on a TPU |
+| cudnn   | an NVIDIA kernel                                         | the same, 16 bits on a GPU  |
 """
 
-from typing import Literal
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from neo_jax.attention.blocked import blocked
+from neo_jax.attention.cudnn import cudnn
 from neo_jax.attention.dense import dense
 from neo_jax.attention.mask import Mask
-from neo_jax.axes import Array, Float
+from neo_jax.attention.splash import splash
+from neo_jax.axes import BATCH, HEADS, Array, Float
 from neo_jax.errors import NeoError, suggest
+from neo_jax.sharding import Sharding
 
-Kernel = Literal["auto", "dense", "blocked"]
-KERNELS = {"dense": dense, "blocked": blocked}
+Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
+KERNELS = {"dense": dense, "blocked": blocked, "splash": splash, "cudnn": cudnn}
+OF_DEVICE = {"tpu": "splash", "gpu": "cudnn"}
+"""The kernels that are made for one kind of device, and which the compiler cannot split."""
 
 
 def attend(
@@ -24,25 +34,81 @@ def attend(
     v: Float[Array, "B N S H"],
     mask: Mask,
     kernel: Kernel = "auto",
+    sharding: Sharding | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Softmax attention without scaling, as GPT-Neo has it: softmax(q k^T + mask) v.
+    """Softmax attention without scaling, as GPT-Neo has it: softmax(q k^T + mask) v, in float32.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       mask: which key each query sees.
-      kernel: which implementation; "auto" takes blocked where the sequence attends to itself, and
-        dense otherwise.
+      kernel: which implementation; "auto" takes dense unless the sequence attends to itself, then
+        what is made for the device where that can do it, and else blocked.
+      sharding: how rows and heads lie on a mesh.
 
     Raises:
       NeoError: unknown kernel, or one that cannot do what is asked.
     """
+    device = jax.local_devices()[0] if sharding is None else sharding.device
+    name = choose(kernel, q, mask, device)
+    if sharding is None or name not in OF_DEVICE.values():
+        return KERNELS[name](q, k, v, mask)
+    lies = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")
+    rows = sharding.spec((BATCH, None), mask.q_positions.shape, "positions")
+    on_each_device = jax.shard_map(
+        KERNELS[name],
+        mesh=sharding.mesh,
+        in_specs=(lies, lies, lies, rows),
+        out_specs=lies,
+        check_vma=False,  # Pallas kernels do not say along which axes of a mesh they vary
+    )
+    return on_each_device(q, k, v, mask)
+
+
+def choose(kernel: str, q: Array, mask: Mask, device: Any) -> str:
+    """Returns the name of the implementation that serves queries [B, N, T, H] on a device.
+
+    Raises:
+      NeoError: unknown kernel, or one that cannot do what is asked; the message names another.
+    """
+    usual = "blocked" if mask.aligned else "dense"
     if kernel == "auto":
-        kernel = "blocked" if mask.aligned else "dense"
+        fast = OF_DEVICE.get(device.platform, usual)
+        return usual if _obstacle(fast, q, mask, device) else fast
     if kernel not in KERNELS:
         raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, KERNELS)}")
-    return KERNELS[kernel](q, k, v, mask)
+    obstacle = _obstacle(kernel, q, mask, device)
+    if obstacle:
+        raise NeoError(f"the '{kernel}' kernel {obstacle}; use '{usual}'.")
+    return kernel
 
 
-__all__ = ["KERNELS", "Kernel", "Mask", "attend", "blocked", "dense"]
+def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
+    """Returns why a kernel cannot do what is asked, "" where it can."""
+    if kernel != "dense" and not mask.aligned:
+        return "serves a sequence that attends to itself"
+    if kernel == "splash":
+        if device.platform != "tpu":
+            return f"runs on TPUs, not on a {device.platform.upper()}"
+        if q.dtype != jnp.bfloat16:
+            return f"computes in bfloat16, not in {q.dtype}"
+    if kernel == "cudnn":
+        capability = str(getattr(device, "compute_capability", "none"))
+        if device.platform != "gpu" or not _at_least_ampere(capability):
+            return "runs on NVIDIA GPUs of compute capability 8.0 or newer"
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"computes in bfloat16 or float16, not in {q.dtype}"
+        if mask.q_starts is not None:
+            return "knows neither documents within a row nor padding"
+        if q.shape[-1] > 128 or q.shape[-1] % 8:
+            return f"takes heads of up to 128, a multiple of 8, not of {q.shape[-1]}"
+    return ""
+
+
+def _at_least_ampere(capability: str) -> bool:
+    major = capability.partition(".")[0]
+    return major.isdecimal() and int(major) >= 8
+
+
+__all__ = ["KERNELS", "Kernel", "Mask", "attend", "blocked", "choose", "cudnn", "dense", "splash"]

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import jax
+
 from neo_jax.axes import Array, Bool, Int
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """A specification, not an array: kernels that skip blocks never form the array.
@@ -13,12 +16,16 @@ class Mask:
     position - key position < window: `window` keys, the query's own included. Position -1 marks
     what is not there: padding, or an empty slot of a cache. With `q_starts` a query sees no key
     before its start: in a row of several documents, what came before its own.
+
+    An aligned mask is that of a sequence that attends to itself: query t and key t are one token.
+    Its positions are 0, 1, 2, ..., or, with `q_starts`, run on without gaps; and all tokens of a
+    document have its start. So kernels that know only indices can serve it.
     """
 
     q_positions: Int[Array, "B T"]
     k_positions: Int[Array, "B S"]
-    window: int | None = None
-    aligned: bool = False  # query t and key t are one token, positions run on without gaps
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    aligned: bool = dataclasses.field(default=False, metadata={"static": True})
     q_starts: Int[Array, "B T"] | None = None  # the first position that a query may see
 
     def visible(self) -> Bool[Array, "B T S"]:

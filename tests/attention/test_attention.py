@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neo_jax import attention
-from neo_jax.attention import KERNELS, Mask, attend, blocked, dense
+from neo_jax.attention import KERNELS, Mask, attend, blocked, choose, cudnn, dense, splash
 from neo_jax.errors import NeoError
 
-# Blocks so small that a short sequence has several, the last one ragged.
-IMPLEMENTATIONS = KERNELS | {
+IMPLEMENTATIONS = {
+    "dense": dense,
+    # Blocks so small that a short sequence has several, the last one ragged.
     "blocked": functools.partial(blocked, block_size=8),
     "blocked-5": functools.partial(blocked, block_size=5),
+    "splash": functools.partial(splash, interpret=True),
+    "cudnn": functools.partial(cudnn, implementation="xla"),
 }
+WITH_STARTS = [name for name in IMPLEMENTATIONS if name != "cudnn"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def kernel(request):
+    return lambda q, k, v, mask: run(IMPLEMENTATIONS[request.param], mask, q, k, v)
+
+
+@pytest.fixture(params=WITH_STARTS)
+def padded_kernel(request):
+    """One that can be told of padding."""
     return lambda q, k, v, mask: run(IMPLEMENTATIONS[request.param], mask, q, k, v)
 
 
@@ -41,9 +52,10 @@ def run_with_gradients(kernel, mask, grad, *qkv):
 
 
 def sequence(positions, window=None):
-    """The mask of rows that attend to themselves."""
+    """The mask of rows that attend to themselves; where there is padding it says so."""
     positions = jnp.asarray(positions)
-    return Mask(positions, positions, window, aligned=True)
+    starts = jnp.zeros_like(positions) if (positions < 0).any() else None
+    return Mask(positions, positions, window, aligned=True, q_starts=starts)
 
 
 def draw(rng, *sizes, dtype=jnp.float32):
@@ -116,23 +128,23 @@ def test_a_query_sees_exactly_its_window(kernel, window):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_invisible(rng, kernel, side, window):
+def test_padding_is_invisible(rng, padded_kernel, side, window):
     """A padded row equals the row alone, whatever lies under the padding."""
     length, pad = 13, 6
     qkv = draw(rng, 1, 2, length, 8)
-    alone = kernel(*qkv, sequence(jnp.arange(length)[None], window))
+    alone = padded_kernel(*qkv, sequence(jnp.arange(length)[None], window))
     before, after = (pad, 0) if side == "left" else (0, pad)
     padded = [
         jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)), constant_values=100.0) for x in qkv
     ]
     positions = np.pad(np.arange(length), (before, after), constant_values=-1)[None]
-    y = kernel(*padded, sequence(positions, window))
+    y = padded_kernel(*padded, sequence(positions, window))
     assert np.isfinite(y).all()
     np.testing.assert_allclose(y[:, :, before : before + length], alone, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", WITH_STARTS)
 def test_a_query_that_sees_nothing_is_finite(rng, name, dtype):
     qkv = draw(rng, 2, 2, 9, 8, dtype=dtype)
     positions = jnp.stack([jnp.full(9, -1), jnp.maximum(jnp.arange(9) - 4, -1)])
@@ -141,19 +153,19 @@ def test_a_query_that_sees_nothing_is_finite(rng, name, dtype):
         assert np.isfinite(np.asarray(array, np.float32)).all()
 
 
-def test_rows_are_independent(rng, kernel):
+def test_rows_are_independent(rng, padded_kernel):
     q, k, v = draw(rng, 2, 2, 11, 8)
     positions = jnp.array([list(range(11)), [-1] * 3 + list(range(8))])
-    y = kernel(q, k, v, sequence(positions, 5))
+    y = padded_kernel(q, k, v, sequence(positions, 5))
     other = [x.at[1].multiply(-3.0) for x in (q, k, v)]
-    np.testing.assert_array_equal(kernel(*other, sequence(positions, 5))[0], y[0])
+    np.testing.assert_array_equal(padded_kernel(*other, sequence(positions, 5))[0], y[0])
 
 
-def test_bfloat16_is_float32_up_to_its_operands(rng, kernel):
+def test_bfloat16_is_float32_up_to_its_operands(rng, padded_kernel):
     """The weights are rounded to bfloat16 and nothing else: logits, softmax, sums are float32."""
     q, k, v = draw(rng, 2, 2, 12, 8, dtype=jnp.bfloat16)
     positions = np.array([[-1] * 4 + list(range(8)), list(range(12))])
-    y = kernel(q, k, v, sequence(positions, 5))
+    y = padded_kernel(q, k, v, sequence(positions, 5))
     assert y.dtype == jnp.float32
     assert np.isfinite(y).all()
     seen = visible(positions, positions, 5)
@@ -186,7 +198,7 @@ def test_the_mask_is_its_rule(positions, window):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", WITH_STARTS)
 def test_a_query_sees_nothing_before_its_start(rng, name, window):
     """A row of documents equals each of them in a row of its own, in value and gradient."""
     kernel = IMPLEMENTATIONS[name]
@@ -245,25 +257,82 @@ def test_every_bfloat16_product_of_a_step_runs(rng, batch, length):
         np.testing.assert_allclose(mine, expected, rtol=0, atol=2**-6 * largest)
 
 
-@pytest.mark.parametrize(
-    ("length", "aligned", "chosen"),
-    [(2, True, "blocked"), (257, True, "blocked"), (257, False, "dense")],
+CPU, TPU = (types.SimpleNamespace(platform=platform) for platform in ("cpu", "tpu"))
+T4, A100, H200 = (
+    types.SimpleNamespace(platform="gpu", compute_capability=version)
+    for version in ("7.5", "8.0", "9.0")
 )
-def test_auto_takes_blocked_for_whole_sequences_only(rng, monkeypatch, length, aligned, chosen):
+AMD = types.SimpleNamespace(platform="gpu", compute_capability="gfx90a")
+
+
+def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, starts=False):
+    """Queries, and the mask of their sequence."""
+    positions = jnp.arange(6)[None]
+    mask = Mask(positions, positions, 3, aligned, jnp.zeros_like(positions) if starts else None)
+    return jnp.zeros((1, 2, 6, head_dim), dtype), mask
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "chosen"),
+    [
+        (CPU, {}, "blocked"),
+        (CPU, {"dtype": jnp.float32}, "blocked"),
+        (CPU, {"aligned": False}, "dense"),
+        (TPU, {}, "splash"),
+        (TPU, {"starts": True}, "splash"),
+        (TPU, {"head_dim": 16}, "splash"),
+        (TPU, {"dtype": jnp.float32}, "blocked"),
+        (TPU, {"aligned": False}, "dense"),
+        (A100, {}, "cudnn"),
+        (H200, {"head_dim": 128}, "cudnn"),
+        (A100, {"dtype": jnp.float16}, "cudnn"),
+        (A100, {"dtype": jnp.float32}, "blocked"),
+        (A100, {"starts": True}, "blocked"),
+        (A100, {"head_dim": 4}, "blocked"),
+        (A100, {"head_dim": 136}, "blocked"),
+        (A100, {"aligned": False}, "dense"),
+        (T4, {}, "blocked"),
+        (AMD, {}, "blocked"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can(device, options, chosen):
+    q, mask = asked(**options)
+    assert choose("auto", q, mask, device) == chosen
+    if chosen in attention.OF_DEVICE.values():
+        assert choose(chosen, q, mask, device) == chosen
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "options", "message"),
+    [
+        ("splash", CPU, {}, "'splash' kernel runs on TPUs, not on a CPU; use 'blocked'"),
+        ("splash", A100, {}, "'splash' kernel runs on TPUs, not on a GPU; use 'blocked'"),
+        ("splash", TPU, {"dtype": jnp.float32}, "in bfloat16, not in float32; use 'blocked'"),
+        ("splash", TPU, {"aligned": False}, "a sequence that attends to itself; use 'dense'"),
+        ("cudnn", CPU, {}, "capability 8.0 or newer; use 'blocked'"),
+        ("cudnn", T4, {}, "capability 8.0 or newer; use 'blocked'"),
+        ("cudnn", TPU, {}, "capability 8.0 or newer; use 'blocked'"),
+        ("cudnn", A100, {"starts": True}, "neither documents within a row nor padding"),
+        ("cudnn", A100, {"dtype": jnp.float32}, "bfloat16 or float16, not in float32"),
+        ("cudnn", A100, {"head_dim": 12}, "up to 128, a multiple of 8, not of 12"),
+        ("cudnn", A100, {"aligned": False}, "a sequence that attends to itself; use 'dense'"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_said(kernel, device, options, message):
+    with pytest.raises(NeoError, match=message):
+        choose(kernel, *asked(**options), device)
+
+
+def test_attend_runs_what_is_chosen(rng, monkeypatch):
     calls = []
-    for name, implementation in KERNELS.items():
-        monkeypatch.setitem(
-            attention.KERNELS,
-            name,
-            lambda *args, name=name, f=implementation: (calls.append(name), f(*args))[1],
-        )
-    positions = jnp.arange(length)[None]
-    qkv = draw(rng, 1, 1, length, 4)
-    y = attend(*qkv, Mask(positions, positions, 5, aligned))
-    assert calls == [chosen]
-    np.testing.assert_allclose(
-        y, dense(*qkv, Mask(positions, positions, 5, aligned)), rtol=0, atol=2e-6
-    )
+    for name in KERNELS:
+        run_and_tell = lambda *args, name=name: (calls.append(name), dense(*args))[1]  # noqa: E731
+        monkeypatch.setitem(attention.KERNELS, name, run_and_tell)
+    positions = jnp.arange(6)[None]
+    for kernel, aligned in itertools.product(("auto", "dense", "blocked"), (True, False)):
+        if aligned or kernel != "blocked":
+            attend(*draw(rng, 1, 1, 6, 4), Mask(positions, positions, 5, aligned), kernel)
+    assert calls == ["blocked", "dense", "dense", "dense", "blocked"]
 
 
 def test_blocked_refuses_a_cache(rng):

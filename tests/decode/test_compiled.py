@@ -1,16 +1,24 @@
-"""What the compiled decoding loop does to the cache."""
+"""What the compiled decoding loop does to the cache: on a CPU, and on TPUs by their compiler."""
 
+import dataclasses
 import re
 
 import jax
 import pytest
+from decode_programs import compile_step
+from hlo import Program
+from jax.experimental.layout import Format, Layout
+from tpu import tpu_devices
 
+from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.sharding import laid_out, make_sharding
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_step_copies_a_cache(tiny, batch):
+    """On a CPU, in float32."""
     model, params = tiny
     settings = make_settings(SamplingOptions(), [0] * batch)
     state = engine.start(model, params, [[1, 2, 3]] * batch, 40, settings)
@@ -21,3 +29,74 @@ def test_no_step_copies_a_cache(tiny, batch):
     assert len(sizes) == 8  # keys or values, and positions, of a global and of a local layer
     large = {size for size in sizes if size.count("x") >= 2}
     assert not large & {re.sub(r"^\w+\[|\]$", "", shape).replace(",", "x") for shape in copied}
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "batch"),
+    [
+        ("gpt-neo-125m", "v5e:1x1", 64),  # heads of 64, 12 of them
+        ("gpt-neo-1.3b", "v5e:1x1", 8),  # 16 heads of 128 fill a tile, weights are most of it
+        ("gpt-neo-2.7b", "v5e:2x2", 64),  # 5 heads a device
+    ],
+)
+def test_on_a_tpu_a_step_reads_weights_and_cache_once(name, topology, batch):
+    """The published shapes, four layers of them; the full table is benchmarks/decode_traffic.py.
+
+    With few tokens to choose from: to compile the sorting of 50,000 takes as long as all the rest.
+    """
+    config = dataclasses.replace(preset(name), num_layers=4, vocab_size=1024)
+    step = compile_step(config, topology, batch)
+    assert step.copies == []
+    assert step.temporaries <= 0.05 * step.cache
+    assert 0.8 <= step.traffic / (step.weights + step.cache) <= 1.3
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_only_kernels_of_heads_are_laid_out_in_another_order(topology):
+    devices = tpu_devices(topology)
+    sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
+    axes = ("embed", "heads", "head_dim")
+    place = sharding.named(axes, (2048, 16, 128))
+    assert laid_out(place, axes) == Format(Layout((1, 2, 0)), place)
+    for others in (("heads", "head_dim", "embed"), ("embed", "mlp"), ("vocab", "embed")):
+        place = sharding.named(others, (64, 128, 2048)[: len(others)])
+        assert laid_out(place, others) is place
+    here = make_sharding("model=8", "tensor").named(axes, (2048, 16, 128))
+    assert laid_out(here, axes) is here
+
+
+PROGRAM = """HloModule step
+
+%update (old: f32[4,256], new: f32[1,256], row: s32[]) -> f32[4,256] {
+  %old = f32[4,256]{1,0} parameter(0)
+  %new = f32[1,256]{1,0} parameter(1)
+  %row = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %put = f32[4,256]{1,0} dynamic-update-slice(%old, %new, %row, %zero)
+}
+
+%body (carry: (f32[4,256], f32[1,256], s32[])) -> (f32[4,256], f32[1,256], s32[]) {
+  %carry = (f32[4,256]{1,0}, f32[1,256]{1,0}, s32[]) parameter(0)
+  %x = f32[4,256]{1,0} get-tuple-element(%carry), index=0
+  %y = f32[1,256]{1,0} get-tuple-element(%carry), index=1
+  %i = s32[] get-tuple-element(%carry), index=2
+  %near = (f32[4,256]{1,0:S(1)}, f32[4,256]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %there = f32[4,256]{1,0:S(1)} copy-done(%near)
+  %sum = f32[4,256]{1,0:S(1)} add(%there, %x)
+  %z = f32[4,256]{1,0} fusion(%x, %y, %i), kind=kLoop, calls=%update
+  ROOT %next = (f32[4,256]{1,0}, f32[1,256]{1,0}, s32[]) tuple(%z, %y, %i)
+}
+
+ENTRY %main (state: (f32[4,256], f32[1,256], s32[])) -> (f32[4,256], f32[1,256], s32[]) {
+  %state = (f32[4,256]{1,0}, f32[1,256]{1,0}, s32[]) parameter(0)
+  ROOT %done = (f32[4,256]{1,0}, f32[1,256]{1,0}, s32[]) while(%state), body=%body
+}
+"""
+
+
+def test_traffic_is_what_crosses_main_memory():
+    """Read once into fast memory, once by the sum; a row of it is read and written in place."""
+    program = Program(PROGRAM, trips=1)
+    whole, row, index = 4 * 4 * 256, 4 * 256, 4
+    assert program.loops() == ["body"]
+    assert program.traffic("body") == whole + whole + (row + index) + row
