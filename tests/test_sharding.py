@@ -1,7 +1,5 @@
 """neo_jax/sharding.py: its little language, its errors, and models spread over eight devices."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,18 +7,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
-from neo_jax import sharding as sharding_module
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.names import tensors
 from neo_jax.sharding import (
     STRATEGIES,
     constrain,
-    gather,
     make_sharding,
     padded_rows,
     tree_shardings,
 )
+from neo_jax.shares import gather
 
 
 def test_no_mesh_is_no_sharding():
@@ -153,29 +150,6 @@ def test_rules_replace_the_defaults():
 def test_errors_name_the_mend(mesh, rules, message):
     with pytest.raises(NeoError, match=message):
         make_sharding(mesh, rules)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "outer"),
-    [
-        ({"data": 2, "fsdp": 4}, "data"),
-        ({"fsdp": 4, "data": 2}, "data"),
-        ({"data": 1, "fsdp": 4, "model": 2}, "fsdp"),
-        ({"fsdp": 8}, "fsdp"),
-    ],
-)
-def test_one_axis_lies_across_tpu_slices(sizes, outer):
-    devices = [
-        SimpleNamespace(id=i, slice_index=i // 4, process_index=i // 4, device_kind="", platform="")
-        for i in range(8)
-    ]
-    laid = sharding_module._arrange(sizes, devices)
-    assert laid.shape == tuple(sizes.values())
-    slices = np.vectorize(lambda device: device.slice_index)(laid)
-    halves = np.split(slices, 2, axis=list(sizes).index(outer))
-    assert [set(half.flat) for half in halves] == [{0}, {1}]
-    with pytest.raises(NeoError, match="no axis of the mesh divides over 2 TPU slices; write"):
-        sharding_module._arrange({"data": 1, "fsdp": 3}, devices[:2] + devices[4:5])
 
 
 def test_a_batch_may_stay_whole():
