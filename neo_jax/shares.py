@@ -85,13 +85,12 @@ class Shares:
         """
         if not self.batch:
             return function
-        names = set(self.batch)
         return jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=takes,
             out_specs=gives,
-            axis_names=names,
+            axis_names=set(self.batch),
             check_vma=False,
         )
 
@@ -144,7 +143,8 @@ class Shares:
         for axis, names in enumerate(self.split):
             for name in names:  # in turn, see `along_torus`
                 grad = jax.lax.psum_scatter(grad, name, scatter_dimension=axis, tiled=True)
-        rest = tuple(set(self.batch + self.length).difference(self.summed, *self.split))
+        done = sum(self.split, self.summed)
+        rest = tuple(name for name in self.batch + self.length if name not in done)
         return jax.lax.psum(grad, rest) if rest else grad
 
 
@@ -157,6 +157,8 @@ def look_up(shares: Shares, table: Array, ids: Array) -> Array:
     """
     if shares.mesh is None:
         return jnp.take(table, ids, axis=0, mode="clip")
+    if ids.shape[1] % shares.num_parts(shares.length):
+        shares = dataclasses.replace(shares, length=())  # tokens that are appended to a cache
     of_rows, of_width = shares.beside
     _, width = shares.split
 

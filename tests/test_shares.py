@@ -93,3 +93,12 @@ def test_rows_and_their_gradients(mesh, rules, cut, rng):
         jax.jit(look_up, static_argnums=0)(shares, table, ids),
         jnp.take(table, ids, axis=0, mode="clip"),
     )
+
+
+def test_few_tokens_are_not_split(rng):
+    shares = Shares.of(
+        make_sharding("fsdp=4,context=2", "embed:fsdp,length:context"), ["vocab", "embed"]
+    )
+    table = rng.standard_normal((24, 16), np.float32)
+    ids = rng.integers(0, 24, (8, 1), np.int32)
+    np.testing.assert_array_equal(look_up(shares, table, ids), table[ids])
