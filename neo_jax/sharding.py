@@ -5,8 +5,8 @@ A strategy is two lines of text, the same in configs, on the command line and in
     mesh  = "data=2,fsdp=4,model=2"
     rules = "embed:fsdp,heads:model,mlp:model,vocab:model", or the name of a strategy: "fsdp+tensor"
 
-This table places every parameter, optimizer slot, activation and cache leaf, and every
-PartitionSpec of the package is made in this file. What the table cannot do is an error.
+This table places every parameter, optimizer slot, activation and cache leaf: every PartitionSpec of
+the package is made from it, here and in `shares`. What the table cannot do is an error.
 """
 
 import dataclasses

@@ -21,6 +21,9 @@ from neo_jax.torus import along_torus
 
 Names = tuple[str, ...]
 
+EVERYWHERE = PartitionSpec()
+"""What every device has."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
@@ -28,7 +31,7 @@ class Shares:
 
     mesh: Mesh | AbstractMesh | None
     batch: Names  # the mesh axes that split the batch
-    length: Names  # and sequences
+    length: Names  # and sequences, where they do not split the parameter
     split: tuple[Names, ...]  # for each axis of the parameter those axes of the batch that split it
     beside: tuple[Names, ...]  # and the other mesh axes that do
     summed: Names = ()  # mesh axes along which gradients come summed
@@ -48,7 +51,8 @@ class Shares:
             return sum((cut[name] for name in sharding.mesh_axes(axis) if name in cut), ())
 
         beside = [tuple(n for n in sharding.mesh_axes(axis) if n not in cut) for axis in axes]
-        length = sharding.mesh_axes(LENGTH)
+        taken = {*cut, *sum(beside, ())}
+        length = tuple(name for name in sharding.mesh_axes(LENGTH) if name not in taken)
         return cls(mesh, shared(BATCH), length, tuple(map(shared, axes)), tuple(beside))
 
     def gather(self, weight: Array) -> Array:
@@ -114,6 +118,11 @@ class Shares:
         """Returns into how many parts mesh axes split something."""
         assert self.mesh is not None
         return math.prod(self.mesh.shape[name] for name in names)
+
+    @property
+    def by_share(self) -> PartitionSpec:
+        """How an array lies that has its first axis over the shares, and is whole elsewhere."""
+        return PartitionSpec(self.batch)
 
     @property
     def stored(self) -> PartitionSpec:

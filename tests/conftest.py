@@ -29,6 +29,11 @@ from neo_jax.model import Neo, init_params  # noqa: E402
 from neo_jax.pretrained import save_pretrained  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Leaves what loads a TPU's compiler to the end: jax.profiler crashes beside it."""
+    items.sort(key=lambda item: item.get_closest_marker("tpu_compiler") is not None)
+
+
 @pytest.fixture(autouse=True)
 def _no_user_cache(monkeypatch, tmp_path_factory):
     """Keeps compiled programs of tests out of the user's cache folder."""

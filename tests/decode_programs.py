@@ -66,7 +66,7 @@ def _state(model: Neo, params: dict, batch: int, room: int) -> engine.DecodeStat
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     settings = make_settings(SamplingOptions(temperature=0.0), [0] * batch)
     prompts = jax.ShapeDtypeStruct((batch, room // 2), jnp.int32)
-    prefill = functools.partial(engine._prefill, model, room)
+    prefill = functools.partial(engine.prefill, model, room)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     state = jax.eval_shape(prefill, params, prompts, rows, rows, settings)
 

@@ -44,7 +44,11 @@ def start(tmp_path_factory):
     def call(*args, count=2, come=2, devices=4, **more):
         address = f"localhost:{free_port()}"
         environment = {
-            **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
+            **{
+                name: os.environ[name]
+                for name in os.environ
+                if not re.search("(?i)proxy|^TPU_", name)
+            },
             "PYTHONPATH": str(root),
             "XDG_CACHE_HOME": str(cache),
             "TMPDIR": str(cache.parent),

@@ -8,6 +8,8 @@ from neo_jax.memory import device_bytes, tiled_bytes, tree_bytes
 from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import make_sharding
 
+pytestmark = pytest.mark.tpu_compiler
+
 SHAPES = [
     (), (1,), (2,), (100,), (128,), (129,), (300,), (768,), (1024,), (1500,), (5000,),
     (1, 1), (2, 64), (3, 100), (4, 256), (5, 300), (7, 7), (8, 128), (9, 130), (17, 65),

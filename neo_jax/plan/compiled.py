@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,6 +50,24 @@ class Plan:
     program_bytes: int  # of the compiled program's text: whether it grows with depth
 
 
+def compile_and_read(
+    lowered: jax.stages.Lowered, topology: Topology
+) -> tuple[jax.stages.Compiled, str]:
+    """Compiles a program for a topology; returns it and its text.
+
+    The text of a TPU's program is what its compiler writes on the way: `as_text` fails on programs
+    that TPUs run in part on their SparseCores.
+    """
+    if topology.is_here:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text() or ""
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (written,) = Path(folder).glob("**/*.after_optimizations.txt")
+        return compiled, written.read_text()
+
+
 def make_plan(step: Step, topology: Topology) -> Plan:
     """Compiles a step for the devices of its strategy.
 
@@ -61,7 +81,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     lowered = traced.lower()
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled, text = compile_and_read(lowered, topology)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -71,7 +91,6 @@ def make_plan(step: Step, topology: Topology) -> Plan:
         return Plan(step, topology, memory, False, reason, useful, repeated, None, [], None,
                     seconds, 0)  # fmt: skip
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
     done = work(parse(text), splash_flops(config), OPEN_TRIPS)
     sent = traffic(text, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
     memory = _memory(step, topology, compiled.memory_analysis())

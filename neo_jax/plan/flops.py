@@ -76,7 +76,8 @@ def _flops(jaxpr: Any, kernel: Callable[..., float]) -> float:
         else:
             inside = sum(_flops(inner, kernel) for inner in _inner(params))
             times = params["length"] if name == "scan" else 1
-            shards = math.prod(params["mesh"].shape.values()) if name == "shard_map" else 1
+            mesh, manual = params.get("mesh"), params.get("newly_manual_axes", ())
+            shards = math.prod(mesh.shape[axis] for axis in manual) if name == "shard_map" else 1
             total += times * shards * inside
     return total
 

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
 from neo_jax.model import Neo
-from neo_jax.shares import Shares, within_share
+from neo_jax.shares import EVERYWHERE, Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
 BLOCK_TOKENS = 1024  # of a device, whose logits exist at a time
@@ -131,8 +130,8 @@ def _sums(
         zeros = jnp.zeros(()), jnp.zeros(())
         return shares.sum(jax.lax.scan(add, zeros, _blocks(*arrays))[0])
 
-    rows, whole = PartitionSpec(shares.batch), PartitionSpec()
-    function = shares.map_share(of_share, (whole, rows, rows, rows), (whole, whole))
+    rows, sums = shares.by_share, (EVERYWHERE, EVERYWHERE)
+    function = shares.map_share(of_share, (EVERYWHERE, rows, rows, rows), sums)
     return function(head.gathered(table), x, targets, weights)
 
 
@@ -152,7 +151,7 @@ def _sums_forward(
         grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))
         return shares.sum(tuple(sums)), (grad_table[None], grad_x[:, : x.shape[1]])
 
-    rows, whole = PartitionSpec(shares.batch), PartitionSpec()
+    rows, whole = shares.by_share, EVERYWHERE
     function = shares.map_share(of_share, (whole, rows, rows, rows), ((whole, whole), (rows, rows)))
     sums, (grads_table, grad_x) = function(head.gathered(table), x, targets, weights)
     return sums, (shares.sum_parts(grads_table), grad_x)

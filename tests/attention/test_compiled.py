@@ -17,6 +17,8 @@ from neo_jax.sharding import make_sharding, tree_shardings
 from neo_jax.stacked import stack, stacked_axes
 from neo_jax.training.loss import Batch, batch_losses
 
+pytestmark = pytest.mark.tpu_compiler
+
 BATCH = 8
 
 
@@ -80,7 +82,7 @@ def test_prefill():
     settings = make_settings(SamplingOptions(), [0] * BATCH)
     lengths = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     tokens = rows(model, 256, jnp.int32)
-    lowered = engine._prefill.lower(model, 512, params, tokens, lengths, lengths, settings)
+    lowered = engine.prefill.lower(model, 512, params, tokens, lengths, lengths, settings)
     counts, shapes = kernels(lowered.compile().as_text())
     assert counts == {"fwd": 1}  # what the last layer attends to goes to the cache, and no further
     assert shapes == {f"{BATCH},2,256,128"}

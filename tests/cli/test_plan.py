@@ -9,6 +9,8 @@ from neo_jax.cli import main
 from neo_jax.cli.plan import ConfigOptions, PlanOptions, _with_model
 from neo_jax.training.config import TrainConfig
 
+pytestmark = pytest.mark.tpu_compiler
+
 CONFIG = """
 from neo_jax.config import ModelConfig
 from neo_jax.training.config import TrainConfig

@@ -15,6 +15,8 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.sharding import laid_out, make_sharding
 
+pytestmark = pytest.mark.tpu_compiler
+
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_step_copies_a_cache(tiny, batch):

@@ -14,6 +14,8 @@ from neo_jax.plan.hlo import parse
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.work import work
 
+pytestmark = pytest.mark.tpu_compiler
+
 CONFIG = ModelConfig(embed_dim=512, num_heads=4, attention_types=("global",), num_layers=1)
 ROWS, LENGTH = 2, 1024
 PAIRS = ROWS * 4 * LENGTH * (LENGTH + 1) / 2

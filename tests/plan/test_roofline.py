@@ -12,6 +12,8 @@ from neo_jax.plan.topology import find_topology
 from neo_jax.plan.work import Work
 from neo_jax.sharding import make_sharding
 
+pytestmark = pytest.mark.tpu_compiler
+
 CHIP = Chip(peak_flops=100, memory=1000, memory_bandwidth=50, link_bandwidth=5, network_bandwidth=1)
 
 

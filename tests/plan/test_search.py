@@ -14,6 +14,8 @@ from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import make_sharding
 from neo_jax.training.config import TrainConfig
 
+pytestmark = pytest.mark.tpu_compiler
+
 MODEL = ModelConfig(num_layers=2, embed_dim=128, num_heads=2, vocab_size=500, max_length=128)
 
 

@@ -20,6 +20,8 @@ from neo_jax.sharding import make_sharding
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.metrics import flops_per_token
 
+pytestmark = pytest.mark.tpu_compiler
+
 MODEL = ModelConfig(
     num_layers=2, embed_dim=256, num_heads=4, vocab_size=1000, max_length=256, window_size=64
 )
@@ -97,7 +99,7 @@ def test_the_program_does_not_grow_with_the_depth(plan):
 
 
 def test_slices_are_joined_by_the_network():
-    plan = train("2*v5e:2x2", "data=2,fsdp=4")
+    plan = train("2*v5e:4x4", "data=2,fsdp=16", batch_size=32)
     weights = 4 * sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(plan.step.parts["parameters"])

@@ -5,6 +5,8 @@ import pytest
 from neo_jax.errors import NeoError
 from neo_jax.plan.topology import find_topology
 
+pytestmark = pytest.mark.tpu_compiler
+
 
 @pytest.mark.parametrize(
     ("name", "number", "kind"),

@@ -8,11 +8,14 @@ import jax
 import pytest
 
 from neo_jax.config import ModelConfig
+from neo_jax.plan.compiled import compile_and_read
 from neo_jax.plan.program import traffic
 from neo_jax.plan.steps import training_step
 from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import make_sharding
 from neo_jax.training.config import TrainConfig
+
+pytestmark = pytest.mark.tpu_compiler
 
 MODEL = ModelConfig(
     num_layers=4, embed_dim=1024, num_heads=8, vocab_size=2048, max_length=128, window_size=64
@@ -22,11 +25,12 @@ RUN = TrainConfig("", "", 10, batch_size=16, model=MODEL, remat="full", dtype="b
 
 def moved(topology, mesh, rules):
     """Bytes that a device sends, by kind and mesh axes; the step, and the sizes of the mesh."""
-    devices = find_topology(topology).devices
-    sharding = make_sharding(mesh, rules, devices)
-    step = training_step(dataclasses.replace(RUN, batch_size=len(devices)), sharding)
     found = collections.Counter()
-    for row in traffic(step.trace().lower().compile().as_text(), dict(sharding.mesh.shape)):
+    topology = find_topology(topology)
+    sharding = make_sharding(mesh, rules, topology.devices)
+    step = training_step(dataclasses.replace(RUN, batch_size=sharding.mesh.size), sharding)
+    _, text = compile_and_read(step.trace().lower(), topology)
+    for row in traffic(text, dict(sharding.mesh.shape)):
         found[row.kind, "+".join(row.axes)] += row.wire_bytes
     return found, step, sharding.mesh.shape
 
@@ -39,7 +43,11 @@ def num_parameters():
 
 @pytest.mark.parametrize(
     ("topology", "mesh", "rules"),
-    [("v5e:4x4", "fsdp=16", "fsdp"), ("v5e:4x4", "fsdp=8,model=2", "fsdp+tensor")],
+    [
+        ("v5e:4x4", "fsdp=16", "fsdp"),
+        ("v5e:4x4", "fsdp=8,model=2", "fsdp+tensor"),
+        ("v5p:2x2x2", "fsdp=8", "fsdp"),
+    ],
 )
 def test_parameters_and_gradients_move_once(topology, mesh, rules):
     found, step, sizes = moved(topology, mesh, rules)

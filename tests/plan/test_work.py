@@ -8,6 +8,8 @@ from neo_jax.plan.hlo import parse
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.work import work
 
+pytestmark = pytest.mark.tpu_compiler
+
 EQUATIONS = [
     ("ij,jk->ik", (64, 128), (128, 256)),
     ("bij,bjk->bik", (6, 64, 128), (6, 128, 32)),
