@@ -139,7 +139,8 @@ class _Product:
         equation = "bto,oi->bti" if self.outputs_first else "bto,io->bti"
         matrix = self._matrix(self.shares.gather(weight.astype(self.dtype)))
         grad_x = self._einsum(equation, _rows(grad), matrix).reshape(x.shape)
-        inputs = range(weight.ndim)[self._inputs]
+        axes = range(weight.ndim)
+        inputs = axes[-self.num_inputs :] if self.outputs_first else axes[: self.num_inputs]
         return grad_x, self.shares.gradient(self._outer, x, grad, inputs)
 
     def _outer(self, x: Array, grad: Array) -> Array:
@@ -148,10 +149,6 @@ class _Product:
         equation = "bto,bti->oi" if self.outputs_first else "bti,bto->io"
         matrix = self._einsum(equation, *map(_rows, pair))
         return matrix.reshape([size for array in pair for size in array.shape[2:]])
-
-    @property
-    def _inputs(self) -> slice:
-        return slice(-self.num_inputs, None) if self.outputs_first else slice(self.num_inputs)
 
     def _matrix(self, weight: Array) -> Array:
         # One matrix: XLA's CPU backend is several times slower on a product with more axes.

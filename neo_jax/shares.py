@@ -87,16 +87,7 @@ class Shares:
 
         It may not exchange arrays; mesh axes that do not split the batch are left to the compiler.
         """
-        if not self.batch:
-            return function
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=takes,
-            out_specs=gives,
-            axis_names=set(self.batch),
-            check_vma=False,
-        )
+        return self._shard_map(function, takes, gives, self.batch) if self.batch else function
 
     def sum_parts(self, parts: Array) -> Array:
         """Returns the gradient of the parameter, where it is stored.
@@ -136,8 +127,19 @@ class Shares:
 
     def map(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
         """Returns a function of whole arrays that does this on every device."""
+        return self._shard_map(function, takes, gives, ())
+
+    def _shard_map(
+        self, function: Callable[..., Any], takes: Any, gives: Any, names: Names
+    ) -> Callable[..., Any]:
+        """Maps over these mesh axes, or if there are none over all."""
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=takes, out_specs=gives, check_vma=False
+            function,
+            mesh=self.mesh,
+            in_specs=takes,
+            out_specs=gives,
+            axis_names=set(names),
+            check_vma=False,
         )
 
     def gathered(self, weight: Array) -> Array:
@@ -224,7 +226,7 @@ def _entry(names: Names) -> Names | None:
 
 
 def within_share(sharding: Sharding | None) -> Sharding | None:
-    """Returns what is left of a strategy within `Shares.map`, where axes of the batch are taken."""
+    """Returns what is left of a strategy within `map_share`, where axes of the batch are taken."""
     rules = _rules_beside_batch(sharding) if sharding else ()
     if sharding is None or not rules:
         return None

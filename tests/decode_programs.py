@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hlo import Program
-from tpu import tpu_devices
 
 from neo_jax import cache as caching
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import laid_out, make_sharding
 
 
@@ -34,7 +34,7 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
     Raises:
       jax.errors.JaxRuntimeError: the devices are too small.
     """
-    devices = tpu_devices(topology)
+    devices = find_topology(topology).devices
     sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
     model = Neo(config, jnp.bfloat16, sharding=sharding)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))

@@ -7,14 +7,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from tpu import tpu_devices
 
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import make_sharding, tree_shardings
-from neo_jax.stacked import stack, stacked_axes
+from neo_jax.stacked import abstract_params
 from neo_jax.training.loss import Batch, batch_losses
 
 pytestmark = pytest.mark.tpu_compiler
@@ -24,7 +24,7 @@ BATCH = 8
 
 def model_on(topology, mesh, rules, **sizes):
     config = ModelConfig(num_layers=2, embed_dim=256, vocab_size=512, eos_token_id=-1, **sizes)
-    sharding = make_sharding(mesh, rules, devices=tpu_devices(topology))
+    sharding = make_sharding(mesh, rules, devices=find_topology(topology).devices)
     return Neo(config, jnp.bfloat16, sharding=sharding)
 
 
@@ -42,14 +42,10 @@ def rows(model, width, dtype):
 
 
 def compile_gradient(model, length, with_starts=False, remat="none"):
-    shapes = jax.eval_shape(
-        lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
-    )
-    params = placed(model, shapes, stacked_axes(model), jnp.float32)
     starts = rows(model, length, jnp.int32) if with_starts else None
     batch = Batch(rows(model, length + 1, jnp.int32), rows(model, length, jnp.float32), starts)
     gradient = jax.grad(lambda p, b: batch_losses(model, p, b, remat=remat).objective)
-    return jax.jit(gradient).lower(params, batch).compile().as_text()
+    return jax.jit(gradient).lower(abstract_params(model), batch).compile().as_text()
 
 
 def kernels(program):

@@ -8,11 +8,11 @@ import pytest
 from decode_programs import compile_step
 from hlo import Program
 from jax.experimental.layout import Format, Layout
-from tpu import tpu_devices
 
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import laid_out, make_sharding
 
 pytestmark = pytest.mark.tpu_compiler
@@ -55,7 +55,7 @@ def test_on_a_tpu_a_step_reads_weights_and_cache_once(name, topology, batch):
 
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
 def test_only_kernels_of_heads_are_laid_out_in_another_order(topology):
-    devices = tpu_devices(topology)
+    devices = find_topology(topology).devices
     sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
     axes = ("embed", "heads", "head_dim")
     place = sharding.named(axes, (2048, 16, 128))
