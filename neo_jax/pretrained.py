@@ -24,18 +24,20 @@ from jax.typing import DTypeLike
 from neo_jax import distributed
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig, read_json
-from neo_jax.errors import NeoError, reason, suggest
+from neo_jax.errors import NeoError, reason
 from neo_jax.names import Tensor, tensors
 from neo_jax.paths import is_remote, make_path
+from neo_jax.transfer import copy, float_dtype, shard, to_host
 from neo_jax.weights import CODES, DTYPES, INDEX, SINGLE, StoredTensor, open_weights
 
 T = TypeVar("T")
 
 # Buffers that old versions of transformers saved with every attention layer.
-_STALE = re.compile(r"(^|\.)h\.\d+\.attn\.attention\.(bias|masked_bias)$")
+_STALE = re.compile(r"(^|\.)h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
+
+_HEAD = "lm_head.weight"
 
 _BATCH_BYTES = 64 << 20  # tensors travel to the devices together up to this size
-_BLOCK_BYTES = 512 << 10  # of a transposition: what the cache of a core holds
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -46,7 +48,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """
     path = make_path(folder) / "config.json"
     if not path.is_file():
-        raise NeoError(f"{folder} holds no config.json; name the folder of a GPT-Neo checkpoint.")
+        raise NeoError(f"{folder} holds no config.json; name the folder of a checkpoint.")
     return ModelConfig.from_hf(read_json(path), source=str(path))
 
 
@@ -83,22 +85,22 @@ def load_params(
       NeoError: files are missing or damaged, or hold other tensors than `config` describes; the
         message names the file, the tensor and the mend.
     """
-    cast_to = None if dtype is None else _float_dtype(dtype)
+    cast_to = None if dtype is None else float_dtype(dtype)
     placement = None if shardings is None else flatten_dict(shardings)
     params: dict[tuple[str, ...], Array] = {}
     with contextlib.ExitStack() as files:
         source, found = open_weights(make_path(folder), files)
         rows = _match(tensors(config), found, source)
         for batch in _groups(rows, lambda row: row[1].num_bytes, _BATCH_BYTES):
-            views = [tensor.from_hf(stored.view()) for tensor, stored in batch]
-            dtypes = [cast_to or _float_dtype(view.dtype) for view in views]
+            views = [tensor.of("hf", stored.view()) for tensor, stored in batch]
+            dtypes = [cast_to or float_dtype(view.dtype) for view in views]
             paths = [tensor.path for tensor, _ in batch]
             shapes = [tensor.shape for tensor, _ in batch]
             if placement is None:
-                arrays = jax.device_put(list(map(_copy, views, dtypes, shapes)))
+                arrays = jax.device_put(list(map(copy, views, dtypes, shapes)))
             else:
                 places = [placement[path] for path in paths]
-                arrays = list(map(_shard, views, dtypes, shapes, places))
+                arrays = list(map(shard, views, dtypes, shapes, places))
             # Transfers are asynchronous: without a wait, copies of the whole model could queue up.
             params.update(zip(paths, jax.block_until_ready(arrays), strict=True))
     return unflatten_dict(params)
@@ -113,7 +115,7 @@ def save_pretrained(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a checkpoint that this package and transformers' GPTNeoForCausalLM read.
+    """Writes a checkpoint that this package and transformers read.
 
     Files are written aside and renamed when all are whole; weights that the folder held before
     are replaced. The host holds one tensor at a time. Where `params` lie on several processes, all
@@ -131,10 +133,13 @@ def save_pretrained(
       NeoError: `params` is not what `config` describes, or the folder cannot be written.
     """
     rows = _to_write(config, params, dtype)
-    several = not all(getattr(row.array, "is_fully_addressable", True) for row in rows)
+    several = not all(
+        getattr(array, "is_fully_addressable", True) for row in rows for _, array in row.parts
+    )
     if several and not distributed.is_leader():
         for row in rows:
-            _to_host(row.array)  # has a part in it
+            for _, array in row.parts:
+                to_host(array)  # has a part in it
     else:
         _save(make_path(folder), config, rows, tokenizer, max_shard_bytes)
     if several:
@@ -161,13 +166,13 @@ def _match(
 ) -> list[tuple[Tensor, StoredTensor]]:
     """Pairs every parameter with what is stored for it, and accounts for all that is stored."""
     stored = {
-        f"transformer.{name.removeprefix('transformer.')}": tensor
+        name if name == _HEAD else f"transformer.{name.removeprefix('transformer.')}": tensor
         for name, tensor in found.items()
-        if not _STALE.search(name) and name != "lm_head.weight"
+        if not _STALE.search(name)
     }
     embedding = table[0]
-    head = found.get("lm_head.weight")
-    if head is not None:
+    if table[-1].hf_name != _HEAD and _HEAD in stored:
+        head = stored.pop(_HEAD)
         _check(head, embedding)
         # The two are one matrix; safetensors.torch.save_model keeps whichever sorts first.
         stored.setdefault(embedding.hf_name, head)
@@ -181,7 +186,7 @@ def _match(
     unexpected = [tensor.name for name, tensor in stored.items() if name not in known]
     if unexpected:
         raise NeoError(
-            f"{source} holds {len(unexpected)} tensors that a GPT-Neo of this config.json has not, "
+            f"{source} holds {len(unexpected)} tensors that a model of this config.json has not, "
             f"the first {unexpected[0]}; is config.json of the same model?"
         )
     rows = [(tensor, stored[tensor.hf_name]) for tensor in table]
@@ -191,62 +196,17 @@ def _match(
 
 
 def _check(stored: StoredTensor, tensor: Tensor) -> None:
-    if stored.shape != tensor.hf_shape:
+    expected = tensor.places["hf"].whole
+    if stored.shape != expected:
         raise NeoError(
             f"{stored.path}: {stored.name} is {list(stored.shape)}, but config.json asks for "
-            f"{list(tensor.hf_shape)}; is config.json of the same model?"
+            f"{list(expected)}; is config.json of the same model?"
         )
     if stored.code not in DTYPES:
         raise NeoError(
             f"{stored.path}: {stored.name} is stored as {stored.code}; save the checkpoint as one "
             f"of {', '.join(DTYPES.values())}."
         )
-
-
-def _float_dtype(dtype: DTypeLike) -> np.dtype:
-    """Returns the numpy dtype that JAX will use for `dtype`."""
-    try:
-        named = np.dtype(dtype)
-    except TypeError:
-        named = None
-    if named is None or named.name not in CODES:
-        raise NeoError(f"{dtype!r} is no floating-point type.{suggest(str(dtype), CODES)}")
-    return jax.dtypes.canonicalize_dtype(named)
-
-
-def _copy(view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a contiguous copy, filled up with zeros to `shape`.
-
-    numpy transposes a large matrix with a cache miss for every element; block by block along the
-    outermost axis of what is stored, where a block fits the cache, it is about five times as fast.
-    A memory map is read in order.
-    """
-    whole = np.empty(shape, dtype)
-    out, padding = np.split(whole, [len(view)])  # only the vocabulary, a first axis, has any
-    padding[:] = 0
-    axis = int(np.argmax(view.strides))
-    step = max(1, _BLOCK_BYTES * view.shape[axis] // max(view.nbytes, 1))
-    for start in range(0, view.shape[axis], step):
-        block = (slice(None),) * axis + (slice(start, start + step),)
-        out[block] = view[block]
-    return whole
-
-
-def _shard(
-    view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], sharding: jax.sharding.Sharding
-) -> Array:
-    """Places `view`, padded to `shape`, on its devices, copying each distinct slice once."""
-    pieces: dict[tuple, np.ndarray] = {}
-
-    def piece(index: Any) -> np.ndarray:
-        parts = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-        key = tuple((part.start, part.stop) for part in parts)
-        if key not in pieces:
-            # Indices beyond what is stored are cut off by numpy, and the padding fills in.
-            pieces[key] = _copy(view[index], dtype, tuple(map(len, parts)))
-        return pieces[key]
-
-    return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
 
 
 def _groups(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -265,28 +225,40 @@ def _groups(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A parameter on its way to a file."""
+    """A tensor on its way to a file, of one parameter or of several that are its parts."""
 
-    tensor: Tensor
-    array: Array | np.ndarray
+    parts: list[tuple[Tensor, Array | np.ndarray]]
     dtype: np.dtype
 
     @property
+    def name(self) -> str:
+        return self.parts[0][0].hf_name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0][0].places["hf"].whole
+
+    @property
     def size(self) -> int:
-        return math.prod(self.tensor.hf_shape)
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
         return self.size * self.dtype.itemsize
 
     def stored(self) -> np.ndarray:
-        return _copy(self.tensor.to_hf(_to_host(self.array)), self.dtype, self.tensor.hf_shape)
+        places = [tensor.places["hf"] for tensor, _ in self.parts]
+        copies = [
+            copy(tensor.to("hf", to_host(array)), self.dtype, place.shape)
+            for (tensor, array), place in zip(self.parts, places, strict=True)
+        ]
+        return copies[0] if len(copies) == 1 else np.concatenate(copies, places[0].axis)
 
 
 def _to_write(config: ModelConfig, params: Params, dtype: DTypeLike | None) -> list[_Row]:
     """Pairs every parameter with its row of the name table; wider types first, for alignment."""
     leaves = flatten_dict(params)
-    rows = []
+    found: dict[str, list[tuple[Tensor, Array | np.ndarray]]] = {}
     for tensor in tensors(config):
         leaf, name = leaves.pop(tensor.path, None), "/".join(tensor.path)
         if leaf is None:
@@ -295,27 +267,25 @@ def _to_write(config: ModelConfig, params: Params, dtype: DTypeLike | None) -> l
             raise NeoError(f"{name} is a {type(leaf).__name__}; merge it into an array to save it.")
         if leaf.shape != tensor.shape:
             raise NeoError(f"{name} is {leaf.shape}, but its config asks for {tensor.shape}.")
-        rows.append(_Row(tensor, leaf, _float_dtype(leaf.dtype if dtype is None else dtype)))
+        found.setdefault(tensor.hf_name, []).append((tensor, leaf))
     if leaves:
-        raise NeoError(f"params has a leaf {'/'.join(next(iter(leaves)))} that no GPT-Neo has.")
-    return sorted(rows, key=lambda row: -row.dtype.itemsize)
+        raise NeoError(f"params has a leaf {'/'.join(next(iter(leaves)))} that its config has not.")
+    rows = [
+        _Row(parts, max((float_dtype(dtype or leaf.dtype) for _, leaf in parts), key=_width))
+        for parts in found.values()
+    ]
+    return sorted(rows, key=lambda row: -_width(row.dtype))
 
 
-def _to_host(array: Array | np.ndarray) -> np.ndarray:
-    """Copies an array to the host through an alias, since JAX keeps the copy with the array."""
-    if isinstance(array, np.ndarray):
-        return array
-    if not array.is_fully_addressable:
-        return distributed.to_host(array)
-    shards = [shard.data for shard in array.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+def _width(dtype: np.dtype) -> int:
+    return dtype.itemsize
 
 
 def _save(
     folder: Path, config: ModelConfig, rows: list[_Row], tokenizer: Any, max_shard_bytes: int
 ) -> None:
     shards = list(_groups(rows, lambda row: row.num_bytes, max_shard_bytes))
-    widest = max((row.dtype for row in rows), key=lambda kind: kind.itemsize)
+    widest = max((row.dtype for row in rows), key=_width)
     hf_config = {**config.to_hf(), "dtype": widest.name}
     generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id")}
     try:
@@ -333,8 +303,8 @@ def _save(
                 names = [SINGLE]
             else:
                 _write_json(staging / INDEX, _index(shards, names))
-            for name, shard in zip(names, shards, strict=True):
-                _write_weights(staging / name, shard)
+            for name, group in zip(names, shards, strict=True):
+                _write_weights(staging / name, group)
             _publish(staging, folder)
     except OSError as error:
         raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
@@ -346,9 +316,9 @@ def _write_weights(path: Path, rows: Sequence[_Row]) -> None:
     end = 0
     for row in rows:
         start, end = end, end + row.num_bytes
-        header[row.tensor.hf_name] = {
+        header[row.name] = {
             "dtype": CODES[row.dtype.name],
-            "shape": row.tensor.hf_shape,
+            "shape": row.shape,
             "data_offsets": (start, end),
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -364,16 +334,14 @@ def _write_weights(path: Path, rows: Sequence[_Row]) -> None:
 
 
 def _index(shards: Sequence[Sequence[_Row]], names: Sequence[str]) -> dict[str, Any]:
-    rows = [row for shard in shards for row in shard]
+    rows = [row for group in shards for row in group]
     return {
         "metadata": {
             "total_parameters": sum(row.size for row in rows),
             "total_size": sum(row.num_bytes for row in rows),
         },
         "weight_map": {
-            row.tensor.hf_name: name
-            for name, shard in zip(names, shards, strict=True)
-            for row in shard
+            row.name: name for name, group in zip(names, shards, strict=True) for row in group
         },
     }
 

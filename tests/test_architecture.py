@@ -16,6 +16,7 @@ LAYERS = [
     ["paths"],
     ["chips", "config", "distributed", "memory"],
     ["names", "weights", "hub", "data"],
+    ["transfer"],
     ["pretrained"],
     ["torus"],
     ["sharding"],
@@ -34,7 +35,7 @@ LAYERS = [
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "pretrained"}
+FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "transfer", "pretrained"}
 MATHEMATICS = {
     "torus",
     "sharding",

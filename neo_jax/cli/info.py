@@ -62,7 +62,7 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
     values = 2 * config.embed_dim  # a key and a value
     fields: dict[str, Any] = {
         "model": str(folder or name),
-        "family": "gpt_neo",
+        "family": config.family,
         "parameters": config.num_params,
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
         "global_layers": config.num_layers - local,

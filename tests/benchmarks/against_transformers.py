@@ -102,7 +102,7 @@ def make_sides(dtypes):
         leaf = params
         for key in tensor.path:
             leaf = leaf[key]
-        weights[tensor.hf_name] = torch.from_numpy(np.array(tensor.to_hf(np.asarray(leaf))))
+        weights[tensor.hf_name] = torch.from_numpy(np.array(tensor.to("hf", np.asarray(leaf))))
     sides = {}
     for dtype in dtypes:
         reference = GPTNeoForCausalLM(GPTNeoConfig(**fields, attn_implementation="eager"))

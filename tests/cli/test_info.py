@@ -39,7 +39,8 @@ def test_a_preset(succeed, name):
     fields = json.loads(succeed("info", name, "--json"))
     assert fields["model"] == name
     assert fields["parameters"] == preset(name).num_params
-    assert fields["attention_types"] == ["global", "local"]
+    assert fields["family"] == ("gpt2" if "gpt2" in name else "gpt_neo")
+    assert fields["attention_types"] == ["global", "local"][: 1 if "gpt2" in name else 2]
 
 
 def test_where_it_would_lie_on_devices_that_are_not_here(succeed):
@@ -113,8 +114,8 @@ DAMAGES = {
         "config.json is not valid JSON",
     ),
     "another family": (
-        lambda folder: edit_config(folder, model_type="gpt2"),
-        "model_type is 'gpt2'; this loads 'gpt_neo' checkpoints",
+        lambda folder: edit_config(folder, model_type="gptj"),
+        "model_type is 'gptj'; this loads 'gpt_neo' and 'gpt2' checkpoints",
     ),
     "an unknown field": (
         lambda folder: edit_config(folder, hidden_sise=32),
