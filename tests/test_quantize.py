@@ -60,15 +60,18 @@ def test_loading_is_rounding_what_was_loaded(float32, int8):
     jax.tree.map(np.testing.assert_array_equal, whole, int8.params)
 
 
-def test_it_is_the_model_of_the_rounded_weights(int8):
-    """Beyond few rows to float32's rounding; the greedy text of few rows is the same."""
+@pytest.fixture(scope="module")
+def texts(int8):
+    return int8.sample(PROMPTS, 12, sampling=GREEDY)
+
+
+def test_it_is_the_model_of_the_rounded_weights(int8, texts):
     twin = neo_jax.LanguageModel(
         int8.model, dequantize(int8.config, int8.params), int8.tokenizer, int8.folder
     )
-    for ours, theirs in zip(int8.score(PROMPTS), twin.score(PROMPTS), strict=True):
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
-    ours, theirs = (lm.sample(PROMPTS, 12, sampling=GREEDY) for lm in (int8, twin))
-    assert [sample.ids for sample in ours] == [sample.ids for sample in theirs]
+    for ours, theirs in zip(texts, twin.sample(PROMPTS, 12, sampling=GREEDY), strict=True):
+        assert ours.ids == theirs.ids
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +80,10 @@ def test_it_is_the_model_of_the_rounded_weights(int8):
         ("model=2", "tensor"),
         ("fsdp=8", "fsdp"),
         ("data=2,fsdp=2,model=2", "decode"),
-        ("data=2,fsdp=2,model=2", "fsdp+tensor"),
         ("model=2,context=2", "head_dim:model,kv_length:context"),
     ],
 )
-def test_a_strategy_changes_no_number(checkpoints, int8, mesh, rules):
+def test_a_strategy_changes_no_number(checkpoints, int8, texts, mesh, rules):
     devices = jax.devices()[: math.prod(int(size[-1]) for size in mesh.split(","))]
     sharding = make_sharding(mesh, rules, devices)
     lm = neo_jax.load(checkpoints["bytes"], quantize="int8", sharding=sharding)
@@ -99,10 +101,9 @@ def test_a_strategy_changes_no_number(checkpoints, int8, mesh, rules):
             leaf = leaf.scale
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     jax.tree.map(np.testing.assert_array_equal, lm.params, int8.params)
-    for ours, theirs in zip(lm.score(PROMPTS), int8.score(PROMPTS), strict=True):
+    for ours, theirs in zip(lm.sample(PROMPTS, 12, sampling=GREEDY), texts, strict=True):
+        assert ours.ids == theirs.ids
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=2e-5)
-    ours, theirs = (each.sample(PROMPTS, 12, sampling=GREEDY) for each in (lm, int8))
-    assert [sample.ids for sample in ours] == [sample.ids for sample in theirs]
 
 
 def test_what_stays_has_the_dtype_of_products(checkpoints):
