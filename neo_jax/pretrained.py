@@ -65,6 +65,7 @@ def load_params(
     *,
     dtype: DTypeLike | None = None,
     shardings: Params | None = None,
+    each: Callable[[Tensor, Array], Any] | None = None,
 ) -> Params:
     """Reads the weights of a checkpoint into the canonical parameter tree.
 
@@ -80,6 +81,7 @@ def load_params(
       shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; every
         process then copies only the slices that its devices hold. None puts all on the default
         device, uncommitted.
+      each: what to make of each parameter as it comes to its devices; only that is kept.
 
     Raises:
       NeoError: files are missing or damaged, or hold other tensors than `config` describes; the
@@ -101,6 +103,8 @@ def load_params(
             else:
                 places = [placement[path] for path in paths]
                 arrays = list(map(shard, views, dtypes, shapes, places))
+            if each is not None:
+                arrays = [each(tensor, a) for (tensor, _), a in zip(batch, arrays, strict=True)]
             # Transfers are asynchronous: without a wait, copies of the whole model could queue up.
             params.update(zip(paths, jax.block_until_ready(arrays), strict=True))
     return unflatten_dict(params)
