@@ -150,8 +150,8 @@ def load_adapter(
             a = _read(path, found.pop(names["A"], None), names["A"], (rank, inputs))
             b = _read(path, found.pop(names["B"], None), names["B"], (whole, rank))
             for row, part in zip(rows, np.split(b, len(rows)), strict=True):
-                leaves[*row.path, "a"] = a.T.reshape(*row.shape[: row.num_inputs], rank)
-                leaves[*row.path, "b"] = part.T.reshape(rank, *row.shape[row.num_inputs :])
+                leaves[*row.path, "a"] = a.reshape(rank, *row.shape[-row.num_inputs :])
+                leaves[*row.path, "b"] = part.reshape(*row.shape[: -row.num_inputs], rank)
     if found or not leaves:
         what = f"the tensor {next(iter(found))}" if found else "no tensors"
         raise NeoError(
@@ -197,7 +197,7 @@ def _kernels(config: ModelConfig) -> list[list[Tensor]]:
 
 def _sizes(row: Tensor) -> tuple[int, int]:
     """Returns how many inputs and how many outputs a kernel has."""
-    return math.prod(row.shape[: row.num_inputs]), math.prod(row.shape[row.num_inputs :])
+    return math.prod(row.shape[-row.num_inputs :]), math.prod(row.shape[: -row.num_inputs])
 
 
 def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndarray]:
@@ -210,10 +210,10 @@ def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndar
     b = np.zeros((outputs * parts[0][0].places["hf"].parts, rank), np.float32)
     start = 0
     for row, leaf in parts:
-        r, place = leaf.b.shape[0], row.places["hf"]
-        a[start : start + r] = to_host(leaf.a.reshape(-1, r).T)
+        r, place = leaf.b.shape[-1], row.places["hf"]
+        a[start : start + r] = to_host(leaf.a.reshape(r, -1))
         here = slice(place.part * outputs, (place.part + 1) * outputs)
-        b[here, start : start + r] = to_host(leaf.b.reshape(r, -1).T)
+        b[here, start : start + r] = to_host(leaf.b.reshape(-1, r))
         start += r
     return {_name(parts[0][0], "A"): a, _name(parts[0][0], "B"): b}
 

@@ -8,7 +8,6 @@ float32 is up to four times the speed where memory is the limit.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,11 +28,7 @@ _FINE = 254  # steps of the fine part of an activation within one of the coarse 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """A parameter, values x scale, whatever its axes were: here outputs come first.
-
-    A pytree that stands where the parameter's array does; each output's values lie together, as
-    the products of few rows read them.
-    """
+    """A parameter, values x scale: a pytree that stands where the parameter's array does."""
 
     values: Any  # int8 [outputs..., inputs...]; in trees of other things one of these
     scale: Any  # float32 [outputs...], what a step is worth
@@ -60,11 +55,6 @@ def rounded(weight: Array, num_inputs: int) -> Int8:
     scale = jnp.abs(weight).max(axis=inputs) / LARGEST
     steps = for_each(jnp.where(scale > 0, scale, 1.0), weight.ndim)
     return Int8(jnp.round(weight / steps).astype(jnp.int8), scale)
-
-
-def outputs_first(entries: Sequence[Any], num_inputs: int) -> tuple[Any, ...]:
-    """Returns axes, sizes or the like of a kernel [inputs..., outputs...] as `Int8` has them."""
-    return (*entries[num_inputs:], *entries[:num_inputs])
 
 
 def multiply(

@@ -11,7 +11,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from neo_jax import adapters, hub, names, pretrained
 from neo_jax.attention import Kernel
@@ -23,11 +23,10 @@ from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.scoring import token_logprobs
-from neo_jax.int8 import Int8
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization, quantize_one
 from neo_jax.quantize import quantize as quantize_all
-from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
+from neo_jax.sharding import Sharding, make_sharding, padded_rows
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -259,7 +258,6 @@ def load(
     if quantize not in QUANTIZATIONS:
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
     params = _read_params(folder, base, config, compute, sharding, quantize)
-    params = _laid_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
@@ -287,19 +285,6 @@ def _read_params(
     if base != folder:
         params = adapters.apply_adapter(folder, config, params, shardings)
     return quantize_all(config, params, dtype, sharding) if quantize == "int8" else params
-
-
-def _laid_out(config: ModelConfig, params: Params) -> Params:
-    """Gives the parameters the order of axes in which their devices read them best."""
-    leaves = flatten_dict(params)
-    for tensor in names.tensors(config):
-        leaf = leaves[tensor.path]
-        if isinstance(leaf, Int8):  # whose axes have the best order
-            continue
-        place = laid_out(leaf.sharding, tensor.axes)
-        if place is not leaf.sharding:
-            leaves[tensor.path] = jax.device_put(leaf, place, donate=True)
-    return unflatten_dict(leaves)
 
 
 def enable_compilation_cache() -> None:

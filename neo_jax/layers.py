@@ -38,17 +38,17 @@ class LowRank:
     number of units. The weight comes first: it is the leaf whose shape Flax checks.
     """
 
-    weight: Any  # an array [inputs..., outputs...]; in trees of other things one of these
-    a: Any  # [inputs..., rank]
-    b: Any  # [rank, outputs...]
+    weight: Any  # an array [outputs..., inputs...]; in trees of other things one of these
+    a: Any  # [rank, inputs...]
+    b: Any  # [outputs..., rank]
     scale: float = dataclasses.field(metadata={"static": True})
 
     def merged(self) -> Array:
-        """Returns the one array that does the same, weight + scale a b in float32."""
+        """Returns the one array that does the same, weight + scale b a in float32."""
         product = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
         for _ in range(self.a.ndim + self.b.ndim - 2 - self.weight.ndim):  # stacked
             product = jax.vmap(product)
-        change = product(self.a.astype(jnp.float32), self.b.astype(jnp.float32))
+        change = product(self.b.astype(jnp.float32), self.a.astype(jnp.float32))
         return self.weight.astype(jnp.float32) + self.scale * change
 
 
@@ -60,7 +60,7 @@ def low_rank_axes(
     axes: Sequence[str | None], num_inputs: int
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """Returns the logical axes of the a and the b of a `LowRank`, by those of its weight."""
-    return (*axes[:num_inputs], None), (None, *axes[num_inputs:])
+    return (None, *axes[-num_inputs:]), (*axes[:-num_inputs], None)
 
 
 def einsum(
@@ -79,11 +79,10 @@ def einsum(
 
     Args:
       equation: "x,weight->output" in the letters of `neo_jax.axes`. The letters that are summed
-        over come last in x, and first or last in the weight; in the output the weight's others
-        take their place: "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv".
+        over come last in x and in the weight; in the output the weight's others take their place:
+        "btd,nhd->btnh", "btnh,dnh->btd", "btd,vd->btv".
       x: activations of any float dtype.
-      weight: a parameter of any float dtype; a `LowRank` only where inputs come first; an `Int8`,
-        whose outputs come first whatever the equation says.
+      weight: a parameter of any float dtype, or what stands in its place.
       dtype: what both operands are cast to. float32 means float32: products at full precision
         on every device, where TPUs would otherwise round operands to bfloat16.
       sharding: the strategy.
@@ -109,21 +108,18 @@ def _einsum(
     summed = "".join(axis for axis in x_axes if axis in weight_axes)
     kept = weight_axes.replace(summed, "")
     rows = x_axes.removesuffix(summed)
-    if not (summed and x_axes == rows + summed and output == rows + kept):
+    if not summed or (x_axes, weight_axes, output) != (rows + summed, kept + summed, rows + kept):
         raise ValueError(f"'{equation}' is not a product of activations and a parameter")
     if isinstance(weight, LowRank):
         a_axes, b_axes = low_rank_axes(axes, len(summed)) if axes else ((), ())
         y = _einsum(equation, x, weight.weight, dtype, sharding, axes)
-        low = _einsum(f"{x_axes},{summed}r->{rows}r", x, weight.a, dtype, sharding, a_axes)
-        high = _einsum(f"{rows}r,r{kept}->{output}", low, weight.b, dtype, sharding, b_axes)
+        low = _einsum(f"{x_axes},r{summed}->{rows}r", x, weight.a, dtype, sharding, a_axes)
+        high = _einsum(f"{rows}r,{kept}r->{output}", low, weight.b, dtype, sharding, b_axes)
         return y + weight.scale * high
     axes = axes or [None] * len(weight_axes)
     if isinstance(weight, Int8):
-        if weight_axes == summed + kept:
-            axes = int8.outputs_first(axes, len(summed))
         return _einsum_int8(x, weight, dtype, sharding, axes)
-    shares = Shares.of(sharding, axes)
-    product = _Product(len(summed), weight_axes == kept + summed, jnp.dtype(dtype), shares)
+    product = _Product(len(summed), jnp.dtype(dtype), Shares.of(sharding, axes))
     return _multiply(product, x, weight)
 
 
@@ -142,38 +138,32 @@ def _einsum_int8(
 class _Product:
     """A product of activations, [B, T, inputs...], and a parameter."""
 
-    num_inputs: int  # axes of the parameter that are summed over
-    outputs_first: bool  # and they come last
+    num_inputs: int  # axes of the parameter, the last ones, that are summed over
     dtype: np.dtype
     shares: Shares
 
     def forward(self, x: Array, weight: Array) -> Array:
         weight = self.shares.gather(weight.astype(self.dtype))
-        last, first = weight.shape[self.num_inputs :], weight.shape[: -self.num_inputs]
-        equation = "bti,oi->bto" if self.outputs_first else "bti,io->bto"
-        y = self._einsum(equation, _rows(x), self._matrix(weight))
-        return y.reshape((*x.shape[:2], *(first if self.outputs_first else last)))
+        rows, equation = _rows(x), "bti,oi->bto"
+        if x.shape[1] == 1:  # XLA's CPU backend would keep a transposed copy of bfloat16 weights
+            rows, equation = rows[:, 0], "bi,oi->bo"
+        y = self._einsum(equation, rows, self._matrix(weight))
+        return y.reshape((*x.shape[:2], *weight.shape[: -self.num_inputs]))
 
     def backward(self, x: Array, weight: Array, grad: Array) -> tuple[Array, Array]:
-        equation = "bto,oi->bti" if self.outputs_first else "bto,io->bti"
         matrix = self._matrix(self.shares.gather(weight.astype(self.dtype)))
-        grad_x = self._einsum(equation, _rows(grad), matrix).reshape(x.shape)
-        axes = range(weight.ndim)
-        inputs = axes[-self.num_inputs :] if self.outputs_first else axes[: self.num_inputs]
+        grad_x = self._einsum("bto,oi->bti", _rows(grad), matrix).reshape(x.shape)
+        inputs = range(weight.ndim)[-self.num_inputs :]
         return grad_x, self.shares.gradient(self._outer, x, grad, inputs)
 
     def _outer(self, x: Array, grad: Array) -> Array:
         """Returns the gradient of the weight, for some rows."""
-        pair = (grad, x) if self.outputs_first else (x, grad)
-        equation = "bto,bti->oi" if self.outputs_first else "bti,bto->io"
-        matrix = self._einsum(equation, *map(_rows, pair))
-        return matrix.reshape([size for array in pair for size in array.shape[2:]])
+        matrix = self._einsum("bto,bti->oi", _rows(grad), _rows(x))
+        return matrix.reshape((*grad.shape[2:], *x.shape[2:]))
 
     def _matrix(self, weight: Array) -> Array:
         # One matrix: XLA's CPU backend is several times slower on a product with more axes.
-        outputs = weight.ndim - self.num_inputs
-        num_rows = math.prod(weight.shape[: outputs if self.outputs_first else self.num_inputs])
-        return weight.reshape((num_rows, -1))
+        return weight.reshape((math.prod(weight.shape[: -self.num_inputs]), -1))
 
     def _einsum(self, equation: str, x: Array, y: Array) -> Array:
         return jnp.einsum(
@@ -329,9 +319,6 @@ def _declared(
     shape: Sequence[int],
 ) -> Any:
     """Declares a parameter with its logical axes; returns it as it is stored."""
-    stored = module.get_variable("params", name)
-    if isinstance(stored, Int8):  # whose axes are in another order, which Flax would refuse
-        return stored
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
 
 

@@ -63,14 +63,14 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, key: Array) -> Params:
         position = int(layer.removeprefix("h_")) if layer.startswith("h_") else unit
         if position >= unit or not row.num_inputs or name not in lora.targets:
             continue
-        inputs, outputs = row.shape[: row.num_inputs], row.shape[row.num_inputs :]
+        outputs, inputs = row.shape[: -row.num_inputs], row.shape[-row.num_inputs :]
         path = (f"unit_{position}", *row.path[1:])
         lead, bound = config.num_layers // unit, math.prod(inputs) ** -0.5
         key, here = jax.random.split(key)
         leaves[*path, "a"] = jax.random.uniform(
-            here, (lead, *inputs, lora.rank), minval=-bound, maxval=bound
+            here, (lead, lora.rank, *inputs), minval=-bound, maxval=bound
         )
-        leaves[*path, "b"] = jnp.zeros((lead, lora.rank, *outputs))
+        leaves[*path, "b"] = jnp.zeros((lead, *outputs, lora.rank))
     return unflatten_dict(leaves)
 
 

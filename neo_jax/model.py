@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
         def project(name: str, scale: float = 1.0) -> Array:
             linear = _linear(self, name, (axes.EMBED,), heads, bias=self.config.qkv_bias)
-            y = (linear("btd,dnh->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
+            y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
             return constrain(self.sharding, y, QUERIES, name)
 
         q, k, v = project("q_proj", scale), project("k_proj"), project("v_proj")
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         cache = caching.place(self.sharding, cache)
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
         out_proj = _linear(self, "out_proj", heads, (axes.EMBED,))
-        return out_proj("btnh,nhd->btd", y.swapaxes(1, 2)), cache
+        return out_proj("btnh,dnh->btd", y.swapaxes(1, 2)), cache
 
 
 class MLP(nn.Module):
@@ -92,9 +92,9 @@ class MLP(nn.Module):
         """Returns c_proj(activation(c_fc(x)))."""
         c_fc = _linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
         c_proj = _linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
-        x = ACTIVATIONS[self.config.activation](c_fc("btd,df->btf", x))
+        x = ACTIVATIONS[self.config.activation](c_fc("btd,fd->btf", x))
         x = constrain(self.sharding, x, MLP_HIDDEN, "c_fc's output")
-        return c_proj("btf,fd->btd", x)
+        return c_proj("btf,df->btd", x)
 
 
 def _linear(
@@ -106,10 +106,10 @@ def _linear(
     bias: bool = True,
 ) -> Einsum:
     """Returns the linear map between logical axes that has this name in a layer."""
-    shape = tuple(map(module.config.size, inputs + outputs))
+    shape = tuple(map(module.config.size, outputs + inputs))
     return Einsum(
         shape,
-        inputs + outputs,
+        outputs + inputs,
         normal(_stddev(module.config, name)),
         bias_axes=outputs if bias else (),
         dtype=module.dtype,

@@ -1,10 +1,9 @@
 """The name table: what every parameter is called here and in other formats, and how it lies there.
 
 One row a tensor, one column a format. Kernels differ in layout, not only in name: ours keep heads
-and head_dim apart and put the axes that a product sums over first, so that an einsum equation reads
-off the shape. Others store matrices: [outputs, inputs] where `torch.nn.Linear` made them, and in
-Flax's GPT-2, else [inputs, outputs]; and GPT-2 has q, k and v in one. Both ways between them are
-views, never copies. The tables of tokens have rows of zeros beyond the vocabulary here only.
+and head_dim apart and put the axes that a product sums over last. Others store matrices: [outputs,
+inputs] too where `torch.nn.Linear` made them, and in Flax's GPT-2, else [inputs, outputs]; and
+GPT-2 has q, k and v in one. Both ways between them are views, never copies. The tables of tokens have rows of zeros beyond the vocabulary here only.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ class Tensor:
     axes: tuple[str, ...]  # logical axes, one a dimension
     shape: tuple[int, ...]  # as the canonical tree holds it
     stored_shape: tuple[int, ...]  # the same without the padding of the vocabulary
-    num_inputs: int  # leading axes that a product sums over; 0 for what is no kernel
+    num_inputs: int  # axes at the end that a product sums over; 0 for what is no kernel
     places: dict[Format, Place]  # GPT-2 has none in Mesh-TensorFlow
 
     @property
@@ -103,26 +102,26 @@ def _row(
     if layer is not None:
         hf, mesh_tf = f"h.{layer}.{hf}", f"h{layer}/{mesh_tf}"
     hf = f"transformer.{hf}" if path != _HEAD[0] else hf
-    table = path.endswith("embedding")
+    kernel, table = bool(num_inputs), path.endswith("embedding")
 
     def place(name: str, transposed: bool) -> Place:
-        inputs = 1 if table else num_inputs
         order = tuple(range(len(axes)))
-        sizes: tuple[int, ...] = (math.prod(stored[inputs:]),)
-        if inputs:
-            sizes = (math.prod(stored[:inputs]), *sizes)
+        sizes: tuple[int, ...] = (math.prod(stored),)
+        if kernel or table:
+            outputs = len(axes) - num_inputs if kernel else 1
+            sizes = (math.prod(stored[:outputs]), math.prod(stored[outputs:]))
             if transposed:
-                order, sizes = order[inputs:] + order[:inputs], sizes[::-1]
+                order, sizes = order[outputs:] + order[:outputs], sizes[::-1]
         if part is None:
             return Place(name, sizes, order)
-        return Place(name, sizes, order, part, 3, 0 if transposed else len(sizes) - 1)
+        return Place(name, sizes, order, part, 3, int(kernel and transposed))
 
     places: dict[Format, Place] = {
-        "hf": place(hf, transposed=not is_gpt2 and not table),
-        "flax": place(_flax(hf, path), transposed=(is_gpt2 and not table) or path == _HEAD[0]),
+        "hf": place(hf, transposed=kernel and is_gpt2),
+        "flax": place(_flax(hf, path), transposed=(kernel and not is_gpt2) or path == _HEAD[0]),
     }
     if mesh_tf and not is_gpt2:
-        places["mesh_tf"] = place(f"gpt2/{mesh_tf}", transposed=False)
+        places["mesh_tf"] = place(f"gpt2/{mesh_tf}", transposed=kernel)
     return Tensor(tuple(path.split("/")), axes, shape, stored, num_inputs, places)
 
 
@@ -140,7 +139,7 @@ _EMBEDDINGS: tuple[Any, ...] = (
     ("wte/embedding", (VOCAB, EMBED), 0, "wte.weight", "wte.weight", "wte"),
     ("wpe/embedding", (POSITIONS, EMBED), 0, "wpe.weight", "wpe.weight", "wpe"),
 )
-_SPLIT = (EMBED, HEADS, HEAD_DIM)
+_SPLIT = (HEADS, HEAD_DIM, EMBED)
 _LAYER: tuple[Any, ...] = (
     ("ln_1/scale", (EMBED,), 0, "ln_1.weight", "ln_1.weight", "norm_1/g"),
     ("ln_1/bias", (EMBED,), 0, "ln_1.bias", "ln_1.bias", "norm_1/b"),
@@ -153,16 +152,16 @@ _LAYER: tuple[Any, ...] = (
     ("attn/q_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 0), ""),
     ("attn/k_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 1), ""),
     ("attn/v_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 2), ""),
-    ("attn/out_proj/kernel", (HEADS, HEAD_DIM, EMBED), 2, "attn.attention.out_proj.weight",
+    ("attn/out_proj/kernel", (EMBED, HEADS, HEAD_DIM), 2, "attn.attention.out_proj.weight",
      "attn.c_proj.weight", "attn/o"),
     ("attn/out_proj/bias", (EMBED,), 0, "attn.attention.out_proj.bias", "attn.c_proj.bias",
      "attn/compute_output_bias/o_b"),
     ("ln_2/scale", (EMBED,), 0, "ln_2.weight", "ln_2.weight", "norm_2/g"),
     ("ln_2/bias", (EMBED,), 0, "ln_2.bias", "ln_2.bias", "norm_2/b"),
-    ("mlp/c_fc/kernel", (EMBED, MLP), 1, "mlp.c_fc.weight", "mlp.c_fc.weight",
+    ("mlp/c_fc/kernel", (MLP, EMBED), 1, "mlp.c_fc.weight", "mlp.c_fc.weight",
      "mlp/conv1d_main/c_fc/kernel"),
     ("mlp/c_fc/bias", (MLP,), 0, "mlp.c_fc.bias", "mlp.c_fc.bias", "mlp/conv1d_main/c_fc/bias"),
-    ("mlp/c_proj/kernel", (MLP, EMBED), 1, "mlp.c_proj.weight", "mlp.c_proj.weight",
+    ("mlp/c_proj/kernel", (EMBED, MLP), 1, "mlp.c_proj.weight", "mlp.c_proj.weight",
      "mlp/conv1d_main/c_proj/kernel"),
     ("mlp/c_proj/bias", (EMBED,), 0, "mlp.c_proj.bias", "mlp.c_proj.bias",
      "mlp/conv1d_main/c_proj/bias"),

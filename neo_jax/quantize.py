@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from neo_jax.axes import VOCAB, Array, Params
 from neo_jax.config import ModelConfig
-from neo_jax.int8 import Int8, outputs_first, rounded
+from neo_jax.int8 import Int8, rounded
 from neo_jax.names import Tensor, tensors
 from neo_jax.sharding import Sharding, constrain
 
@@ -65,10 +65,7 @@ def dequantize(config: ModelConfig, params: Params) -> Params:
     for tensor in tensors(config):
         leaf = leaves[tensor.path]
         if isinstance(leaf, Int8):
-            # What was put first goes back to the end.
-            outputs = len(tensor.axes) - tensor.num_inputs
-            order = outputs_first(range(len(tensor.axes)), outputs if tensor.num_inputs else 0)
-            leaves[tensor.path] = leaf.dequantized().transpose(order)
+            leaves[tensor.path] = leaf.dequantized()
     return unflatten_dict(leaves)
 
 
@@ -76,10 +73,8 @@ def dequantize(config: ModelConfig, params: Params) -> Params:
 def _rounded(
     array: Array, num_inputs: int, axes: tuple[str, ...], sharding: Sharding | None
 ) -> Int8:
-    """Rounds a kernel, or a table, whose rows are outputs as they are."""
-    order = outputs_first(range(array.ndim), num_inputs)
-    axes = tuple(axes[i] for i in order)
-    weight = rounded(array.transpose(order), num_inputs or 1)
+    """Rounds a kernel, or a table, whose rows are outputs."""
+    weight = rounded(array, num_inputs or 1)
     outputs = axes[: weight.scale.ndim]
     return Int8(
         constrain(sharding, weight.values, axes, "an int8 weight"),

@@ -17,10 +17,9 @@ from types import EllipsisType
 from typing import Any
 
 import jax
-from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neo_jax.axes import BATCH, EMBED, HEAD_DIM, HEADS, LOGICAL_AXES, Array
+from neo_jax.axes import BATCH, LOGICAL_AXES, Array
 from neo_jax.errors import NeoError, suggest
 from neo_jax.torus import arrange
 
@@ -155,24 +154,6 @@ def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
         shapes,
         axes,
     )
-
-
-def laid_out(
-    place: jax.sharding.Sharding, axes: Sequence[str | None]
-) -> jax.sharding.Sharding | Format:
-    """Returns a parameter's place and, where a TPU would choose badly, the order of its axes there.
-
-    A TPU keeps an array in tiles of its last two axes. Products want the inputs in a tile; where
-    heads and head_dim are in it, loops begin by laying the parameter out anew, a whole copy of it.
-
-    Args:
-      place: where the parameter lies.
-      axes: its logical axes.
-    """
-    device: jax.Device = next(iter(place.device_set))
-    if device.platform == "tpu" and tuple(axes) == (EMBED, HEADS, HEAD_DIM):
-        return Format(Layout((1, 2, 0)), place)
-    return place
 
 
 def make_sharding(

@@ -16,10 +16,10 @@ from neo_jax.layers import Einsum, Embed, LayerNorm, LowRank, einsum
 
 SIZES = {"b": 3, "t": 5, "d": 96, "n": 4, "h": 24, "f": 160, "v": 70}
 EQUATIONS = [  # every one that the model uses
-    "btd,dnh->btnh",
-    "btnh,nhd->btd",
-    "btd,df->btf",
-    "btf,fd->btd",
+    "btd,nhd->btnh",
+    "btnh,dnh->btd",
+    "btd,fd->btf",
+    "btf,df->btd",
     "btd,vd->btv",
 ]
 
@@ -93,11 +93,11 @@ def test_gradients_are_those_of_autodiff(case):
 
 
 def test_gradients_are_those_of_finite_differences(rng):
-    shapes = ((2, 3, 4), (4, 2, 3))
+    shapes = ((2, 3, 4), (2, 3, 4))
     operands = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
     def product(*arrays):
-        return einsum("btd,dnh->btnh", *map(jnp.asarray, arrays), jnp.float32)
+        return einsum("btd,nhd->btnh", *map(jnp.asarray, arrays), jnp.float32)
 
     check_grads(product, operands, 1, ["rev"])
 
@@ -108,10 +108,10 @@ def test_gradients_are_those_of_finite_differences(rng):
 def test_dtypes(dtype, x_dtype, weight_dtype):
     """The output is float32; a gradient has the dtype of what it is the gradient of."""
     x = jax.ShapeDtypeStruct((2, 3, 4), x_dtype)
-    weight = jax.ShapeDtypeStruct((4, 5), weight_dtype)
+    weight = jax.ShapeDtypeStruct((5, 4), weight_dtype)
     grad = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
     y, grad_x, grad_weight = jax.eval_shape(
-        lambda *arrays: with_gradients("btd,df->btf", *arrays, dtype), x, weight, grad
+        lambda *arrays: with_gradients("btd,fd->btf", *arrays, dtype), x, weight, grad
     )
     assert y.dtype == jnp.float32
     assert (grad_x.dtype, grad_weight.dtype) == (x_dtype, weight_dtype)
@@ -123,8 +123,8 @@ def test_dtypes(dtype, x_dtype, weight_dtype):
 )
 def test_every_product_states_its_precision(dtype, precision):
     """What a CPU cannot show: TPUs would round float32 operands to bfloat16 unless told."""
-    x, weight, grad = jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.ones((2, 3, 5))
-    jaxpr = jax.make_jaxpr(lambda *arrays: with_gradients("btd,df->btf", *arrays, dtype))
+    x, weight, grad = jnp.ones((2, 3, 4)), jnp.ones((5, 4)), jnp.ones((2, 3, 5))
+    jaxpr = jax.make_jaxpr(lambda *arrays: with_gradients("btd,fd->btf", *arrays, dtype))
     steps = equations(jaxpr(x, weight, grad).jaxpr)
     products = [step for step in steps if step.primitive.name == "dot_general"]
     assert len(products) == 3
@@ -153,8 +153,8 @@ def adapted(rng, equation, rank=4, scale=0.5):
     """x, a `LowRank` and a gradient of the output."""
     x, weight, output = parts(equation)
     inputs = "".join(axis for axis in weight if axis in x)
-    outputs = weight.removeprefix(inputs)
-    a, b = (*shape(inputs), rank), (rank, *shape(outputs))
+    outputs = weight.removesuffix(inputs)
+    a, b = (rank, *shape(inputs)), (*shape(outputs), rank)
     shapes = (shape(x), shape(weight), a, b, shape(output))
     x, weight, a, b, grad = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     return x, LowRank(weight, a, b, scale), grad
@@ -165,7 +165,7 @@ def test_low_rank_is_its_formula_and_so_are_its_gradients(rng, equation):
     x, kernel, grad = adapted(rng, equation)
 
     def formula(x, kernel):
-        change = jnp.tensordot(kernel.a, kernel.b, 1, precision="highest")
+        change = jnp.tensordot(kernel.b, kernel.a, 1, precision="highest")
         whole = kernel.weight + kernel.scale * change
         return jnp.einsum(equation, x, whole, precision="highest")
 
@@ -183,28 +183,28 @@ def test_low_rank_is_its_formula_and_so_are_its_gradients(rng, equation):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_low_rank_of_zeros_is_its_weight_exactly(rng, dtype):
-    x, kernel, _ = adapted(rng, "btd,dnh->btnh")
+    x, kernel, _ = adapted(rng, "btd,nhd->btnh")
     kernel = LowRank(kernel.weight, kernel.a, jnp.zeros_like(kernel.b), kernel.scale)
-    y = einsum("btd,dnh->btnh", x, kernel, dtype)
-    np.testing.assert_array_equal(y, einsum("btd,dnh->btnh", x, kernel.weight, dtype))
+    y = einsum("btd,nhd->btnh", x, kernel, dtype)
+    np.testing.assert_array_equal(y, einsum("btd,nhd->btnh", x, kernel.weight, dtype))
 
 
 def test_merging_a_stack_is_merging_each(rng):
-    kernels = [adapted(rng, "btd,dnh->btnh")[1] for _ in range(3)]
+    kernels = [adapted(rng, "btd,nhd->btnh")[1] for _ in range(3)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *kernels)
     for merged, kernel in zip(stacked.merged(), kernels, strict=True):
         np.testing.assert_allclose(merged, kernel.merged(), rtol=0, atol=1e-6)
 
 
 def test_einsum_adds_its_bias_along_the_last_axes(rng):
-    module = Einsum((6, 2, 3), ("embed", "heads", "head_dim"), normal(1.0), ("heads", "head_dim"))
+    module = Einsum((2, 3, 6), ("heads", "head_dim", "embed"), normal(1.0), ("heads", "head_dim"))
     x = jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32)
-    params = nn.meta.unbox(module.init(jax.random.key(0), "btd,dnh->btnh", x)["params"])
-    assert jax.tree.map(jnp.shape, params) == {"kernel": (6, 2, 3), "bias": (2, 3)}
+    params = nn.meta.unbox(module.init(jax.random.key(0), "btd,nhd->btnh", x)["params"])
+    assert jax.tree.map(jnp.shape, params) == {"kernel": (2, 3, 6), "bias": (2, 3)}
     assert not params["bias"].any()
     params["bias"] = jnp.arange(6.0).reshape(2, 3)
-    y = module.apply({"params": params}, "btd,dnh->btnh", x)
-    without = einsum("btd,dnh->btnh", x, params["kernel"], jnp.float32)
+    y = module.apply({"params": params}, "btd,nhd->btnh", x)
+    without = einsum("btd,nhd->btnh", x, params["kernel"], jnp.float32)
     np.testing.assert_array_equal(y, without + params["bias"][None, None])
 
 

@@ -40,7 +40,7 @@ def test_adapters_are_drawn_as_peft_draws_them(tiny_config):
     leaves = flatten_dict(init_adapters(tiny_config, lora, jax.random.key(0)))
     layers = {f"unit_{i}/{path}/kernel" for i in range(2) for path in ("attn/v_proj", "mlp/c_proj")}
     assert {"/".join(path[:-1]) for path in leaves} == layers
-    assert leaves["unit_1", "attn", "v_proj", "kernel", "b"].shape == (2, 8, 2, 16)
+    assert leaves["unit_1", "attn", "v_proj", "kernel", "b"].shape == (2, 2, 16, 8)
     a = leaves["unit_1", "mlp", "c_proj", "kernel", "a"]
     assert a.shape == (2, 128, 8)
     assert 0.95 * 128**-0.5 < float(jnp.abs(a).max()) <= 128**-0.5

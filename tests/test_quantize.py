@@ -49,7 +49,7 @@ def test_kernels_and_tokens_are_rounded_and_nothing_else(float32, int8):
         if not is_rounded(tensor):
             np.testing.assert_array_equal(new, old)
             continue
-        inputs = tuple(range(tensor.num_inputs)) if tensor.num_inputs else (1,)
+        inputs = tuple(range(old.ndim))[-(tensor.num_inputs or 1) :]
         step = np.abs(old).max(axis=inputs, keepdims=True) / 127
         assert (np.abs(new - old) <= 0.5001 * step).all()
         assert np.abs(new - old).max() > 0
@@ -91,14 +91,9 @@ def test_a_strategy_changes_no_number(checkpoints, int8, texts, mesh, rules):
         leaf = flatten_dict(lm.params)[tensor.path]
         place = sharding.named(tensor.axes, tensor.shape)
         if isinstance(leaf, Int8):
-            # Outputs come first, and have the scales' places.
-            first = tensor.axes[tensor.num_inputs :]
-            axes = (*first, *tensor.axes[: tensor.num_inputs])
-            sizes = (*tensor.shape[tensor.num_inputs :], *tensor.shape[: tensor.num_inputs])
-            assert leaf.values.sharding.is_equivalent_to(sharding.named(axes, sizes), len(axes))
-            outputs = leaf.scale.ndim
-            place = sharding.named(axes[:outputs], sizes[:outputs])
+            assert leaf.values.sharding.is_equivalent_to(place, leaf.values.ndim)
             leaf = leaf.scale
+            place = sharding.named(tensor.axes[: leaf.ndim], tensor.shape[: leaf.ndim])
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     jax.tree.map(np.testing.assert_array_equal, lm.params, int8.params)
     for ours, theirs in zip(lm.sample(PROMPTS, 12, sampling=GREEDY), texts, strict=True):

@@ -42,8 +42,8 @@ def lies(sharding, axes, array):
 @pytest.mark.parametrize(
     ("equation", "axes", "shape"),
     [
-        ("btd,dnh->btnh", ("embed", "heads", "head_dim"), (16, 8, 2)),
-        ("btnh,nhd->btd", ("heads", "head_dim", "embed"), (8, 2, 16)),
+        ("btd,nhd->btnh", ("heads", "head_dim", "embed"), (8, 2, 16)),
+        ("btnh,dnh->btd", ("embed", "heads", "head_dim"), (16, 8, 2)),
         ("btd,vd->btv", ("vocab", "embed"), (24, 16)),
     ],
 )

@@ -116,7 +116,7 @@ def test_large_meshes_are_cut_short():
 def test_the_lines_name_everything_once():
     text = "\n".join(lines(CONFIG, make_sharding("fsdp=4,model=2")))
     assert "mesh   fsdp=4, model=2\nrules  batch:fsdp, embed:fsdp, heads:model" in text
-    assert "h_*/attn/q_proj/kernel    3 x embed 32/fsdp x heads 4/model x head_dim 8" in text
+    assert "h_*/attn/q_proj/kernel    3 x heads 4/model x head_dim 8 x embed 32/fsdp" in text
     for part in parameters(CONFIG, make_sharding("fsdp=4,model=2")):
         assert len([line for line in text.splitlines() if line.startswith(f"{part.name} ")]) == 1
     whole = "\n".join(lines(CONFIG, make_sharding("data=8")))
