@@ -8,6 +8,7 @@ views, never copies. The tables of tokens have rows of zeros beyond the vocabula
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ Format = Literal["hf", "flax", "mesh_tf"]
 """Hugging Face's checkpoints for PyTorch, those for Flax, and EleutherAI/gpt-neo's."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Place:
     """Where a format keeps a parameter: in a tensor of its own, or in a part of one."""
 
@@ -38,7 +39,7 @@ class Place:
         return tuple(n * self.parts if i == self.axis else n for i, n in enumerate(self.shape))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """One parameter: its place in the canonical tree, and its name and layout elsewhere."""
 
@@ -68,7 +69,8 @@ class Tensor:
         return array.reshape([self.stored_shape[axis] for axis in place.order]).transpose(back)
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
+@functools.lru_cache(maxsize=8)
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """Returns the row of every parameter, from the embeddings to the last norm and the head.
 
     Parts of one tensor follow each other in their order.
@@ -79,7 +81,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
             if config.qkv_bias or path not in _QKV_BIASES:
                 rows.append(_row(config, f"h_{i}/{path}", axes, inputs, *names, layer=i))
     rows += [_row(config, *entry) for entry in _FINAL_NORM]
-    return rows if config.tied_head else [*rows, _row(config, *_HEAD)]
+    return tuple(rows if config.tied_head else [*rows, _row(config, *_HEAD)])
 
 
 def _row(

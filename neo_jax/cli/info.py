@@ -77,7 +77,7 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
         ),
     }
     if folder is not None:
-        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder))
+        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder, config))
         fields["tokenizer"] = None
         if has_tokenizer(folder):
             tokenizer = load_tokenizer(folder)

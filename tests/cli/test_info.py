@@ -103,11 +103,11 @@ DAMAGES = {
     ),
     "a tensor too many": (
         lambda folder: edit_weights(folder, lambda a: a.update({"x": np.ones(3, np.float32)})),
-        "holds 1 tensors that a GPT-Neo of this config.json has not",
+        "holds 1 tensors that a model of this config.json has not",
     ),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
-        "holds no config.json; name the folder of a GPT-Neo checkpoint",
+        "holds no config.json; name the folder of a checkpoint",
     ),
     "half a config": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "gpt_'),
