@@ -248,7 +248,7 @@ def load(
     folder = hub.resolve(model, revision=revision, token=token)
     base = adapters.base_folder(folder, token=token)
     config = pretrained.read_config(base)
-    compute = _dtype(dtype)
+    compute = compute_dtype(dtype)
     shardings = None
     if sharding:
         table = names.tensors(config)
@@ -258,14 +258,14 @@ def load(
     params = pretrained.load_params(base, config, dtype=compute, shardings=shardings)
     if base != folder:
         params = adapters.apply_adapter(folder, config, params, shardings)
-    params = _laid_out(config, params)
+    params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
 
 
-def _laid_out(config: ModelConfig, params: Params) -> Params:
-    """Gives the parameters the order of axes in which their devices read them best."""
+def lay_out(config: ModelConfig, params: Params) -> Params:
+    """Gives parameters the order of axes in which their devices read them best; consumes them."""
     leaves = flatten_dict(params)
     for tensor in names.tensors(config):
         leaf = leaves[tensor.path]
@@ -294,7 +294,12 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _dtype(name: str) -> np.dtype:
+def compute_dtype(name: str) -> np.dtype:
+    """Returns the dtype of products that `load` means by a name.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
