@@ -255,11 +255,11 @@ def load(
     folder = hub.resolve(model, revision=revision, token=token)
     base = adapters.base_folder(folder, token=token)
     config = pretrained.read_config(base)
-    compute = _dtype(dtype)
+    compute = compute_dtype(dtype)
     if quantize not in QUANTIZATIONS:
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
     params = _read_params(folder, base, config, compute, sharding, quantize)
-    params = _laid_out(config, params)
+    params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
@@ -289,8 +289,8 @@ def _read_params(
     return quantize_all(config, params, dtype, sharding) if quantize == "int8" else params
 
 
-def _laid_out(config: ModelConfig, params: Params) -> Params:
-    """Gives the parameters the order of axes in which their devices read them best."""
+def lay_out(config: ModelConfig, params: Params) -> Params:
+    """Gives parameters the order of axes in which their devices read them best; consumes them."""
     leaves = flatten_dict(params)
     for tensor in names.tensors(config):
         leaf = leaves[tensor.path]
@@ -321,7 +321,12 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _dtype(name: str) -> np.dtype:
+def compute_dtype(name: str) -> np.dtype:
+    """Returns the dtype of products that `load` means by a name.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):

@@ -32,6 +32,7 @@ LAYERS = [
     ["training", "evaluation"],
     ["language_model"],
     ["plan"],
+    ["benchmark"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
