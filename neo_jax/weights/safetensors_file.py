@@ -46,7 +46,7 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
-        start, end = entry["data_offsets"]
+        start, _ = entry["data_offsets"]
         shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"], entry["dtype"])
         view = functools.partial(_view, path, file, dtype, shape, 8 + length + start)
         found[name] = StoredTensor(path, name, dtype, shape, view)
