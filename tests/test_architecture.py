@@ -28,6 +28,7 @@ LAYERS = [
     ["lora"],
     ["adapters"],
     ["decode"],
+    ["generation"],
     ["training", "evaluation"],
     ["language_model"],
     ["plan"],

@@ -14,6 +14,7 @@ A text depends on its prompt, its options and its seed: not on the rows beside i
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,21 +30,20 @@ WINDOW = 16  # prompts for each row that are brought in order of length
 PREFILL_TOKENS = 512  # of prompts that are read together, padding included
 WATCHED_STEPS = 8  # between two looks at texts that may have to stop
 
+T = TypeVar("T")
+
 Watch = Callable[[list[int]], int | None]
 """Takes the new ids of a text since the last call; says how many of all to keep, to stop it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to continue, once for each of several options.
-
-    `watch` makes, for one text, what says after some of its steps whether it is to stop.
-    """
+    """A prompt to continue, once for each of several options."""
 
     ids: Sequence[int]
     max_new_tokens: int
     options: Sequence[SamplingOptions]
-    watch: Callable[[], Watch] | None = None
+    watches: Sequence[Watch] = ()  # one for each of the options, or none
 
 
 def complete(
@@ -66,9 +66,9 @@ def complete(
     return _Batch(model, params, requests, padded_rows(model.sharding, rows)).run()
 
 
-def in_order(finished: Iterable[tuple[int, list[Completion]]]) -> Iterator[list[Completion]]:
-    """Yields what `complete` gives in the order of the requests."""
-    held: dict[int, list[Completion]] = {}
+def in_order(finished: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """Yields what comes with the indices 0, 1, 2, ... in their order."""
+    held: dict[int, T] = {}
     turn = 0
     for index, completions in finished:
         held[index] = completions
@@ -143,7 +143,7 @@ class _Batch:
             limits[row] = lengths[row] + request.max_new_tokens
             tokens[row, : lengths[row]] = request.ids
             for sample in range(len(request.options)):
-                watch = request.watch() if request.watch else None
+                watch = request.watches[sample] if request.watches else None
                 self._waiting.append(_Text(index, sample, row, watch))
         settings = stack_settings([SamplingOptions()] * rows)
         self._read = engine.prefill(model, width, self._params, tokens, lengths, limits, settings)
