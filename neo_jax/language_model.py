@@ -171,12 +171,13 @@ class LanguageModel:
         **options: Any,
     ) -> Iterator[str]:
         """Yields the new text in whole characters as it comes; options as in `generate`."""
+        sampling = _options(options)
         return generation.stream(
             self.model,
             self.params,
             self._tokenizer,
             fit(self.model, self.encode(prompt), max_new_tokens, on_overflow),
-            _options(options),
+            sampling,
             max_new_tokens,
             [stop] if isinstance(stop, str) and stop else stop,
         )
