@@ -192,3 +192,27 @@ def _arrange(
         return rounded(part, 1) if dtype == jnp.int8 else part.astype(dtype or part.dtype)
 
     return LayerCache(kept(layer.k), kept(layer.v), jnp.where(positions >= 0, positions, -1))
+
+
+def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
+    """Gives a cache the slots to decode up to `length` tokens, more than there were or fewer.
+
+    Texts must fit: of a row that holds a position of `length` or more, keys are lost.
+    """
+    return tuple(_resize(layer, num_slots(config, i, length)) for i, layer in enumerate(cache))
+
+
+def _resize(layer: LayerCache, slots: int) -> LayerCache:
+    # Where the number of slots changes no text has wrapped around yet: slots are positions.
+    def fit(leaf: Array) -> Array:
+        axis = _slot_axis(leaf.ndim)
+        kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
+        widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
+        return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions
+
+    return jax.tree.map(fit, layer)
+
+
+def vacate(cache: Cache, rows: Int[Array, "..."]) -> Cache:
+    """Empties rows: they see nothing of what was there."""
+    return tuple(layer._replace(positions=layer.positions.at[rows].set(-1)) for layer in cache)
