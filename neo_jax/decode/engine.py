@@ -19,7 +19,7 @@ import numpy as np
 from neo_jax import cache as caching
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
-from neo_jax.decode.sampling import Settings, choose, logprobs_of
+from neo_jax.decode.sampling import History, Settings, choose, logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
@@ -35,10 +35,16 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "B S"]  # the prompt, then what was generated, then zeros
     logprobs: Float[Array, "B S"]  # the model's log p of each generated token, without truncation
     lengths: Int[Array, "B"]  # tokens so far
+    prompt_lengths: Int[Array, "B"]
     limits: Int[Array, "B"]  # lengths at which to stop
     done: Bool[Array, "B"]
     settings: Settings
     cache: Cache  # holds every token but the newest
+
+    @property
+    def history(self) -> History:
+        """The texts, as sampling looks at them."""
+        return History(self.tokens, self.lengths, self.prompt_lengths)
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -123,6 +129,7 @@ def prefill(
         tokens=jnp.pad(tokens, ((0, 0), (0, room - tokens.shape[1]))),
         logprobs=jnp.zeros((tokens.shape[0], room), jnp.float32),
         lengths=lengths,
+        prompt_lengths=lengths,
         limits=limits,
         done=lengths >= limits,
         settings=settings,
@@ -181,15 +188,17 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
         method=Neo.encode,
     )
     logits = model.apply(variables, hidden, method=Neo.unembed)
-    token = choose(logits[:, 0], state.settings, state.lengths)
+    eos = model.config.eos_token_id
+    token = choose(logits[:, 0], state.settings, state.history, eos)
     logprob = logprobs_of(logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
-    ended = (token == model.config.eos_token_id) | (lengths >= state.limits)
+    ended = (token == eos) | (lengths >= state.limits)
     return DecodeState(
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         logprobs=state.logprobs.at[rows, where].set(logprob, mode="drop"),
         lengths=lengths,
+        prompt_lengths=state.prompt_lengths,
         limits=state.limits,
         done=state.done | ended,
         settings=state.settings,
