@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
@@ -121,10 +120,10 @@ def search(
         return []
     state = engine.start(model, params, prompts, max_new_tokens, settings)
     rule = Rule(
-        np.float32(options.length_penalty),
+        jnp.float32(options.length_penalty),
         # One beam has one text to finish, the greedy one.
-        np.bool_(options.early_stopping is True or beams == 1),
-        np.bool_(options.early_stopping == "never" and options.length_penalty > 0),
+        jnp.bool_(options.early_stopping is True or beams == 1),
+        jnp.bool_(options.early_stopping == "never" and options.length_penalty > 0),
     )
     found = jax.tree.map(to_host, run(model, beams, params, state, rule))
     return [_beams(model, prompt, found, row, num_return) for row, prompt in enumerate(prompts)]
@@ -192,7 +191,7 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
     parents = jnp.arange(batch)[:, None] * beams + index // vocab  # rows of `running`
     tokens = index % vocab
     places = running.lengths[parents]
-    slots = jnp.arange(running.tokens.shape[1]) == places[..., None]
+    slots = jnp.arange(running.tokens.shape[1])[None, None] == places[..., None]
     candidates = Texts(
         jnp.where(slots, tokens[..., None], running.tokens[parents]),
         jnp.where(slots, logprobs[parents, tokens][..., None], running.logprobs[parents]),
@@ -202,7 +201,7 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
     num_new = candidates.lengths - running.prompt_lengths[parents]
     ended = (tokens == eos) | (candidates.lengths >= running.limits[parents])
 
-    finishes = ended & (jnp.arange(2 * beams) < beams) & ~state.done[:, None]
+    finishes = ended & (jnp.arange(2 * beams) < beams)[None] & ~state.done[:, None]
     scores = sums / _power(num_new, rule.length_penalty)
     both = jax.tree.map(
         lambda old, new: jnp.concatenate([old, new], axis=1),

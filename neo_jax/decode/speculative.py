@@ -25,6 +25,7 @@ from neo_jax.cache import SLACK, Cache
 from neo_jax.decode import engine
 from neo_jax.decode.engine import Completion, DecodeState
 from neo_jax.decode.sampling import History, Settings, logprobs_of, processed
+from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 
@@ -105,8 +106,8 @@ def start(
     cache: Cache = ()
     if draft:
         cache = engine.start(*draft, prompts, max_new_tokens, settings).cache
-    zeros = jnp.zeros_like(text.lengths)
-    return SpeculativeState(text, cache, zeros, zeros, zeros)
+    counts = (jnp.zeros_like(text.lengths) for _ in range(3))  # `run` consumes each by itself
+    return SpeculativeState(text, cache, *counts)
 
 
 def generate(
@@ -136,12 +137,26 @@ def generate(
     if not prompts:
         return [], Acceptance(0, 0, 0)
     state = start(model, params, draft, prompts, max_new_tokens, settings)
-    state = run(
-        model, draft and draft.model, num_drafted, params, draft and draft.params, state
-    )
+    state = run(model, draft and draft.model, num_drafted, params, draft and draft.params, state)
     counts = (state.passes, state.judged, state.accepted)
-    fared = Acceptance(*(int(engine.to_host(count)[: len(prompts)].sum()) for count in counts))
-    return engine.completions(model, state.text, prompts), fared
+    fared = Acceptance(*(int(to_host(count)[: len(prompts)].sum()) for count in counts))
+    return _completions(model, state.text, prompts), fared
+
+
+def _completions(
+    model: Neo, text: DecodeState, prompts: Sequence[Sequence[int]]
+) -> list[Completion]:
+    tokens, logprobs, lengths = map(to_host, (text.tokens, text.logprobs, text.lengths))
+    completions = []
+    for row, prompt in enumerate(prompts):
+        new = slice(len(prompt), int(lengths[row]))
+        ids = tokens[row, new].tolist()
+        ended = ids[-1] == model.config.eos_token_id
+        keep = len(ids) - 1 if ended else len(ids)
+        completions.append(
+            Completion(ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length")
+        )
+    return completions
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -157,11 +172,12 @@ def run(
 
     def advance(state: SpeculativeState) -> SpeculativeState:
         text = state.text
-        if draft is None:
-            proposal, cache = _look_up(text, num_drafted, model.config.padded_vocab_size), ()
+        if draft is None or draft_params is None:
+            proposal = _look_up(text, num_drafted, model.config.padded_vocab_size)
         else:
             proposal, cache = _draft(draft, num_drafted, draft_params, text, state.cache)
-        return _judge(model, params, state._replace(cache=cache), proposal)
+            state = state._replace(cache=cache)
+        return _judge(model, params, state, proposal)
 
     return jax.lax.while_loop(lambda state: ~jnp.all(state.text.done), advance, state)
 
@@ -181,7 +197,7 @@ def _draft(
         positions = lengths[:, None] + jnp.array([[-2, -1]])
         hidden, cache = draft.apply(
             variables,
-            jnp.take_along_axis(tokens, jnp.maximum(positions, 0), axis=1),
+            jnp.take_along_axis(tokens, jnp.clip(positions, 0), axis=1, mode="clip"),
             _readable(positions, text),
             cache,
             method=Neo.encode,
@@ -243,9 +259,7 @@ def _judge(
     there = proposal.there & (places < text.limits[:, None])[:, :-1]
     q = jnp.where(there[..., None], proposal.weights, 0)
     drafted = proposal.tokens[..., None]
-    p_drafted, q_drafted = (
-        jnp.take_along_axis(x, drafted, axis=2)[..., 0] for x in (p[:, :-1], q)
-    )
+    p_drafted, q_drafted = (jnp.take_along_axis(x, drafted, axis=2)[..., 0] for x in (p[:, :-1], q))
     uniform = _uniform(text.settings, places[:, :-1])
     accepts = there & (uniform * q_drafted < p_drafted)
     accepted = jnp.sum(jnp.cumprod(accepts, axis=1), axis=1)
@@ -253,7 +267,9 @@ def _judge(
     # After the last drafted token q is 0, and what is left of p is p.
     left = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
     left, whole = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (left, p))
-    left = jnp.where(jnp.any(left > 0, axis=1, keepdims=True), left, whole)  # p = q but for rounding
+    left = jnp.where(
+        jnp.any(left > 0, axis=1, keepdims=True), left, whole
+    )  # p = q but for rounding
     final = _draw(left, text.settings, text.lengths + accepted, _FINAL)
     padded = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     tokens = jnp.where(ahead == accepted[:, None], final[:, None], padded)
