@@ -23,7 +23,10 @@ from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.scoring import token_logprobs
+from neo_jax.int8 import Int8
 from neo_jax.model import Neo
+from neo_jax.quantize import QUANTIZATIONS, Quantization, quantize_one
+from neo_jax.quantize import quantize as quantize_all
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
 Prompt = str | Sequence[int]
@@ -222,6 +225,7 @@ def load(
     rules: str = "",
     sharding: Sharding | None = None,
     kernel: Kernel = "auto",
+    quantize: Quantization = "none",
 ) -> LanguageModel:
     """Loads a checkpoint in Hugging Face's format.
 
@@ -239,6 +243,9 @@ def load(
         `neo_jax.sharding`. Empty is "decode", as far as the mesh has its axes.
       sharding: a strategy in the place of the two texts.
       kernel: the attention implementation.
+      quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
+        after another as they are read; an adapter is merged first, for which the whole model is
+        held as it is stored.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
@@ -248,27 +255,47 @@ def load(
     folder = hub.resolve(model, revision=revision, token=token)
     base = adapters.base_folder(folder, token=token)
     config = pretrained.read_config(base)
-    compute = _dtype(dtype)
+    compute = compute_dtype(dtype)
+    if quantize not in QUANTIZATIONS:
+        raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
+    params = _read_params(folder, base, config, compute, sharding, quantize)
+    params = lay_out(config, params)
+    home = folder if has_tokenizer(folder) else base
+    tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
+    return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
+
+
+def _read_params(
+    folder: Path,
+    base: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    sharding: Sharding | None,
+    quantize: str,
+) -> Params:
+    """Reads a model, and merges into it the adapter in `folder`, if `base` is another."""
     shardings = None
     if sharding:
         table = names.tensors(config)
         shardings = unflatten_dict(
             {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in table}
         )
-    params = pretrained.load_params(base, config, dtype=compute, shardings=shardings)
+    read = functools.partial(pretrained.load_params, base, config, shardings=shardings)
+    if quantize == "int8" and base == folder:
+        return read(each=functools.partial(quantize_one, dtype=dtype, sharding=sharding))
+    params = read(dtype=None if quantize == "int8" else dtype)
     if base != folder:
         params = adapters.apply_adapter(folder, config, params, shardings)
-    params = _laid_out(config, params)
-    home = folder if has_tokenizer(folder) else base
-    tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
-    return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
+    return quantize_all(config, params, dtype, sharding) if quantize == "int8" else params
 
 
-def _laid_out(config: ModelConfig, params: Params) -> Params:
-    """Gives the parameters the order of axes in which their devices read them best."""
+def lay_out(config: ModelConfig, params: Params) -> Params:
+    """Gives parameters the order of axes in which their devices read them best; consumes them."""
     leaves = flatten_dict(params)
     for tensor in names.tensors(config):
         leaf = leaves[tensor.path]
+        if isinstance(leaf, Int8):  # whose axes have the best order
+            continue
         place = laid_out(leaf.sharding, tensor.axes)
         if place is not leaf.sharding:
             leaves[tensor.path] = jax.device_put(leaf, place, donate=True)
@@ -294,7 +321,12 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _dtype(name: str) -> np.dtype:
+def compute_dtype(name: str) -> np.dtype:
+    """Returns the dtype of products that `load` means by a name.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
