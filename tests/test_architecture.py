@@ -29,6 +29,7 @@ LAYERS = [
     ["lora", "quantize"],
     ["adapters"],
     ["decode"],
+    ["generation"],
     ["training", "evaluation"],
     ["language_model"],
     ["plan"],
