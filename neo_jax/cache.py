@@ -170,6 +170,20 @@ def _extend_by_one(cache: LayerCache, new: LayerCache) -> LayerCache:
     return jax.tree.map(write, cache, new)
 
 
+def rollback(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
+    """Forgets the tokens of each row at positions from `lengths` on.
+
+    What they overwrote stays lost: in a local layer keys that lie outside the window of whatever is
+    appended next, as long as no more than SLACK tokens are forgotten.
+    """
+    return tuple(
+        layer._replace(
+            positions=jnp.where(layer.positions < lengths[:, None], layer.positions, -1)
+        )
+        for layer in cache
+    )
+
+
 def from_sequence(
     config: ModelConfig,
     sequence: Sequence[LayerCache],
