@@ -32,6 +32,7 @@ LAYERS = [
     ["lora", "quantize"],
     ["adapters"],
     ["decode"],
+    ["generation"],
     ["training", "evaluation"],
     ["language_model"],
     ["plan"],
