@@ -21,7 +21,7 @@ from neo_jax.layers import LowRank
 from neo_jax.lora import LoraConfig, attach, merge
 from neo_jax.names import Tensor, tensors
 from neo_jax.paths import make_path
-from neo_jax.weights import DTYPES, StoredTensor, open_file
+from neo_jax.weights import FLOATS, StoredTensor, open_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -252,9 +252,9 @@ def _read(
 ) -> np.ndarray:
     if stored is None:
         raise NeoError(f"{folder / WEIGHTS} lacks {name}; copy it again.")
-    if stored.shape != shape or stored.code not in DTYPES:
+    if stored.shape != shape or stored.dtype not in FLOATS:
         raise NeoError(
-            f"{folder / WEIGHTS}: {name} is {stored.code} {list(stored.shape)}, not of floats "
+            f"{folder / WEIGHTS}: {name} is {stored.dtype} {list(stored.shape)}, not of floats "
             f"{list(shape)}; is the adapter for this model?"
         )
     return stored.view().astype(np.float32)

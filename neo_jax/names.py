@@ -3,10 +3,12 @@
 One row a tensor, one column a format. Kernels differ in layout, not only in name: ours keep heads
 and head_dim apart and put the axes that a product sums over last. Others store matrices: [outputs,
 inputs] too where `torch.nn.Linear` made them, and in Flax's GPT-2, else [inputs, outputs]; and
-GPT-2 has q, k and v in one. Both ways between them are views, never copies. The tables of tokens have rows of zeros beyond the vocabulary here only.
+GPT-2 has q, k and v in one. Both ways between them are views, never copies. The tables of tokens
+have rows of zeros beyond the vocabulary here only.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +22,7 @@ Format = Literal["hf", "flax", "mesh_tf"]
 """Hugging Face's checkpoints for PyTorch, those for Flax, and EleutherAI/gpt-neo's."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Place:
     """Where a format keeps a parameter: in a tensor of its own, or in a part of one."""
 
@@ -37,7 +39,7 @@ class Place:
         return tuple(n * self.parts if i == self.axis else n for i, n in enumerate(self.shape))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """One parameter: its place in the canonical tree, and its name and layout elsewhere."""
 
@@ -67,7 +69,8 @@ class Tensor:
         return array.reshape([self.stored_shape[axis] for axis in place.order]).transpose(back)
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
+@functools.lru_cache(maxsize=8)
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """Returns the row of every parameter, from the embeddings to the last norm and the head.
 
     Parts of one tensor follow each other in their order.
@@ -78,7 +81,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
             if config.qkv_bias or path not in _QKV_BIASES:
                 rows.append(_row(config, f"h_{i}/{path}", axes, inputs, *names, layer=i))
     rows += [_row(config, *entry) for entry in _FINAL_NORM]
-    return rows if config.tied_head else [*rows, _row(config, *_HEAD)]
+    return tuple(rows if config.tied_head else [*rows, _row(config, *_HEAD)])
 
 
 def _row(

@@ -229,7 +229,7 @@ def test_a_mesh_gives_the_same_model_in_parts(checkpoints, models):
 def test_rules_choose_what_a_mesh_splits(checkpoints):
     split = neo_jax.load(checkpoints["bytes"], mesh="model=8", rules="mlp:model")
     layer = split.params["h_1"]
-    assert layer["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.shape == (32, 16)
+    assert layer["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.shape == (16, 32)
     assert layer["attn"]["q_proj"]["kernel"].is_fully_replicated
     message = refused(neo_jax.load, checkpoints["bytes"], mesh="model=8", rules="heads:model")
     assert "h_0/attn/q_proj/kernel: axis 'heads' of size 2 does not divide over 8" in message

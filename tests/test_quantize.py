@@ -69,9 +69,10 @@ def test_it_is_the_model_of_the_rounded_weights(int8, texts):
     twin = neo_jax.LanguageModel(
         int8.model, dequantize(int8.config, int8.params), int8.tokenizer, int8.folder
     )
+    # Few rows of activations are rounded to 1 / 64516 of the largest; attention is sharp here.
     for ours, theirs in zip(texts, twin.sample(PROMPTS, 12, sampling=GREEDY), strict=True):
         assert ours.ids == theirs.ids
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,8 @@ def test_a_strategy_changes_no_number(checkpoints, int8, texts, mesh, rules):
     jax.tree.map(np.testing.assert_array_equal, lm.params, int8.params)
     for ours, theirs in zip(lm.sample(PROMPTS, 12, sampling=GREEDY), texts, strict=True):
         assert ours.ids == theirs.ids
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=2e-5)
+        # Another order of sums may turn the last digit of an activation that is rounded.
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=5e-4)
 
 
 def test_what_stays_has_the_dtype_of_products(checkpoints):

@@ -303,7 +303,7 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
     state = init_state(model, optimizer, 0)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     kernel = state.opt_state[1][0].mu["unit_0"]["mlp"]["c_fc"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (1, 16, 64)
+    assert kernel.addressable_shards[0].data.shape == (1, 64, 16)
     batch = next(batches(TokenDataset.open(config.data, length=32), batch_size=8, seed=0))
     place = loop.Placement(model, 8)
     for compiles in (True, False, False):

@@ -168,7 +168,7 @@ def test_a_frozen_model_has_the_dtype_of_products(tuning, checkpoints, mesh):
     base = neo_jax.load(checkpoints["pieces"], dtype="bfloat16")
     assert_identical(params, stack(base.params, base.config))
     kernel = params["unit_0"]["mlp"]["c_fc"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == ((1, 8, 64) if mesh else (1, 32, 128))
+    assert kernel.addressable_shards[0].data.shape == ((1, 64, 8) if mesh else (1, 128, 32))
 
 
 @pytest.mark.parametrize("mesh", ["", "fsdp=4,model=2"])
