@@ -42,7 +42,7 @@ def test_adapters_are_drawn_as_peft_draws_them(tiny_config):
     assert {"/".join(path[:-1]) for path in leaves} == layers
     assert leaves["unit_1", "attn", "v_proj", "kernel", "b"].shape == (2, 2, 16, 8)
     a = leaves["unit_1", "mlp", "c_proj", "kernel", "a"]
-    assert a.shape == (2, 128, 8)
+    assert a.shape == (2, 8, 128)
     assert 0.95 * 128**-0.5 < float(jnp.abs(a).max()) <= 128**-0.5
     assert len(np.unique(a)) > 0.99 * a.size
     for path, leaf in leaves.items():
@@ -105,12 +105,12 @@ def test_axes_of_adapters(adapted):
     assert adapter_axes(params, axes) == axes
     ours = adapter_axes(adapters, axes)["unit_0"]
     assert ours["attn"]["q_proj"]["kernel"] == {
-        "a": ("layers", "embed", None),
-        "b": ("layers", None, "heads", "head_dim"),
+        "a": ("layers", None, "embed"),
+        "b": ("layers", "heads", "head_dim", None),
     }
     assert ours["attn"]["out_proj"]["kernel"] == {
-        "a": ("layers", "heads", "head_dim", None),
-        "b": ("layers", None, "embed"),
+        "a": ("layers", None, "heads", "head_dim"),
+        "b": ("layers", "embed", None),
     }
 
 

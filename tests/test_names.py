@@ -66,17 +66,17 @@ def test_kernels_mean_what_torch_linear_means():
 
     row = rows["h_1/attn/q_proj/kernel"]
     matrix = rng.normal(size=row.places["hf"].shape)
-    ours = np.einsum("D,DNH->NH", x, row.of("hf", matrix))
+    ours = np.einsum("D,NHD->NH", x, row.of("hf", matrix))
     np.testing.assert_allclose(ours, (matrix @ x).reshape(4, 8), rtol=1e-12)
 
     row = rows["h_1/attn/out_proj/kernel"]
     matrix = rng.normal(size=row.places["hf"].shape)
-    ours = np.einsum("NH,NHD->D", x.reshape(4, 8), row.of("hf", matrix))
+    ours = np.einsum("NH,DNH->D", x.reshape(4, 8), row.of("hf", matrix))
     np.testing.assert_allclose(ours, matrix @ x, rtol=1e-12)
 
     row = rows["h_1/mlp/c_fc/kernel"]
     matrix = rng.normal(size=row.places["hf"].shape)
-    np.testing.assert_allclose(x @ row.of("hf", matrix), matrix @ x, rtol=1e-12)
+    np.testing.assert_allclose(row.of("hf", matrix) @ x, matrix @ x, rtol=1e-12)
 
 
 def test_names_of_flax_and_of_mesh_tensorflow():
@@ -114,7 +114,7 @@ def test_kernels_mean_what_conv1d_means():
     x, matrix = rng.normal(size=32), rng.normal(size=(32, 96))
     for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
         kernel = rows[f"h_0/attn/{name}/kernel"].of("hf", matrix)
-        ours = np.einsum("D,DNH->NH", x, kernel)
+        ours = np.einsum("D,NHD->NH", x, kernel)
         np.testing.assert_allclose(ours, (x @ matrix).reshape(3, 4, 8)[part], rtol=1e-12)
 
 
