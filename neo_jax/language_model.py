@@ -22,8 +22,8 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
-from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.model import Neo
+from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
 Prompt = str | Sequence[int]
@@ -154,7 +154,7 @@ class LanguageModel:
 
         Args:
           texts: texts or ids.
-          stride: see `neo_jax.evaluation.scoring`; matters beyond the context only.
+          stride: see `neo_jax.scoring`; matters beyond the context only.
         """
         return list(self.scores(texts, stride))
 

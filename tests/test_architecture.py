@@ -28,9 +28,9 @@ LAYERS = [
     ["lora"],
     ["adapters"],
     ["decode"],
-    ["training", "evaluation"],
+    ["training", "scoring"],
     ["language_model"],
-    ["plan"],
+    ["evaluation", "plan"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -1,0 +1,149 @@
+"""neo_jax/evaluation/harness.py: the same answers as the harness's own PyTorch model."""
+
+import logging
+
+import numpy as np
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import neo_jax
+from neo_jax.evaluation import tasks as running
+from neo_jax.evaluation.harness import NeoLM
+
+NAMES = ["last_word", "choices", "whole", "completion"]
+
+
+@pytest.fixture(scope="module")
+def lm(checkpoints):
+    return neo_jax.load(checkpoints["bytes"])
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoints, tasks):
+    """What the harness finds with transformers."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = HFLM(pretrained=str(checkpoints["bytes"]), dtype="float32", device="cpu", batch_size=3)
+    return simple_evaluate(
+        model, tasks=NAMES, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(lm, tasks):
+    """What it finds with us."""
+    return running.run(NeoLM(lm, cache="none"), NAMES, include_path=str(tasks))
+
+
+def answers(results, name):
+    """What the model answered to each example: texts, or log-likelihoods and whether greedy."""
+    found = []
+    for sample in sorted(results["samples"][name], key=lambda sample: sample["doc_id"]):
+        found += [response for request in sample["resps"] for response in request]
+    return found
+
+
+@pytest.mark.parametrize("name", ["last_word", "choices"])
+def test_continuations_are_as_likely_as_transformers_says(ours, theirs, name):
+    pairs, expected = answers(ours, name), answers(theirs, name)
+    assert [greedy for _, greedy in pairs] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([p for p, _ in pairs], [p for p, _ in expected], rtol=0, atol=1e-4)
+    assert len({round(p, 3) for p, _ in pairs}) > 4
+
+
+def test_whole_texts_are_as_likely(ours, theirs):
+    found, expected = answers(ours, "whole"), answers(theirs, "whole")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_texts_go_on_alike(ours, theirs):
+    found = answers(ours, "completion")
+    assert found == answers(theirs, "completion")
+    assert len(set(found)) > 1
+    assert not any("e" in text or " f" in text for text in found)
+
+
+def test_the_results_are_the_same(ours, theirs):
+    for name in NAMES:
+        found, expected = ours["results"][name], theirs["results"][name]
+        for metric, value in expected.items():
+            if isinstance(value, float) and "stderr" not in metric:
+                assert found[metric] == pytest.approx(value, rel=1e-5), metric
+    assert "last_word" in running.table(ours)
+
+
+def test_examples_come_before_a_question(lm, tasks, checkpoints):
+    """Few-shot: the contexts are longer, and the harness makes the same ones for both."""
+    model = NeoLM(lm, cache="none")
+    found = running.run(model, ["choices"], include_path=str(tasks), num_fewshot=2, limit=3)
+    model = HFLM(pretrained=str(checkpoints["bytes"]), dtype="float32", device="cpu", batch_size=1)
+    manager = TaskManager(include_path=str(tasks))
+    options = {"num_fewshot": 2, "limit": 3, "bootstrap_iters": 0}
+    expected = simple_evaluate(model, tasks=["choices"], task_manager=manager, **options)
+    assert found["n-shot"] == {"choices": 2}
+    np.testing.assert_allclose(
+        [p for p, _ in answers(found, "choices")],
+        [p for p, _ in answers(expected, "choices")],
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size", "names"), [("", 1, ["choices"]), ("data=4,model=2", 3, NAMES)]
+)
+def test_batches_and_meshes_do_not_matter(ours, checkpoints, tasks, mesh, batch_size, names):
+    model = NeoLM(str(checkpoints["bytes"]), mesh=mesh, cache="none", batch_size=batch_size)
+    results = running.run(model, names, include_path=str(tasks))
+    for name in names:
+        found, expected = answers(results, name), answers(ours, name)
+        if name == "completion":
+            assert found == expected
+        else:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert bool(model.get_model_info()["model_mesh"]) == bool(mesh)
+
+
+def test_what_was_finished_is_not_computed_again(ours, lm, tasks, tmp_path, monkeypatch):
+    """Ended in the middle, and begun again: the rest is computed, and only that."""
+    computed, most = [], 9
+    score, read = harness.score_continuations, harness.token_logprobs
+
+    def count(request):
+        if len(computed) == most:
+            raise KeyboardInterrupt
+        computed.append(request)
+
+    def counted_score(model, params, requests, *args):
+        for i, answer in score(model, params, requests, *args):
+            count(requests[i])
+            yield i, answer
+
+    def counted_read(model, params, texts, *args):
+        for text, row in zip(texts, read(model, params, texts, *args), strict=True):
+            count(text)
+            yield row
+
+    monkeypatch.setattr(harness, "score_continuations", counted_score)
+    monkeypatch.setattr(harness, "token_logprobs", counted_read)
+    names = ["choices", "whole"]
+
+    def run():
+        model = NeoLM(lm, cache=str(tmp_path / "answers"))
+        results = running.run(model, names, include_path=str(tasks))
+        return [answers(results, name) for name in names]
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    before, most = list(computed), 1000
+    computed.clear()
+    found = run()
+    for name, values in zip(names, found, strict=True):
+        np.testing.assert_allclose(values, answers(ours, name), rtol=0, atol=1e-4)
+    assert len(before) == 9
+    assert len(computed) == sum(map(len, found)) - 9 > 9
+    assert not any(request in before for request in computed)
+    computed.clear()
+    assert run() == found
+    assert computed == []
