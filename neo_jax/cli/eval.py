@@ -90,21 +90,17 @@ def _texts(options: Options) -> None:
     if len(totals) == 1:
         totals = {}
     totals["all"] = everything
+    how = _how(lm, options)
     if options.json:
-        print_json(
-            {
-                **_how(lm, options),
-                "subsets": {name: _fields(total) for name, total in totals.items()},
-            }
-        )
-    else:
-        _print_totals(totals)
-        how = _how(lm, options)
-        first = "after the end-of-text token" if how["first_token_scored"] else "not scored"
-        print(
-            f"context {how['context']}, stride {how['stride']}; the first token of a document is "
-            f"{first}"
-        )
+        subsets = {name: _fields(total) for name, total in totals.items()}
+        print_json({**how, "subsets": subsets})
+        return
+    _print_totals(totals)
+    first = "predicted from the end-of-text token" if how["first_token_scored"] else "not scored"
+    print(
+        f"context {how['context']}, stride {how['stride']}; the first token of a document is "
+        f"{first}"
+    )
 
 
 def _how(lm: "LanguageModel", options: Options) -> dict[str, Any]:
@@ -159,13 +155,16 @@ def _tasks(options: Options) -> None:
     from neo_jax.evaluation import tasks
     from neo_jax.evaluation.harness import NeoLM
 
+    manager = tasks.open_tasks([options.include_path] if options.include_path else [])
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    names = tasks.find_tasks(names, manager)
     model = NeoLM(
         options.model.load(), cache=options.cache, batch_size=options.batch_size or "auto"
     )
     results = tasks.run(
         model,
-        [name.strip() for name in options.tasks.split(",") if name.strip()],
-        include_path=options.include_path,
+        names,
+        manager,
         num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
         limit=options.limit or None,
         gen_kwargs=options.gen_kwargs,

@@ -17,8 +17,6 @@ from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.evaluation.harness import NeoLM
 
 _RESAMPLES = 1000  # for the standard errors of what is no mean
-Task = str | dict[str, Any]
-"""A task's name, the path of its YAML file, or its configuration."""
 
 
 class _Tasks(TaskManager):
@@ -30,24 +28,52 @@ class _Tasks(TaskManager):
         except NeoError:
             raise
         except Exception as error:  # a hub, a file, a YAML, a function in it: anything may fail
-            names = ", ".join(map(name_of, task_list))
             raise NeoError(
-                f"cannot load {names}: {reason(error)}. Where the data is not to be had, name "
-                "local files: dataset_path: json and dataset_kwargs: {data_files: ...} in a task "
-                "file of --include-path, or --data with --suite."
+                f"cannot load {', '.join(task_list)}: {reason(error).rstrip('.')}; where the data "
+                "is not to be had, name files that are here with --data or in a task file."
             ) from error
 
 
-def name_of(task: Task) -> str:
-    """Returns the name of a task."""
-    return task if isinstance(task, str) else str(task["task"])
+def open_tasks(include_path: Sequence[str] = ()) -> TaskManager:
+    """Returns the harness's tasks and those of further folders, which take precedence.
+
+    Raises:
+      NeoError: a folder that is none.
+    """
+    for folder in include_path:
+        if not Path(folder).is_dir():
+            raise NeoError(f"{folder} is no folder; name one that holds task files (.yaml).")
+    with _quiet():
+        return _Tasks(include_path=list(include_path) or None)
+
+
+def find_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
+    """Returns the tasks and groups that names and patterns mean, and paths of task files.
+
+    Raises:
+      NeoError: one that does not exist.
+    """
+    found: list[str] = []
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            if not Path(name).is_file():
+                raise NeoError(f"there is no task file {name}.")
+            found.append(name)
+            continue
+        matched = manager.match_tasks([name])
+        if not matched:
+            hint = suggest(name, manager.all_tasks)
+            hint = hint if "Did you mean" in hint else " python -m lm_eval ls tasks lists them."
+            raise NeoError(f"'{name}' is no task of the harness, nor of --include-path.{hint}")
+        found += matched
+    return found
 
 
 def run(
     model: NeoLM,
-    tasks: Sequence[Task],
+    names: Sequence[str],
+    manager: TaskManager,
     *,
-    include_path: str = "",
     num_fewshot: int | None = None,
     limit: float | None = None,
     gen_kwargs: str = "",
@@ -57,26 +83,22 @@ def run(
 
     Args:
       model: the model.
-      tasks: what to run; a name may be a group of tasks, or hold * and ?.
-      include_path: a folder of further task files.
+      names: what to run, as `find_tasks` returns it.
+      manager: the tasks that there are.
       num_fewshot: examples before each question; None is as the task says.
       limit: examples of each task, or a share of them where below 1.
       gen_kwargs: options of generation in the place of the tasks', as in "max_gen_toks=64".
       output: a folder for the harness's files, results_DATE.json and samples_TASK_DATE.jsonl.
 
     Raises:
-      NeoError: an unknown task, data that cannot be had, or what the model cannot do.
+      NeoError: data that cannot be had, or what the model cannot do.
     """
-    if include_path and not Path(include_path).is_dir():
-        raise NeoError(f"{include_path} is no folder; name one that holds task files (.yaml).")
-    name = str(model.lm.folder)
     with _quiet():
-        manager = _Tasks(include_path=include_path or None)
         tracker = EvaluationTracker(output_path=output or None)
         results = simple_evaluate(
             model=model,
-            model_args={"pretrained": name},
-            tasks=_known(tasks, manager),
+            model_args={"pretrained": str(model.lm.folder)},
+            tasks=list(names),
             num_fewshot=num_fewshot,
             batch_size=model.batch_size,
             limit=limit,
@@ -100,28 +122,6 @@ def table(results: dict[str, Any]) -> str:
     if results.get("groups"):
         parts.append(make_table(results, "groups"))
     return "\n".join(parts)
-
-
-def _known(tasks: Sequence[Task], manager: TaskManager) -> list[Task]:
-    """Returns the tasks with patterns replaced by what they match.
-
-    Raises:
-      NeoError: one that does not exist.
-    """
-    found: list[Task] = []
-    for task in tasks:
-        if isinstance(task, dict) or task.endswith((".yaml", ".yml")):
-            if isinstance(task, str) and not Path(task).is_file():
-                raise NeoError(f"there is no task file {task}.")
-            found.append(task)
-            continue
-        matched = manager.match_tasks([task])
-        if not matched:
-            hint = suggest(task, manager.all_tasks)
-            hint = hint if "Did you mean" in hint else " python -m lm_eval ls tasks lists them."
-            raise NeoError(f"'{task}' is no task of the harness, nor of --include-path.{hint}")
-        found += matched
-    return found
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import neo_jax
+from neo_jax.evaluation import harness
 from neo_jax.evaluation import tasks as running
 from neo_jax.evaluation.harness import NeoLM
 
@@ -21,19 +22,28 @@ def lm(checkpoints):
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoints, tasks):
-    """What the harness finds with transformers."""
+def hf(checkpoints):
+    """The harness's own model, with transformers."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = HFLM(pretrained=str(checkpoints["bytes"]), dtype="float32", device="cpu", batch_size=3)
-    return simple_evaluate(
-        model, tasks=NAMES, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0
-    )
+    return HFLM(pretrained=str(checkpoints["bytes"]), dtype="float32", device="cpu", batch_size=3)
 
 
 @pytest.fixture(scope="module")
-def ours(lm, tasks):
+def manager(tasks):
+    """The tasks of the folder, without the thousands that the harness brings."""
+    return TaskManager(include_path=str(tasks), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def theirs(hf, manager):
+    """What the harness finds with transformers."""
+    return simple_evaluate(hf, tasks=NAMES, task_manager=manager, bootstrap_iters=0)
+
+
+@pytest.fixture(scope="module")
+def ours(lm, manager):
     """What it finds with us."""
-    return running.run(NeoLM(lm, cache="none"), NAMES, include_path=str(tasks))
+    return running.run(NeoLM(lm, cache="none"), NAMES, manager)
 
 
 def answers(results, name):
@@ -73,29 +83,23 @@ def test_the_results_are_the_same(ours, theirs):
     assert "last_word" in running.table(ours)
 
 
-def test_examples_come_before_a_question(lm, tasks, checkpoints):
+def test_examples_come_before_a_question(lm, hf, manager):
     """Few-shot: the contexts are longer, and the harness makes the same ones for both."""
-    model = NeoLM(lm, cache="none")
-    found = running.run(model, ["choices"], include_path=str(tasks), num_fewshot=2, limit=3)
-    model = HFLM(pretrained=str(checkpoints["bytes"]), dtype="float32", device="cpu", batch_size=1)
-    manager = TaskManager(include_path=str(tasks))
-    options = {"num_fewshot": 2, "limit": 3, "bootstrap_iters": 0}
-    expected = simple_evaluate(model, tasks=["choices"], task_manager=manager, **options)
+    found = running.run(NeoLM(lm, cache="none"), ["choices"], manager, num_fewshot=2, limit=2)
+    options = {"num_fewshot": 2, "limit": 2, "bootstrap_iters": 0}
+    expected = simple_evaluate(hf, tasks=["choices"], task_manager=manager, **options)
     assert found["n-shot"] == {"choices": 2}
     np.testing.assert_allclose(
-        [p for p, _ in answers(found, "choices")],
-        [p for p, _ in answers(expected, "choices")],
-        rtol=0,
-        atol=1e-4,
+        answers(found, "choices"), answers(expected, "choices"), rtol=0, atol=1e-4
     )
 
 
 @pytest.mark.parametrize(
     ("mesh", "batch_size", "names"), [("", 1, ["choices"]), ("data=4,model=2", 3, NAMES)]
 )
-def test_batches_and_meshes_do_not_matter(ours, checkpoints, tasks, mesh, batch_size, names):
+def test_batches_and_meshes_do_not_matter(ours, checkpoints, manager, mesh, batch_size, names):
     model = NeoLM(str(checkpoints["bytes"]), mesh=mesh, cache="none", batch_size=batch_size)
-    results = running.run(model, names, include_path=str(tasks))
+    results = running.run(model, names, manager)
     for name in names:
         found, expected = answers(results, name), answers(ours, name)
         if name == "completion":
@@ -105,7 +109,7 @@ def test_batches_and_meshes_do_not_matter(ours, checkpoints, tasks, mesh, batch_
     assert bool(model.get_model_info()["model_mesh"]) == bool(mesh)
 
 
-def test_what_was_finished_is_not_computed_again(ours, lm, tasks, tmp_path, monkeypatch):
+def test_what_was_finished_is_not_computed_again(ours, lm, manager, tmp_path, monkeypatch):
     """Ended in the middle, and begun again: the rest is computed, and only that."""
     computed, most = [], 9
     score, read = harness.score_continuations, harness.token_logprobs
@@ -131,7 +135,7 @@ def test_what_was_finished_is_not_computed_again(ours, lm, tasks, tmp_path, monk
 
     def run():
         model = NeoLM(lm, cache=str(tmp_path / "answers"))
-        results = running.run(model, names, include_path=str(tasks))
+        results = running.run(model, names, manager)
         return [answers(results, name) for name in names]
 
     with pytest.raises(KeyboardInterrupt):
