@@ -53,7 +53,6 @@ def test_texts_by_subset(succeed, model, checkpoints, pile):
         (["--text", "nowhere.txt"], 1, "nowhere.txt does not exist"),
         (["--tasks", "piqqa"], 1, "'piqqa' is no task of the harness, nor of --include-path. Did"),
         (["--tasks", "piqa", "--include-path", "nowhere"], 1, "nowhere is no folder"),
-        (["--tasks", "nowhere.yaml"], 1, "there is no task file nowhere.yaml"),
     ],
 )
 def test_what_cannot_be_evaluated(fail, model, args, status, message):

@@ -1,6 +1,7 @@
 """neo_jax/evaluation/harness.py: the same answers as the harness's own PyTorch model."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -151,3 +152,88 @@ def test_what_was_finished_is_not_computed_again(ours, lm, manager, tmp_path, mo
     computed.clear()
     assert run() == found
     assert computed == []
+
+
+def test_which_tasks_names_mean(manager, tasks):
+    path = str(tasks / "whole.yaml")
+    assert running.find_tasks(["*w*", "choices", path], manager) == [
+        "last_word", "whole", "choices", path,
+    ]  # fmt: skip
+    with pytest.raises(NeoError, match="there is no task file nowhere.yaml"):
+        running.find_tasks(["nowhere.yaml"], manager)
+    with pytest.raises(NeoError, match="'choice' is no task .* Did you mean 'choices'"):
+        running.find_tasks(["choice"], manager)
+
+
+def test_data_that_is_not_there(lm, tasks, tmp_path):
+    text = (tasks / "whole.yaml").read_text().replace("whole.jsonl", "nowhere.jsonl")
+    (tmp_path / "whole.yaml").write_text(text)
+    model, manager = NeoLM(lm, cache="none"), running.open_tasks([str(tmp_path)])
+    with pytest.raises(NeoError, match="cannot load whole: Unable to find .*; where the data is"):
+        running.run(model, ["whole"], manager)
+
+
+class Asked:
+    """A request of the harness."""
+
+    task_name, doc_id = "a", 3
+
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "message"),
+    [
+        ("loglikelihood", ("the fox", ""), "task 'a', example 3: the continuation '' is empty"),
+        ("loglikelihood", ("", ""), "task 'a', example 3: the continuation '' is empty"),
+        ("loglikelihood", ("it", "x y" * 50), "the continuation has .* the model's context 64"),
+        ("generate_until", ("it", {"max_gen_toks": 64}), "task 'a' asks for 64 new tokens, the"),
+        ("generate_until", ("it", {"num_beams": 2}), "task 'a' asks for 'num_beams'"),
+    ],
+)
+def test_what_a_model_cannot_do(lm, kind, args, message):
+    with pytest.raises(NeoError, match=message):
+        getattr(NeoLM(lm, cache="none"), kind)([Asked(*args)])
+
+
+def test_what_begins_a_text_and_what_begins_nothing(lm):
+    """Without a context the end of text is it; an empty text is certain; a prompt may be empty."""
+    model = NeoLM(lm, cache="none")
+    end = lm.tokenizer.eos_id
+    ((logprob, _),) = model.loglikelihood([Asked("", "the fox")], disable_tqdm=True)
+    (score,) = lm.score([[end, *lm.encode("the fox")]])
+    assert logprob == pytest.approx(score.logprobs.sum(), rel=1e-5)
+    assert model.loglikelihood_rolling([Asked("")], disable_tqdm=True) == [0.0]
+    assert model.loglikelihood([], disable_tqdm=True) == []
+    (text,) = model.generate_until([Asked("", {"max_gen_toks": 3})], disable_tqdm=True)
+    (sample,) = lm.sample([[end]], 3, sampling=SamplingOptions(temperature=0.0, top_p=1.0))
+    assert text == sample.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": "many"}, "the batch size 'many' is neither auto nor a whole number"),
+        ({"device": "cuda"}, "JAX chooses the device; set JAX_PLATFORMS=cuda"),
+    ],
+)
+def test_options_that_cannot_be(lm, options, message):
+    with pytest.raises(NeoError, match=message):
+        NeoLM(lm, cache="none", **options)
+
+
+def test_the_command_line_of_the_harness(checkpoints, tasks, tmp_path):
+    args = ["--model_args", f"pretrained={checkpoints['bytes']}", "--tasks", "choices"]
+    done = subprocess.run(
+        [sys.executable, "-m", "neo_jax.evaluation.harness", *args, "--include_path", str(tasks),
+         "--limit", "2", "--output_path", str(tmp_path / "out")],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert "|choices|" in done.stdout
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["config"]["model"] == "neo_jax"
+    assert results["config"]["model_dtype"] == "float32"
+    assert (tmp_path / "neo_jax" / "answers.sqlite").is_file()

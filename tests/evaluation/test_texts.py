@@ -35,7 +35,7 @@ def test_wikitext_is_detokenized_as_the_harness_does():
     for page in pages:
         found = wikitext.detokenize(page)
         assert found == preprocess_wikitext.wikitext_detokenizer({"page": page})
-    assert 'said: "it\'s 3.5° (not 1,000-odd), [sic]!"; why?' in wikitext.detokenize(pages[0])
+    assert 'said: "it\'s 3.5°(not 1,000-odd), [sic]!"; why?' in wikitext.detokenize(pages[0])
 
 
 def test_documents_of_files_and_what_they_count_as(tmp_path):
