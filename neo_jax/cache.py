@@ -164,3 +164,27 @@ def _arrange(layer: LayerCache, lengths: Int[Array, "B"], slots: int) -> LayerCa
         jnp.take_along_axis(layer.v, index, axis=2, mode="clip"),
         jnp.where(positions >= 0, positions, -1),
     )
+
+
+def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
+    """Gives a cache the slots to decode up to `length` tokens, more than there were or fewer.
+
+    Texts must fit: of a row that holds a position of `length` or more, keys are lost.
+    """
+    return tuple(_resize(layer, num_slots(config, i, length)) for i, layer in enumerate(cache))
+
+
+def _resize(layer: LayerCache, slots: int) -> LayerCache:
+    # Where the number of slots changes no text has wrapped around yet: slots are positions.
+    def fit(name: str, leaf: Array) -> Array:
+        axis = LOGICAL_AXES[name].index(KV_LENGTH)
+        kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
+        widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
+        return jnp.pad(kept, widths, constant_values=-1 if name == "positions" else 0)
+
+    return LayerCache(**{name: fit(name, leaf) for name, leaf in layer._asdict().items()})
+
+
+def vacate(cache: Cache, rows: Int[Array, "..."]) -> Cache:
+    """Empties rows: they see nothing of what was there."""
+    return tuple(layer._replace(positions=layer.positions.at[rows].set(-1)) for layer in cache)

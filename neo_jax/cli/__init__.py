@@ -24,6 +24,7 @@ VERBS = {
     "info": "what a checkpoint holds",
     "prepare": "text to a tokenized data set",
     "train": "train by a config",
+    "bench": "tokens/s of a model here, beside what the devices can do",
     "plan": "what a step takes of devices that need not be here",
     "convert": "a config of EleutherAI/gpt-neo to one for train",
 }

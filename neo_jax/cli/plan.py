@@ -3,21 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from neo_jax.attention import Kernel
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import print_json
+from neo_jax.cli.options import check_picture, print_json, write_picture
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.errors import NeoError, reason
 from neo_jax.stacked import Remat
 from neo_jax.training.config import TrainConfig
 
@@ -71,8 +67,7 @@ def main(args: Sequence[str]) -> None:
         options = parse(ConfigOptions, "plan", args[1:], default=default)
     else:
         options = parse(StepOptions, "plan", args, default=StepOptions(PlanOptions()))
-    if options.plan.picture and importlib.util.find_spec("matplotlib") is None:
-        raise NeoError("a picture needs matplotlib: pip install 'neo_jax[plot]'.")
+    check_picture(options.plan.picture)
     _start_jax(options.plan.topology)
     from neo_jax.plan.topology import find_topology
 
@@ -95,7 +90,7 @@ def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
     else:
         print(*report.lines(plan), sep="\n")
     if options.plan.picture:
-        _write(options.plan.picture, report.draw(plan))
+        write_picture(options.plan.picture, report.draw(plan))
 
 
 def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
@@ -110,7 +105,7 @@ def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
     else:
         print(*ranking.lines(found), sep="\n")
     if options.plan.picture:
-        _write(options.plan.picture, ranking.draw(found, topology.name))
+        write_picture(options.plan.picture, ranking.draw(found, topology.name))
 
 
 def _start_jax(topology: str) -> None:
@@ -181,11 +176,3 @@ def _with_model(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(config, model=model)
     config.check_length()
     return config
-
-
-def _write(path: str, picture: bytes) -> None:
-    try:
-        Path(path).write_bytes(picture)
-    except OSError as error:
-        raise NeoError(f"cannot write {path}: {reason(error)}.") from error
-    print(path, file=sys.stderr)

@@ -6,6 +6,7 @@ takes the harness's own arguments. `--model_args` are the options of `neo_jax.lo
 several axes is written as JSON: '{"pretrained": "gpt-neo-1.3b", "mesh": "data=2,model=4"}'.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from neo_jax.scoring import token_logprobs
 
 _NEW_TOKENS = 256  # where a task does not say, as the harness's other models have it
 _GENERATED_TOGETHER = 16
-_SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "seed": "seed"}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingOptions)}
 
 
 @register_model("neo_jax")
@@ -43,6 +44,7 @@ class NeoLM(TemplateLM):
       kernel: the attention implementation.
       mesh: devices to split the model over.
       rules: how it is split.
+      quantize: "none" or "int8".
       cache: a file of finished requests, or "none".
       batch_size: requests of one forward pass; "auto" is as many as have some thousand tokens.
       max_batch_size: not used; the harness tells it to every model.
@@ -60,6 +62,7 @@ class NeoLM(TemplateLM):
         kernel: str = "auto",
         mesh: str = "",
         rules: str = "",
+        quantize: str = "none",
         cache: str = "",
         batch_size: str | int = "auto",
         max_batch_size: int | None = None,
@@ -81,6 +84,7 @@ class NeoLM(TemplateLM):
                 kernel=kernel,  # type: ignore[arg-type]
                 mesh=mesh,
                 rules=rules,
+                quantize=quantize,  # type: ignore[arg-type]
             )
         self._answers = _open_answers(cache, self.lm)
 
@@ -177,13 +181,16 @@ class NeoLM(TemplateLM):
             groups = defaultdict(list)
             for i, (_, options) in enumerate(missing):
                 groups[options].append(i)
-            for options, members in groups.items():
-                members.sort(key=lambda i: -len(missing[i][0]))
-                size = self._rows or _GENERATED_TOGETHER
-                for first in range(0, len(members), size):
-                    batch = members[first : first + size]
-                    texts = self._generate([missing[i][0] for i in batch], json.loads(options))
-                    yield from zip(batch, texts, strict=True)
+            for said, members in groups.items():
+                options = json.loads(said)
+                samples = self.lm.samples(
+                    [missing[i][0] for i in members],
+                    options["new"],
+                    sampling=SamplingOptions(**options["sampling"]),
+                    stop=options["stops"],
+                    batch_size=self._rows or _GENERATED_TOGETHER,
+                )
+                yield from ((i, s.text or "") for i, s in zip(members, samples, strict=True))
 
         keys = [("generate_until", ids, options) for ids, options in asked]
         return self._finish(keys, asked, compute, disable_tqdm)
@@ -208,18 +215,8 @@ class NeoLM(TemplateLM):
                 raise NeoError(f"{where} asks for '{name}'.{suggest(name, _SAMPLING)}")
             sampling[name] = value
         ids = self.tok_encode(prompt)[-(self.max_length - new) :] or [self.prefix_token_id]
-        stops = [stops] if isinstance(stops, str) else list(stops)
+        stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
         return ids, json.dumps({"stops": stops, "new": new, "sampling": sampling}, sort_keys=True)
-
-    def _generate(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        sampling = SamplingOptions(**options["sampling"])
-        texts = []
-        for sample in self.lm.sample(prompts, options["new"], sampling=sampling):
-            text = sample.text or ""
-            for stop in filter(None, options["stops"]):
-                text = text.split(stop)[0]
-            texts.append(text)
-        return texts
 
     def _finish(
         self,

@@ -159,9 +159,9 @@ def test_which_tasks_names_mean(manager, tasks):
     assert running.find_tasks(["*w*", "choices", path], manager) == [
         "last_word", "whole", "choices", path,
     ]  # fmt: skip
-    with pytest.raises(NeoError, match="there is no task file nowhere.yaml"):
+    with pytest.raises(NeoError, match=r"there is no task file nowhere\.yaml"):
         running.find_tasks(["nowhere.yaml"], manager)
-    with pytest.raises(NeoError, match="'choice' is no task .* Did you mean 'choices'"):
+    with pytest.raises(NeoError, match=r"'choice' is no task .* Did you mean 'choices'"):
         running.find_tasks(["choice"], manager)
 
 
@@ -169,7 +169,7 @@ def test_data_that_is_not_there(lm, tasks, tmp_path):
     text = (tasks / "whole.yaml").read_text().replace("whole.jsonl", "nowhere.jsonl")
     (tmp_path / "whole.yaml").write_text(text)
     model, manager = NeoLM(lm, cache="none"), running.open_tasks([str(tmp_path)])
-    with pytest.raises(NeoError, match="cannot load whole: Unable to find .*; where the data is"):
+    with pytest.raises(NeoError, match=r"cannot load whole: Unable to find .*; where the data"):
         running.run(model, ["whole"], manager)
 
 
