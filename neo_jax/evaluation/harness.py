@@ -47,8 +47,8 @@ class NeoLM(TemplateLM):
       quantize: "none" or "int8".
       cache: a file of finished requests, or "none".
       batch_size: requests of one forward pass; "auto" is as many as have some thousand tokens.
-      max_batch_size: not used; the harness tells it to every model.
-      device: not used unless given, and then an error: JAX chooses.
+      max_batch_size: not used, as the next one; the harness tells them to every model.
+      device: JAX chooses.
 
     Raises:
       NeoError: what `neo_jax.load` raises, or a batch size that is none.
@@ -70,8 +70,6 @@ class NeoLM(TemplateLM):
     ) -> None:
         """Loads the model."""
         super().__init__()
-        if device:
-            raise NeoError(f"JAX chooses the device; set JAX_PLATFORMS={device} in its place.")
         self.batch_size = batch_size
         self._rows = 0 if str(batch_size).startswith("auto") else _whole(batch_size)
         if isinstance(pretrained, LanguageModel):

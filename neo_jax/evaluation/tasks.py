@@ -13,7 +13,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from neo_jax.errors import NeoError, reason, suggest
+from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.harness import NeoLM
 
 _RESAMPLES = 1000  # for the standard errors of what is no mean
@@ -28,9 +28,10 @@ class _Tasks(TaskManager):
         except NeoError:
             raise
         except Exception as error:  # a hub, a file, a YAML, a function in it: anything may fail
+            why = " ".join(str(error).split()).rstrip(".")
             raise NeoError(
-                f"cannot load {', '.join(task_list)}: {reason(error).rstrip('.')}; where the data "
-                "is not to be had, name files that are here with --data or in a task file."
+                f"cannot load {', '.join(task_list)}: {why}; where the data is not to be had, name "
+                "files that are here in a task file of --include-path."
             ) from error
 
 
