@@ -133,7 +133,7 @@ def prefill(
         limits=limits,
         done=lengths >= limits,
         settings=settings,
-        cache=caching.from_sequence(model.config, sequence, lengths - 1, room),
+        cache=caching.from_sequence(model.config, sequence, lengths - 1, room, model.cache_dtype),
     )
     return _place(model.sharding, state)
 
