@@ -34,9 +34,9 @@ LAYERS = [
     ["loading"],
     ["decode"],
     ["generation"],
-    ["training", "evaluation"],
+    ["training", "scoring"],
     ["language_model"],
-    ["plan"],
+    ["evaluation", "plan"],
     ["benchmark"],
     ["cli"],
 ]
