@@ -203,7 +203,7 @@ def test_what_wants_floats_refuses_it(stored, tmp_path):
     shutil.copytree(folder, damaged)
     fields = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(fields | {"vocab_size": 1000}))
-    with pytest.raises(neo_jax.NeoError, match=r"wte.embedding_scale, float32 \[1024\]"):
+    with pytest.raises(neo_jax.NeoError, match=r"wte.embedding, int8 \[1024, 32\]"):
         neo_jax.load(damaged)
 
 
