@@ -50,10 +50,10 @@ def place(sharding: Sharding | None, cache: LayerCache) -> LayerCache:
     )
 
 
-def num_slots(config: ModelConfig, layer: int, length: int) -> int:
-    """Slots that a layer needs to decode up to `length` tokens."""
+def num_slots(config: ModelConfig, layer: int, length: int, slack: int = SLACK) -> int:
+    """Slots that a layer needs to decode up to `length` tokens, `slack` + 1 in a step."""
     window = config.window(layer)
-    return length if window is None else min(length, window + SLACK)
+    return length if window is None else min(length, window + slack)
 
 
 def extend(
@@ -135,22 +135,28 @@ def _extend_by_one(cache: LayerCache, k: Array, v: Array, positions: Array) -> L
 
 
 def from_sequence(
-    config: ModelConfig, sequence: Sequence[LayerCache], lengths: Int[Array, "B"], length: int
+    config: ModelConfig,
+    sequence: Sequence[LayerCache],
+    lengths: Int[Array, "B"],
+    length: int,
+    slack: int = SLACK,
 ) -> Cache:
     """Turns the keys and values of whole prompts into a cache to go on from.
 
     Args:
       config: the model.
-      sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H]; token
-        t lies at index t.
+      sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H], where
+        token t lies at index t; or a cache that holds what this one shall.
       lengths: tokens of each row to keep; what follows is padding.
       length: tokens, prompt included, that the cache must be able to hold.
+      slack: slots of local layers beyond their window.
 
     Returns:
       A cache of `num_slots` slots a layer that holds each row's newest tokens.
     """
     return tuple(
-        _arrange(layer, lengths, num_slots(config, i, length)) for i, layer in enumerate(sequence)
+        _arrange(layer, lengths, num_slots(config, i, length, slack))
+        for i, layer in enumerate(sequence)
     )
 
 
@@ -158,7 +164,7 @@ def _arrange(layer: LayerCache, lengths: Int[Array, "B"], slots: int) -> LayerCa
     # The newest position that belongs into slot s is the largest p < length with p % slots == s.
     newest = lengths[:, None] - 1
     positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
-    index = jnp.clip(positions, 0)[:, None, :, None]
+    index = (jnp.clip(positions, 0) % layer.k.shape[2])[:, None, :, None]
     return LayerCache(
         jnp.take_along_axis(layer.k, index, axis=2, mode="clip"),
         jnp.take_along_axis(layer.v, index, axis=2, mode="clip"),
