@@ -30,7 +30,7 @@ from neo_jax.quantize import QUANTIZATIONS, Quantization, quantize_one
 from neo_jax.quantize import quantize as quantize_all
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
-BATCH_SIZE = 8
+BATCH_SIZE = 16
 """Completions that are written at one time, unless told."""
 
 
