@@ -22,13 +22,15 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
-from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.generation import Overflow, Prompt, Sample, fit
 from neo_jax.int8 import Int8
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization, quantize_one
 from neo_jax.quantize import quantize as quantize_all
+from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
+
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 BATCH_SIZE = 16
 """Completions that are written at one time, unless told."""
@@ -190,7 +192,7 @@ class LanguageModel:
 
         Args:
           texts: texts or ids.
-          stride: see `neo_jax.evaluation.scoring`; matters beyond the context only.
+          stride: see `neo_jax.scoring`; matters beyond the context only.
         """
         return list(self.scores(texts, stride))
 
@@ -253,6 +255,7 @@ def load(
     sharding: Sharding | None = None,
     kernel: Kernel = "auto",
     quantize: Quantization = "none",
+    cache_dtype: str = "auto",
 ) -> LanguageModel:
     """Loads a checkpoint in Hugging Face's format.
 
@@ -273,6 +276,8 @@ def load(
       quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
         after another as they are read; an adapter is merged first, for which the whole model is
         held as it is stored.
+      cache_dtype: of the keys and values of a text in the making: "float32", "bfloat16", "int8", or
+        "auto" for `dtype`.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
@@ -285,11 +290,15 @@ def load(
     compute = compute_dtype(dtype)
     if quantize not in QUANTIZATIONS:
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
+    if cache_dtype not in CACHE_DTYPES:
+        raise NeoError(f"no cache is of '{cache_dtype}'.{suggest(cache_dtype, CACHE_DTYPES)}")
+    cached = None if cache_dtype == "auto" else jnp.dtype(cache_dtype)
     params = _read_params(folder, base, config, compute, sharding, quantize)
     params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
-    return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
+    model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
+    return LanguageModel(model, params, tokenizer, folder)
 
 
 def _read_params(

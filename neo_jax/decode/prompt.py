@@ -28,7 +28,7 @@ def read_whole(
     """`read` by the kernels for whole sequences; memory grows with B T."""
     # Prompts are padded on the right: padding lies in the future, which nothing sees.
     _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
-    return caching.from_sequence(model.config, sequence, lengths, room)
+    return caching.from_sequence(model.config, sequence, lengths, room, model.cache_dtype)
 
 
 def read_in_pieces(
@@ -59,4 +59,4 @@ def read_in_pieces(
 
     pieces = -(-jnp.max(lengths) // piece)
     cache = jax.lax.fori_loop(1, pieces, read_piece, cache)
-    return caching.from_sequence(config, cache, lengths, room)
+    return caching.from_sequence(config, cache, lengths, room, model.cache_dtype)
