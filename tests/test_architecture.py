@@ -33,9 +33,9 @@ LAYERS = [
     ["adapters"],
     ["decode"],
     ["generation"],
-    ["training", "evaluation"],
+    ["training", "scoring"],
     ["language_model"],
-    ["plan"],
+    ["evaluation", "plan"],
     ["benchmark"],
     ["cli"],
 ]
