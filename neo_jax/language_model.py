@@ -32,7 +32,7 @@ from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
-BATCH_SIZE = 8
+BATCH_SIZE = 16
 """Completions that are written at one time, unless told."""
 
 

@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> None:
     else:
         folder = hub.resolve(name or None, revision=options.revision or None)
         read = read_int8_config if is_int8(folder) else pretrained.read_config
-        config = read(folder)
+        config = _of_a_run(folder) or read(folder)
     fields = _describe(config, folder, name)
     sharding = _sharding(options.mesh, options.rules)
     if options.json:
@@ -51,6 +51,16 @@ def main(args: Sequence[str]) -> None:
     placement = ["", *lines(config, sharding)] if sharding else []
     print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
     print(*placement, sep="\n", end="\n" if placement else "")
+
+
+def _of_a_run(folder: Path) -> ModelConfig | None:
+    """Returns the model of a run of neo-jax train, or of one of its checkpoints."""
+    if (folder / "config.json").is_file():
+        return None
+    from neo_jax.training.export import find_checkpoint, read_model
+
+    found = find_checkpoint(folder)
+    return read_model(found)[0] if found else None
 
 
 def _sharding(mesh: str, rules: str) -> Sharding | None:
@@ -72,8 +82,11 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
         **_cache_bytes(config),
     }
     if folder is not None:
-        stored = ["int8"] if is_int8(folder) else pretrained.stored_dtypes(folder, config)
-        fields["dtype"] = "+".join(stored)
+        if not (folder / "config.json").is_file():  # a run
+            dtypes = ["float32"]
+        else:
+            dtypes = ["int8"] if is_int8(folder) else pretrained.stored_dtypes(folder, config)
+        fields["dtype"] = "+".join(dtypes)
         fields["tokenizer"] = None
         if has_tokenizer(folder):
             tokenizer = load_tokenizer(folder)
