@@ -59,15 +59,18 @@ def quantize(
     return unflatten_dict(leaves)
 
 
-def quantized_shapes(config: ModelConfig, dtype: DTypeLike, sharding: Sharding) -> Params:
-    """Returns the shapes and places of what `quantize` gives, for a strategy."""
+def quantized_shapes(
+    config: ModelConfig, dtype: DTypeLike, sharding: Sharding | None = None
+) -> Params:
+    """Returns the shapes of what `quantize` gives, and with a strategy the places."""
     leaves = {}
     for tensor in tensors(config):
         whole = jax.ShapeDtypeStruct(tensor.shape, dtype)
         parts = jax.eval_shape(functools.partial(quantize_one, tensor, dtype=dtype), whole)
 
         def put(part: jax.ShapeDtypeStruct, tensor: Tensor = tensor) -> jax.ShapeDtypeStruct:
-            place = sharding.named(tensor.axes[: part.ndim], part.shape, "an int8 weight")
+            axes = tensor.axes[: part.ndim]
+            place = sharding.named(axes, part.shape, "an int8 weight") if sharding else None
             return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place)
 
         leaves[tensor.path] = jax.tree.map(put, parts)
