@@ -14,7 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from neo_jax import adapters, hub, names, pretrained
-from neo_jax.attention import Kernel
+from neo_jax.attention import Kernel, Mask
+from neo_jax.attention.dense import weights as attention_weights
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer
@@ -180,13 +181,36 @@ class LanguageModel:
         _check_list(texts)
         features = []
         for ids in map(self.encode, texts):
-            engine.check_tokens(self.model, ids)
-            width = engine.bucket(len(ids), engine.MIN_PREFILL, self.config.max_length)
-            padded = np.zeros((padded_rows(self.model.sharding, 1), width), np.int32)
-            padded[0, : len(ids)] = ids
-            states = _hidden_state(self.model, layer, self.params, padded)
+            states = _hidden_state(self.model, layer, self.params, self._padded(ids))
             features.append(to_host(states[0, : len(ids)]))
         return features
+
+    def attention(self, text: Prompt, layer: int) -> np.ndarray:
+        """Returns what the heads of a layer attend to, float32 [N, T, T].
+
+        Entry [n, t, s] is how much of the value of token s head n adds up for token t: 0 where t
+        does not see s, and 1 in sum over s.
+
+        Args:
+          text: a text or ids, within the context.
+          layer: from 0; `config.layer_types[layer]` says whether it is global or local.
+
+        Raises:
+          NeoError: no such layer, or more tokens than the context holds.
+        """
+        if not 0 <= layer < self.config.num_layers:
+            raise NeoError(f"layer {layer} is not one of 0 to {self.config.num_layers - 1}.")
+        ids = self.encode(text)
+        weights = _attention(self.model, layer, self.params, self._padded(ids))
+        return to_host(weights[0, :, : len(ids), : len(ids)])
+
+    def _padded(self, ids: list[int]) -> np.ndarray:
+        """Returns ids as a batch of a length that rarely compiles anew, padded on the right."""
+        engine.check_tokens(self.model, ids)
+        width = engine.bucket(len(ids), engine.MIN_PREFILL, self.config.max_length)
+        padded = np.zeros((padded_rows(self.model.sharding, 1), width), np.int32)
+        padded[0, : len(ids)] = ids
+        return padded
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -323,3 +347,14 @@ def _options(options: dict[str, Any]) -> SamplingOptions:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _hidden_state(model: Neo, layer: int, params: Params, tokens: Array) -> Array:
     return model.apply({"params": params}, tokens).hidden_states[layer]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attention(model: Neo, layer: int, params: Params, tokens: Array) -> Array:
+    (_, sequence), seen = model.apply(
+        {"params": params}, tokens, method=Neo.encode, mutable=["intermediates"]
+    )
+    (queries,) = seen["intermediates"][f"h_{layer}"]["attn"]["queries"]
+    positions = sequence[layer].positions
+    mask = Mask(positions, positions, model.config.window(layer))
+    return attention_weights(queries, sequence[layer].k, mask)

@@ -81,6 +81,7 @@ class Attention(nn.Module):
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
         mask = Mask(positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
+        self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
         out_proj = Einsum(
             (config.num_heads, config.head_dim, config.embed_dim),

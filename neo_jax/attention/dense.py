@@ -20,10 +20,16 @@ def dense(
 
     A query that sees nothing gets the mean of all values, a finite number that nobody reads.
     """
+    return _product("bnts,bnsh->bnth", weights(q, k, mask).astype(v.dtype), v)
+
+
+def weights(
+    q: Float[Array, "B N T H"], k: Float[Array, "B N S H"], mask: Mask
+) -> Float[Array, "B N T S"]:
+    """Returns softmax(q k^T) over the visible keys: how much each query takes of each value."""
     logits = _product("bnth,bnsh->bnts", q, k)
     logits = jnp.where(mask.visible()[:, None], logits, HIDDEN)
-    weights = jax.nn.softmax(logits, axis=-1)
-    return _product("bnts,bnsh->bnth", weights.astype(v.dtype), v)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
