@@ -167,12 +167,14 @@ class Neo(nn.Module):
 
     Fields:
       config: the shape.
-      dtype: operands of products, and of the cache. The residual stream, LayerNorm, softmax and
-        logits are float32 whatever it is.
+      dtype: operands of products. The residual stream, LayerNorm, softmax and logits are float32
+        whatever it is.
       kernel: which attention implementation.
       sharding: how activations lie on a mesh; None on one device.
       dropout: the share of the embedding's and of each branch's outputs that is dropped wherever
         `apply` is given a "dropout" key; without one nothing is.
+      cache_dtype: of the keys and values that decoding goes on from, int8 or a floating-point type;
+        None stands for `dtype`.
     """
 
     config: ModelConfig
@@ -180,6 +182,7 @@ class Neo(nn.Module):
     kernel: Kernel = "auto"
     sharding: Sharding | None = None
     dropout: float = 0.0
+    cache_dtype: DTypeLike | None = None
 
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""

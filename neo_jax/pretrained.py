@@ -63,6 +63,7 @@ def load_params(
     *,
     dtype: DTypeLike | None = None,
     shardings: Params | None = None,
+    each: Callable[[Tensor, Array], Any] | None = None,
 ) -> Params:
     """Reads the weights of a checkpoint into the canonical parameter tree.
 
@@ -76,8 +77,8 @@ def load_params(
       dtype: a floating-point type for all parameters; None keeps the stored one. (float64 becomes
         float32 unless JAX has 64-bit types enabled.)
       shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; every
-        process then copies only the slices that its devices hold. None puts all on the default
-        device, uncommitted.
+        process then copies only what its devices hold. None: the default device, uncommitted.
+      each: what to make of each parameter as it comes to its devices; only that is kept.
 
     Raises:
       NeoError: files are missing or damaged, or hold other tensors than `config` describes; the
@@ -99,6 +100,8 @@ def load_params(
             else:
                 places = [placement[path] for path in paths]
                 arrays = list(map(_shard, views, dtypes, shapes, places))
+            if each is not None:
+                arrays = list(map(each, [tensor for tensor, _ in batch], arrays))
             # Transfers are asynchronous: without a wait, copies of the whole model could queue up.
             params.update(zip(paths, jax.block_until_ready(arrays), strict=True))
     return unflatten_dict(params)

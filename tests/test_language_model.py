@@ -171,7 +171,7 @@ def test_attention_is_that_of_transformers(checkpoints, models, layer):
 def test_attention_on_a_mesh_and_what_it_refuses(checkpoints, models):
     split = neo_jax.load(checkpoints["bytes"], mesh="data=2,fsdp=2,model=2")
     expected = models["bytes"].attention(PROMPTS[0], 1)
-    np.testing.assert_allclose(split.attention(PROMPTS[0], 1), expected, atol=1e-6)
+    np.testing.assert_allclose(split.attention(PROMPTS[0], 1), expected, atol=1e-5)  # as features
     assert refused(split.attention, "text", 2) == "layer 2 is not one of 0 to 1."
     assert "65 tokens exceed the context of 64" in refused(split.attention, [1] * 65, 0)
 

@@ -13,13 +13,16 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def commands():
-    """The words after neo-jax of every command in a code block."""
-    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    """The words after neo-jax of every command in code blocks and in the text."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines() if language != "python" else ():
             for command in re.findall(r"(?:^|[ /])neo-jax (.*?)(?:&&|$)", line):
                 # A command may end where the quotes around it do.
                 end = '"' if command.count('"') % 2 else ""
                 yield shlex.split(command.removesuffix(end), comments=True)
+    for command in re.findall(r"`neo-jax (\w+ [^`]+)`", README):
+        if "VERB" not in command:
+            yield shlex.split(command)
 
 
 CONFIG = """

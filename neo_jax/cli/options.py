@@ -26,6 +26,9 @@ class ModelOptions:
     model: str = ""
     revision: str = ""  # of a hub repository: a branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
+    quantize: Literal["none", "int8"] = "none"  # int8: weights in a quarter of float32's bytes
+    # of keys and values of a text in the making; auto: as dtype
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
     mesh: str = ""  # devices, as in fsdp=4,model=2; -1 takes what is left
     rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
@@ -46,6 +49,8 @@ class ModelOptions:
             mesh=self.mesh,
             rules=self.rules,
             kernel=self.kernel,
+            quantize=self.quantize,
+            cache_dtype=self.cache_dtype,
         )
 
 

@@ -133,9 +133,83 @@ def prefill(
         limits=limits,
         done=lengths >= limits,
         settings=settings,
-        cache=caching.from_sequence(model.config, sequence, lengths - 1, room),
+        cache=caching.from_sequence(model.config, sequence, lengths - 1, room, model.cache_dtype),
     )
     return _place(model.sharding, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def blank(model: Neo, rows: int, like: DecodeState) -> DecodeState:
+    """Returns a state of rows that are all done, with the room of another state."""
+
+    def empty(leaf: Array) -> Array:
+        return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
+
+    state = jax.tree.map(empty, like)
+    cache = caching.vacate(state.cache, jnp.arange(rows))
+    ones = jnp.ones(rows, jnp.int32)
+    done = jnp.ones(rows, bool)
+    return _place(model.sharding, state._replace(lengths=ones, limits=ones, done=done, cache=cache))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def resize(model: Neo, room: int, state: DecodeState) -> DecodeState:
+    """Gives a state room for texts of up to `room` tokens; those that are not done must fit."""
+
+    def fit(leaf: Array) -> Array:
+        return jnp.pad(leaf[:, :room], ((0, 0), (0, max(room - leaf.shape[1], 0))))
+
+    return _place(
+        model.sharding,
+        state._replace(
+            tokens=fit(state.tokens),
+            logprobs=fit(state.logprobs),
+            cache=caching.resize(model.config, state.cache, room),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(
+    model: Neo,
+    state: DecodeState,
+    new: DecodeState,
+    sources: Int[Array, "B"],
+    rows: Int[Array, "B"],
+    count: Int[Array, ""],
+    settings: Settings,
+) -> DecodeState:
+    """Puts rows of another state in the place of rows of this one; consumes `state`.
+
+    Args:
+      model: the model.
+      state: what takes them.
+      new: where they are; it has as much room or less.
+      sources: rows of `new`; one may stand several times.
+      rows: the row of `state` for each of them.
+      count: how many of these are meant.
+      settings: of each.
+    """
+
+    def put(old: Array, piece: Array, row: Array) -> Array:
+        return jax.lax.dynamic_update_slice(old, piece, (row, *[0] * (old.ndim - 1)))
+
+    def put_one(i: Array, state: DecodeState) -> DecodeState:
+        source, row = sources[i], rows[i]
+        piece = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, source, 1), new)
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), settings)
+        state = state._replace(cache=caching.vacate(state.cache, row))
+        return jax.tree.map(
+            lambda old, piece: put(old, piece, row), state, piece._replace(settings=own)
+        )
+
+    return _place(model.sharding, jax.lax.fori_loop(0, count, put_one, state))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def halt(model: Neo, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
+    """Lets rows be done; consumes `state`."""
+    return _place(model.sharding, state._replace(done=state.done | rows))
 
 
 def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
@@ -149,8 +223,17 @@ def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -> DecodeState:
-    """Appends a token to every row that is not done, up to `steps` times; consumes `state`."""
+def run(
+    model: Neo,
+    params: Params,
+    state: DecodeState,
+    steps: Int[Array, ""],
+    enough: Int[Array, ""] | None = None,
+) -> DecodeState:
+    """Appends a token to every row that is not done, up to `steps` times; consumes `state`.
+
+    Stops earlier as soon as `enough` rows are done; None is all of them.
+    """
     # A loop that carries a cache with a batch axis of 1 copies it at every step on CPUs: XLA moves
     # the axis about, and then keeps both forms. Without the axis it writes in place.
     single = state.tokens.shape[0] == 1
@@ -163,7 +246,8 @@ def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         step, state = carry
-        return (step < steps) & ~jnp.all(state.done)
+        done = jnp.sum(state.done, dtype=jnp.int32)
+        return (step < steps) & (done < (state.done.shape[0] if enough is None else enough))
 
     def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
@@ -211,7 +295,7 @@ class Completion(NamedTuple):
 
     ids: list[int]  # new tokens, the end of text left out
     logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
-    finish_reason: str  # "eos", or "length" where max_new_tokens were reached
+    finish_reason: str  # "eos", "stop", or "length" where max_new_tokens were reached
 
 
 def generate(
@@ -231,16 +315,20 @@ def generate(
     state = start(model, params, prompts, max_new_tokens, settings)
     state = run(model, params, state, max_new_tokens)
     tokens, logprobs, lengths = map(to_host, (state.tokens, state.logprobs, state.lengths))
-    completions = []
-    for row, prompt in enumerate(prompts):
-        new = slice(len(prompt), int(lengths[row]))
-        ids = tokens[row, new].tolist()
-        ended = ids[-1] == model.config.eos_token_id
-        keep = len(ids) - 1 if ended else len(ids)
-        completions.append(
-            Completion(ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length")
-        )
-    return completions
+    eos = model.config.eos_token_id
+    return [
+        completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def completion(
+    tokens: np.ndarray, logprobs: np.ndarray, length: int, prompt_length: int, eos: int
+) -> Completion:
+    """Returns what was generated in a row that is done."""
+    new = slice(prompt_length, length - 1 if tokens[length - 1] == eos else length)
+    reason = "eos" if tokens[length - 1] == eos else "length"
+    return Completion(tokens[new].tolist(), logprobs[new].tolist(), reason)
 
 
 def stream(

@@ -75,7 +75,7 @@ def test_prompts_of_a_jsonl_file_and_an_output_file(run, model, lm, tmp_path, ba
         "--batch-size", batch_size,
     )  # fmt: skip
     assert (status, out) == (0, "")
-    assert err.endswith("3/3 prompts\n")
+    assert err.splitlines()[-1].startswith("3/3 prompts, ")
     found = lines(output.read_text(encoding="utf-8"))
     assert [list(line) for line in found] == [FIELDS] * 3
     expected = lm.sample(prompts, 12, sampling=GREEDY)
