@@ -291,5 +291,6 @@ def logical_axes(model: Neo) -> Params:
 
 
 def _init(model: Neo, key: Array) -> Params:
-    # A single token does not lie on a mesh; where parameters lie is for the caller to say.
-    return model.clone(sharding=None).init(key, jnp.zeros((1, 1), jnp.int32), method=Neo.encode)
+    # A single token lies on no mesh, and a kernel may be one of devices that are not here.
+    alone = model.clone(sharding=None, kernel="auto")
+    return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=Neo.encode)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# The state is that of a step before, so what the next one takes are the arrays that there are, and by
+# The state is that of a step before: what the next one takes are the arrays that there are, and by
 # how much the process grows.
 RUN = """
 import ctypes, gc, json, re, sys, threading, time
