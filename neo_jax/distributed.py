@@ -151,6 +151,13 @@ def to_host(array: Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def from_leader(number: int) -> int:
+    """Returns what process 0 says, to all; all processes must call this."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     multihost_utils.sync_global_devices(name)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,32 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, hub, names, pretrained
+from neo_jax import adapters, generation, hub, names
 from neo_jax.attention import Kernel
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
-from neo_jax.data.tokenizer import StreamDecoder, Tokenizer, has_tokenizer, load_tokenizer
+from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
-from neo_jax.evaluation.scoring import token_logprobs
+from neo_jax.generation import Overflow, Prompt, Sample, fit
+from neo_jax.int8 import Int8
+from neo_jax.loading import read_model
 from neo_jax.model import Neo
+from neo_jax.quantize import QUANTIZATIONS, Quantization
+from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One completion of one prompt."""
-
-    prompt: Prompt
-    text: str | None  # what was generated, without the prompt; None without a tokenizer
-    ids: list[int]  # the new tokens
-    logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
-    finish_reason: str  # "eos" or "length"
+BATCH_SIZE = 16
+"""Completions that are written at one time, unless told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,66 +90,109 @@ class LanguageModel:
     def generate(
         self, prompts: str | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
     ) -> str | list[str]:
-        """Continues a text, or each of several in one batch; returns the new text.
+        """Continues a text, or each of several; returns the new text.
 
         Args:
           prompts: a text, or a list of texts or lists of ids.
           max_new_tokens: where to stop at the latest.
-          **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p, seed.
+          **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p,
+            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed; and what
+            `samples` takes: stop, batch_size, on_overflow.
 
         Raises:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [
-            s.text or "" for s in self.sample(many, max_new_tokens, sampling=_options(options))
-        ]
+        others = {name: options.pop(name) for name in _OPTIONS_OF_SAMPLES if name in options}
+        made = self.samples(many, max_new_tokens, sampling=_options(options), **others)
+        texts = [sample.text or "" for sample in made]
         return texts[0] if isinstance(prompts, str) else texts
 
-    def sample(
+    def sample(self, *args: Any, **options: Any) -> list[Sample]:
+        """Returns all of `samples`."""
+        return list(self.samples(*args, **options))
+
+    def samples(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int = 64,
         num_samples: int = 1,
-        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008  (immutable)
-    ) -> list[Sample]:
+        sampling: SamplingOptions | Sequence[SamplingOptions] = SamplingOptions(),  # noqa: B008
+        *,
+        stop: str | Sequence[str] = (),
+        batch_size: int = BATCH_SIZE,
+        on_overflow: Overflow = "error",
+        on_finish: Callable[[list[Sample]], None] | None = None,
+    ) -> Iterator[Sample]:
         """Like `generate`, with everything that is known of each completion.
 
         Sample i of a prompt is drawn with the seed `seed + i`. The samples of a prompt follow each
         other, in the order of the prompts.
+
+        Args:
+          prompts: texts or lists of ids.
+          max_new_tokens: where to stop at the latest.
+          num_samples: for each prompt, which is read once.
+          sampling: options, for all prompts or for each.
+          stop: a text, or several, before the first of which a completion ends.
+          batch_size: completions that are written at one time; one that is done makes place for
+            the next.
+          on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
+            room for the new ones, "error" refuses it.
+          on_finish: called with the samples of each prompt as soon as they are there.
+
+        Raises:
+          NeoError: before anything runs, as `generate`; also of counts below 1.
         """
         _check_list(prompts)
-        repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-        ids = [self.encode(prompt) for prompt in repeated]
-        seeds = [(sampling.seed + i) % 2**32 for _ in prompts for i in range(num_samples)]
-        settings = make_settings(sampling, seeds)
-        done = engine.generate(self.model, self.params, ids, max_new_tokens, settings)
-        return [
-            Sample(prompt, self._new_text(start, new.ids), *new)
-            for prompt, start, new in zip(repeated, ids, done, strict=True)
-        ]
+        if num_samples < 1 or batch_size < 1:
+            raise NeoError("num_samples and batch_size must be at least 1.")
+        several = [sampling] * len(prompts) if isinstance(sampling, SamplingOptions) else sampling
+        if len(several) != len(prompts):
+            raise NeoError(f"{len(several)} sampling options do not match {len(prompts)} prompts.")
+        if stop:
+            self._tokenizer  # noqa: B018  (raises where there is none to read stops with)
+        return generation.samples(
+            self.model,
+            self.params,
+            self.tokenizer,
+            prompts,
+            [fit(self.model, self.encode(p), max_new_tokens, on_overflow) for p in prompts],
+            [[_reseeded(options, i) for i in range(num_samples)] for options in several],
+            max_new_tokens,
+            [stop] if isinstance(stop, str) and stop else stop,
+            batch_size,
+            on_finish,
+        )
 
-    def stream(self, prompt: Prompt, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 64,
+        *,
+        stop: str | Sequence[str] = (),
+        on_overflow: Overflow = "error",
+        **options: Any,
+    ) -> Iterator[str]:
         """Yields the new text in whole characters as it comes; options as in `generate`."""
         sampling = _options(options)
-        ids = self.encode(prompt)
-        decoder = StreamDecoder(self._tokenizer, ids)
-        settings = make_settings(sampling, [sampling.seed])
-        for token in engine.stream(self.model, self.params, ids, max_new_tokens, settings):
-            text = decoder.push([token])
-            if text:
-                yield text
-        rest = decoder.flush()
-        if rest:
-            yield rest
+        return generation.stream(
+            self.model,
+            self.params,
+            self._tokenizer,
+            fit(self.model, self.encode(prompt), max_new_tokens, on_overflow),
+            sampling,
+            max_new_tokens,
+            [stop] if isinstance(stop, str) and stop else stop,
+        )
 
     def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
         """Returns how well each text is predicted; texts may be longer than the context.
 
         Args:
           texts: texts or ids.
-          stride: see `neo_jax.evaluation.scoring`; matters beyond the context only.
+          stride: see `neo_jax.scoring`; matters beyond the context only.
         """
         return list(self.scores(texts, stride))
 
@@ -197,12 +235,6 @@ class LanguageModel:
             )
         return self.tokenizer
 
-    def _new_text(self, prompt: list[int], new: list[int]) -> str | None:
-        if self.tokenizer is None:
-            return None
-        decoder = StreamDecoder(self.tokenizer, prompt)
-        return decoder.push(new) + decoder.flush()
-
     def _num_bytes(self, text: Prompt, ids: list[int]) -> int:
         if self.tokenizer is None:
             return 0
@@ -222,6 +254,8 @@ def load(
     rules: str = "",
     sharding: Sharding | None = None,
     kernel: Kernel = "auto",
+    quantize: Quantization = "none",
+    cache_dtype: str = "auto",
 ) -> LanguageModel:
     """Loads a checkpoint in Hugging Face's format.
 
@@ -239,6 +273,11 @@ def load(
         `neo_jax.sharding`. Empty is "decode", as far as the mesh has its axes.
       sharding: a strategy in the place of the two texts.
       kernel: the attention implementation.
+      quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
+        after another as they are read; an adapter is merged first, for which the whole model is
+        held as it is stored.
+      cache_dtype: of the keys and values of a text in the making: "float32", "bfloat16", "int8", or
+        "auto" for `dtype`.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
@@ -247,28 +286,27 @@ def load(
     sharding = sharding or make_sharding(mesh, rules, default="decode")
     folder = hub.resolve(model, revision=revision, token=token)
     base = adapters.base_folder(folder, token=token)
-    config = pretrained.read_config(base)
-    compute = _dtype(dtype)
-    shardings = None
-    if sharding:
-        table = names.tensors(config)
-        shardings = unflatten_dict(
-            {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in table}
-        )
-    params = pretrained.load_params(base, config, dtype=compute, shardings=shardings)
-    if base != folder:
-        params = adapters.apply_adapter(folder, config, params, shardings)
-    params = _laid_out(config, params)
+    compute = compute_dtype(dtype)
+    if quantize not in QUANTIZATIONS:
+        raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
+    if cache_dtype not in CACHE_DTYPES:
+        raise NeoError(f"no cache is of '{cache_dtype}'.{suggest(cache_dtype, CACHE_DTYPES)}")
+    cached = None if cache_dtype == "auto" else jnp.dtype(cache_dtype)
+    config, params = read_model(folder, base, compute, sharding, quantize)
+    params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
-    return LanguageModel(Neo(config, compute, kernel, sharding), params, tokenizer, folder)
+    model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
+    return LanguageModel(model, params, tokenizer, folder)
 
 
-def _laid_out(config: ModelConfig, params: Params) -> Params:
-    """Gives the parameters the order of axes in which their devices read them best."""
+def lay_out(config: ModelConfig, params: Params) -> Params:
+    """Gives parameters the order of axes in which their devices read them best; consumes them."""
     leaves = flatten_dict(params)
     for tensor in names.tensors(config):
         leaf = leaves[tensor.path]
+        if isinstance(leaf, Int8):  # whose axes have the best order
+            continue
         place = laid_out(leaf.sharding, tensor.axes)
         if place is not leaf.sharding:
             leaves[tensor.path] = jax.device_put(leaf, place, donate=True)
@@ -294,7 +332,12 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _dtype(name: str) -> np.dtype:
+def compute_dtype(name: str) -> np.dtype:
+    """Returns the dtype of products that `load` means by a name.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
@@ -305,6 +348,13 @@ def _dtype(name: str) -> np.dtype:
 def _check_list(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str):  # a sequence too, of characters
         raise NeoError("this takes several: give a list of prompts, as in ['one text'].")
+
+
+_OPTIONS_OF_SAMPLES = ("stop", "batch_size", "on_overflow")
+
+
+def _reseeded(options: SamplingOptions, sample: int) -> SamplingOptions:
+    return dataclasses.replace(options, seed=(options.seed + sample) % 2**32)
 
 
 def _options(options: dict[str, Any]) -> SamplingOptions:

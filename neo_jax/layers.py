@@ -19,7 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from neo_jax import int8
 from neo_jax.axes import EMBED, Array, Float, Int
+from neo_jax.int8 import Int8
 from neo_jax.sharding import Sharding
 from neo_jax.shares import Shares, gather, look_up
 
@@ -50,7 +52,7 @@ class LowRank:
         return self.weight.astype(jnp.float32) + self.scale * change
 
 
-Weight = Array | LowRank
+Weight = Array | LowRank | Int8
 """What a product takes as a parameter."""
 
 
@@ -80,7 +82,8 @@ def einsum(
         over come last in x, and first or last in the weight; in the output the weight's others
         take their place: "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv".
       x: activations of any float dtype.
-      weight: a parameter of any float dtype; a `LowRank` only where inputs come first.
+      weight: a parameter of any float dtype; a `LowRank` only where inputs come first; an `Int8`,
+        whose outputs come first whatever the equation says.
       dtype: what both operands are cast to. float32 means float32: products at full precision
         on every device, where TPUs would otherwise round operands to bfloat16.
       sharding: the strategy.
@@ -114,9 +117,25 @@ def _einsum(
         low = _einsum(f"{x_axes},{summed}r->{rows}r", x, weight.a, dtype, sharding, a_axes)
         high = _einsum(f"{rows}r,r{kept}->{output}", low, weight.b, dtype, sharding, b_axes)
         return y + weight.scale * high
-    shares = Shares.of(sharding, axes or [None] * len(weight_axes))
+    axes = axes or [None] * len(weight_axes)
+    if isinstance(weight, Int8):
+        if weight_axes == summed + kept:
+            axes = int8.outputs_first(axes, len(summed))
+        return _einsum_int8(x, weight, dtype, sharding, axes)
+    shares = Shares.of(sharding, axes)
     product = _Product(len(summed), weight_axes == kept + summed, jnp.dtype(dtype), shares)
     return _multiply(product, x, weight)
+
+
+def _einsum_int8(
+    x: Array, weight: Int8, dtype: DTypeLike, sharding: Sharding | None, axes: Sequence[str | None]
+) -> Array:
+    """Multiplies by whole numbers, which travel as such; then by what a step of each is worth."""
+    values = Shares.of(sharding, axes).gather(weight.values)
+    outputs = values.shape[: weight.scale.ndim]
+    scale = gather(sharding, weight.scale, axes[: weight.scale.ndim], "a scale")
+    y = int8.multiply(_rows(x), values.reshape((math.prod(outputs), -1)), dtype)
+    return y.reshape((*x.shape[:2], *outputs)) * _for_each_row(scale, x.shape[:2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +254,13 @@ class Embed(nn.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up rows, in float32. Ids outside the table take its first or last row."""
+        table, scale = self.embedding, None
+        if isinstance(table, Int8):
+            shares = Shares.of(self.sharding, (self.axis, None))
+            table, scale = table.values, look_up(shares, table.scale[:, None], ids)
         shares = Shares.of(self.sharding, (self.axis, EMBED))
-        return look_up(shares, self.embedding, ids).astype(jnp.float32)
+        rows = look_up(shares, table, ids).astype(jnp.float32)
+        return rows if scale is None else rows * scale
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Multiplies by the table's transpose: output logits, in float32."""
@@ -305,6 +329,9 @@ def _declared(
     shape: Sequence[int],
 ) -> Any:
     """Declares a parameter with its logical axes; returns it as it is stored."""
+    stored = module.get_variable("params", name)
+    if isinstance(stored, Int8):  # whose axes are in another order, which Flax would refuse
+        return stored
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
 
 

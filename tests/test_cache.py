@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from neo_jax import cache as caching
 from neo_jax.attention import Mask
-from neo_jax.cache import SLACK, LayerCache, extend, from_sequence, num_slots
+from neo_jax.cache import SLACK, LayerCache, extend, from_sequence, num_bytes, num_slots
 from neo_jax.config import ModelConfig
+from neo_jax.int8 import rounded
 
 CONFIG = ModelConfig(
     num_layers=2, embed_dim=4, num_heads=2, vocab_size=9, max_length=64, window_size=5
@@ -94,7 +95,7 @@ def test_writing_in_turn_is_writing_at_once(history):
         chunk = np.where(there, lengths[:, None] + index, -1).astype(np.int32)
         lengths += counts
         caches = [
-            write(cache, contents(chunk), -contents(chunk), jnp.asarray(chunk))
+            write(cache, LayerCache(contents(chunk), -contents(chunk), jnp.asarray(chunk)))
             for write, cache in zip((at_once, in_turn), caches, strict=True)
         ]
     for ours, theirs in zip(*caches, strict=True):
@@ -107,7 +108,9 @@ def test_writing_one_token_in_turn(position):
     cache = LayerCache(*(x[:1] for x in empty(2, 5)))
     new = contents(chunk)
     for ours, theirs in zip(
-        in_turn(cache, new, -new, chunk), at_once(cache, new, -new, chunk), strict=True
+        in_turn(cache, LayerCache(new, -new, chunk)),
+        at_once(cache, LayerCache(new, -new, chunk)),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -179,6 +182,42 @@ def test_extend_keeps_the_dtype_of_the_cache():
     cache = extend(cache, new, new, jnp.array([[2]]))
     assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
     assert float(cache.k[0, 0, 2, 0]) == 1.0
+
+
+def in_whole_numbers(cache):
+    return cache._replace(k=rounded(cache.k, 1), v=rounded(cache.v, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_of_int8_holds_what_it_is_given_to_half_a_step(rng, rows):
+    """A scale for each row, head and slot; one token, several, none."""
+    floats = LayerCache(*(x[:rows] for x in empty(2, 5)))
+    caches = [floats, in_whole_numbers(floats)]
+    for chunk in ([[0]], [[1]], [[2, 3, 4]], [[-1]], [[5, -1, -1]]):
+        positions = jnp.broadcast_to(jnp.asarray(chunk), (rows, len(chunk[0])))
+        k, v = rng.normal(size=(2, rows, 2, positions.shape[1], 3)).astype(np.float32)
+        twin = caches[1]
+        caches = [extend(cache, k, v, positions) for cache in caches]
+        new = in_whole_numbers(LayerCache(jnp.asarray(k), jnp.asarray(v), positions))
+        for ours, theirs in zip(
+            jax.tree.leaves(caches[1]), jax.tree.leaves(in_turn(twin, new)), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+    for floats, int8 in zip(caches[0][:2], caches[1][:2], strict=True):
+        assert (int8.values.dtype, int8.scale.shape) == (jnp.int8, (rows, 2, 5))
+        np.testing.assert_allclose(int8.scale, np.abs(floats).max(axis=-1) / 127, rtol=1e-6)
+        error = np.abs(np.asarray(int8.dequantized()) - floats)
+        assert (error <= 0.5001 * np.asarray(int8.scale)[..., None]).all()
+    np.testing.assert_array_equal(*(cache.positions for cache in caches))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_bytes_are_those_of_the_arrays(dtype):
+    for layer, slots in enumerate((40, 5 + SLACK)):
+        whole = LayerCache(*[jnp.zeros((1, 2, 9, 2))] * 2, jnp.zeros((1, 9), jnp.int32))
+        cache = from_sequence(CONFIG, (whole, whole), jnp.array([9]), 40, dtype)[layer]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        assert num_bytes(CONFIG, slots, dtype) == size
 
 
 def test_num_slots():

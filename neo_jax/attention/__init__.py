@@ -8,6 +8,7 @@
 | cudnn   | an NVIDIA kernel                                         | the same, 16 bits on a GPU  |
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -20,18 +21,24 @@ from neo_jax.attention.mask import Mask
 from neo_jax.attention.splash import splash
 from neo_jax.axes import BATCH, HEADS, Array, Float
 from neo_jax.errors import NeoError, suggest
+from neo_jax.int8 import Int8
 from neo_jax.sharding import Sharding
 
 Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
-KERNELS = {"dense": dense, "blocked": blocked, "splash": splash, "cudnn": cudnn}
+KERNELS: dict[str, Callable[..., Array]] = {
+    "dense": dense,
+    "blocked": blocked,
+    "splash": splash,
+    "cudnn": cudnn,
+}
 OF_DEVICE = {"tpu": "splash", "gpu": "cudnn"}
 """The kernels that are made for one kind of device, and which the compiler cannot split."""
 
 
 def attend(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B N S H"],
-    v: Float[Array, "B N S H"],
+    k: Float[Array, "B N S H"] | Int8,
+    v: Float[Array, "B N S H"] | Int8,
     mask: Mask,
     kernel: Kernel = "auto",
     sharding: Sharding | None = None,
@@ -40,8 +47,8 @@ def attend(
 
     Args:
       q: queries.
-      k: keys.
-      v: values.
+      k: keys; int8 where they are those of a cache, which dense serves.
+      v: values, likewise.
       mask: which key each query sees.
       kernel: which implementation; "auto" takes dense unless the sequence attends to itself, then
         what is made for the device where that can do it, and else blocked.

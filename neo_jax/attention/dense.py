@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from neo_jax.attention.mask import Mask
 from neo_jax.axes import Array, Float
+from neo_jax.int8 import Int8
 
 HIDDEN = jnp.finfo(jnp.float32).min
 """The logit of a key that its query does not see."""
@@ -12,17 +13,24 @@ HIDDEN = jnp.finfo(jnp.float32).min
 
 def dense(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B N S H"],
-    v: Float[Array, "B N S H"],
+    k: Float[Array, "B N S H"] | Int8,
+    v: Float[Array, "B N S H"] | Int8,
     mask: Mask,
 ) -> Float[Array, "B N T H"]:
     """Returns softmax(q k^T) v over the visible keys, in float32; logits take B N T S floats.
 
+    Of int8 keys and values, whose scales are of a slot, logits and weights take the scales.
+
     A query that sees nothing gets the mean of all values, a finite number that nobody reads.
     """
-    logits = _product("bnth,bnsh->bnts", q, k)
+    if isinstance(k, Int8):
+        logits = _product("bnth,bnsh->bnts", q, k.values) * k.scale[:, :, None]
+    else:
+        logits = _product("bnth,bnsh->bnts", q, k)
     logits = jnp.where(mask.visible()[:, None], logits, HIDDEN)
     weights = jax.nn.softmax(logits, axis=-1)
+    if isinstance(v, Int8):
+        return _product("bnts,bnsh->bnth", weights * v.scale[:, :, None], v.values)
     return _product("bnts,bnsh->bnth", weights.astype(v.dtype), v)
 
 

@@ -1,22 +1,26 @@
 """neo-jax generate: continue a prompt, or many."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
-from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
-from neo_jax.decode.engine import check_prompts
+from neo_jax.cli.options import ModelOptions, check_output, print_json, read_prompts
+from neo_jax.cli.samples import sample_lines
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.distributed import is_leader
+from neo_jax.generation import fit
+from neo_jax.paths import is_remote
 
 if TYPE_CHECKING:
-    from neo_jax.language_model import LanguageModel, Prompt
+    from neo_jax.language_model import LanguageModel, Prompt, Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,15 @@ class Options:
 
     prompt: Positional[str] = ""  # the text to continue
     prompts_file: str = ""  # many: .txt, a prompt a line; or .jsonl, {"prompt": ...}, {"ids": ...}
-    output: str = ""  # a .jsonl file for the samples, with ids and log-probabilities
+    # a .jsonl file for the samples, with ids and log-probabilities; an interrupted run goes on
+    output: str = ""
     json: bool = False  # print samples as JSON lines
     max_new_tokens: int = 64  # where to stop at the latest
+    stop: UseAppendAction[tuple[str, ...]] = ()  # ends a text before this string; may be repeated
     num_samples: int = 1  # for each prompt; sample i has the seed plus i
-    batch_size: int = 8  # prompts of a file that are generated together
+    batch_size: int = 16  # texts that are written together; one that is done makes place
+    # a prompt that leaves no room in the context: refused, or cut to its newest tokens
+    on_overflow: Literal["error", "truncate"] = "error"
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
@@ -55,7 +63,13 @@ def main(args: Sequence[str]) -> None:
 def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
     lm = options.model.load()
     # All at once: no text is written before the last prompt is known to fit.
-    check_prompts(lm.model, [lm.encode(prompt) for prompt in prompts], options.max_new_tokens)
+    cut = 0
+    for prompt in prompts:
+        ids = lm.encode(prompt)
+        cut += len(fit(lm.model, ids, options.max_new_tokens, options.on_overflow)) < len(ids)
+    if cut and is_leader():
+        room = lm.config.max_length - options.max_new_tokens
+        print(f"{cut} of {len(prompts)} prompts cut to their newest {room} tokens", file=sys.stderr)
     plain = not (options.json or options.output)
     one = len(prompts) == options.num_samples == jax.process_count() == 1
     if plain and one and sys.stdout.isatty():
@@ -66,18 +80,31 @@ def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
 
 def _stream(lm: "LanguageModel", options: Options) -> None:
     print(options.prompt, end="", flush=True)
-    sampling = dataclasses.asdict(options.sampling)
-    for text in lm.stream(options.prompt, options.max_new_tokens, **sampling):
+    for text in lm.stream(
+        options.prompt,
+        options.max_new_tokens,
+        stop=options.stop,
+        on_overflow=options.on_overflow,
+        **dataclasses.asdict(options.sampling),
+    ):
         print(text, end="", flush=True)
     print()
 
 
 def _write(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options, plain: bool) -> None:
-    with output_lines(options.output) as file:
-        for first in range(0, len(prompts), options.batch_size):
-            batch = prompts[first : first + options.batch_size]
-            samples = lm.sample(
-                batch, options.max_new_tokens, options.num_samples, options.sampling
+    run = _what_decides(lm, prompts, options)
+    with sample_lines(options.output, run, options.num_samples) as (file, done):
+        show = bool(options.output) and is_leader()
+        with _progress(done, len(prompts), show) as advance:
+            samples = lm.samples(
+                prompts[done:],
+                options.max_new_tokens,
+                options.num_samples,
+                options.sampling,
+                stop=options.stop,
+                batch_size=options.batch_size,
+                on_overflow=options.on_overflow,
+                on_finish=advance,
             )
             for sample in samples:
                 if plain:
@@ -85,6 +112,49 @@ def _write(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options, p
                     print(f"{sample.prompt}{new}", file=file, flush=True)
                 else:
                     print_json(dataclasses.asdict(sample), file)
-            done = min(first + options.batch_size, len(prompts))
-            if options.output and is_leader():
-                print(f"{done}/{len(prompts)} prompts", file=sys.stderr)
+
+
+def _what_decides(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options) -> Any:
+    """What the samples depend on: the command, the prompts and the files of the model."""
+    command = dataclasses.asdict(options)
+    for name in ("output", "json", "batch_size", "prompts_file", "cluster"):
+        del command[name]
+    files = [] if is_remote(lm.folder) else [path.stat() for path in sorted(lm.folder.iterdir())]
+    return [command, prompts, [(stat.st_size, stat.st_mtime_ns) for stat in files]]
+
+
+@contextlib.contextmanager
+def _progress(done: int, total: int, show: bool) -> Iterator[Callable[[list["Sample"]], None]]:
+    """Shows on stderr how many prompts are done: a bar, or a line now and then."""
+    if not show:
+        yield lambda samples: None
+        return
+    if done:
+        print(f"{done}/{total} prompts are there; going on", file=sys.stderr)
+    begin = told = time.monotonic()
+    tokens = 0
+
+    def told_by(show: Callable[[str], None]) -> Callable[[list["Sample"]], None]:
+        def advance(samples: list["Sample"]) -> None:
+            nonlocal done, told, tokens
+            done, tokens = done + 1, tokens + sum(len(sample.ids) for sample in samples)
+            now = time.monotonic()
+            if done == total or now - told > _TELL_EVERY or sys.stderr.isatty():
+                told = now
+                show(f"{done}/{total} prompts, {tokens / (now - begin):.1f} tokens/s")
+
+        return advance
+
+    if not sys.stderr.isatty():
+        yield told_by(lambda words: print(words, file=sys.stderr, flush=True))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"{done}/{total} prompts", total=total)
+        yield told_by(lambda words: bar.update(task, description=words, completed=done))
+
+
+_TELL_EVERY = 10.0  # seconds

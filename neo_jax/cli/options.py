@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -25,6 +26,9 @@ class ModelOptions:
     model: str = ""
     revision: str = ""  # of a hub repository: a branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
+    quantize: Literal["none", "int8"] = "none"  # int8: weights in a quarter of float32's bytes
+    # of keys and values of a text in the making; auto: as dtype
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
     mesh: str = ""  # devices, as in fsdp=4,model=2; -1 takes what is left
     rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
@@ -45,6 +49,8 @@ class ModelOptions:
             mesh=self.mesh,
             rules=self.rules,
             kernel=self.kernel,
+            quantize=self.quantize,
+            cache_dtype=self.cache_dtype,
         )
 
 
@@ -116,6 +122,29 @@ def _open(path: str, mode: str) -> IO[str]:
         return make_path(path).open(mode, encoding="utf-8")
     except OSError as error:
         raise NeoError(f"cannot write {path}: {reason(error)}.") from error
+
+
+def check_picture(path: str) -> None:
+    """Checks that a picture can be drawn, where a path asks for one.
+
+    Raises:
+      NeoError: what draws it is not installed.
+    """
+    if path and importlib.util.find_spec("matplotlib") is None:
+        raise NeoError("a picture needs matplotlib: pip install 'neo_jax[plot]'.")
+
+
+def write_picture(path: str, picture: bytes) -> None:
+    """Writes a picture, and its path on stderr.
+
+    Raises:
+      NeoError: the file cannot be written.
+    """
+    try:
+        make_path(path).write_bytes(picture)
+    except OSError as error:
+        raise NeoError(f"cannot write {path}: {reason(error)}.") from error
+    print(path, file=sys.stderr)
 
 
 def print_json(fields: dict[str, Any], file: IO[str] | None = None) -> None:

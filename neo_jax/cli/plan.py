@@ -3,21 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from neo_jax.attention import Kernel
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import print_json
+from neo_jax.cli.options import check_picture, print_json, write_picture
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.errors import NeoError, reason
 from neo_jax.stacked import Remat
 from neo_jax.training.config import TrainConfig
 
@@ -50,6 +46,8 @@ class StepOptions:
     batch: int = 0  # sequences of a step, over all devices; 0 is one for each device
     length: int = 0  # tokens of each, or slots of its cache; 0 is the model's whole context
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["none", "int8"] = "none"  # weights of prefill and decoding
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of decoding; auto: dtype
     kernel: Kernel = "auto"  # attention
     remat: Remat = "full"  # of training: computed again in the backward pass: none, products, full
     accumulation: int = 1  # of training: parts of a batch, one after another
@@ -71,8 +69,7 @@ def main(args: Sequence[str]) -> None:
         options = parse(ConfigOptions, "plan", args[1:], default=default)
     else:
         options = parse(StepOptions, "plan", args, default=StepOptions(PlanOptions()))
-    if options.plan.picture and importlib.util.find_spec("matplotlib") is None:
-        raise NeoError("a picture needs matplotlib: pip install 'neo_jax[plot]'.")
+    check_picture(options.plan.picture)
     _start_jax(options.plan.topology)
     from neo_jax.plan.topology import find_topology
 
@@ -95,7 +92,7 @@ def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
     else:
         print(*report.lines(plan), sep="\n")
     if options.plan.picture:
-        _write(options.plan.picture, report.draw(plan))
+        write_picture(options.plan.picture, report.draw(plan))
 
 
 def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
@@ -110,7 +107,7 @@ def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
     else:
         print(*ranking.lines(found), sep="\n")
     if options.plan.picture:
-        _write(options.plan.picture, ranking.draw(found, topology.name))
+        write_picture(options.plan.picture, ranking.draw(found, topology.name))
 
 
 def _start_jax(topology: str) -> None:
@@ -143,6 +140,8 @@ def _step(
     batch = options.batch or len(topology.devices) * options.accumulation
     length = options.length or model.max_length
     if options.step == "train":
+        if options.quantize != "none" or options.cache_dtype != "auto":
+            raise UsageError("--quantize and --cache-dtype are for --step prefill and decode.")
         config = TrainConfig(
             data="",
             output="",
@@ -159,7 +158,10 @@ def _step(
     if length > model.max_length:
         raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
     kind = steps.prefill_step if options.step == "prefill" else steps.decode_step
-    return kind(Neo(model, jnp.dtype(options.dtype), options.kernel, sharding), batch, length)
+    cached = None if options.cache_dtype == "auto" else jnp.dtype(options.cache_dtype)
+    dtype = jnp.dtype(options.dtype)
+    neo = Neo(model, dtype, options.kernel, sharding, cache_dtype=cached)
+    return kind(neo, batch, length, options.quantize)
 
 
 def _model(name: str) -> ModelConfig:
@@ -181,11 +183,3 @@ def _with_model(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(config, model=model)
     config.check_length()
     return config
-
-
-def _write(path: str, picture: bytes) -> None:
-    try:
-        Path(path).write_bytes(picture)
-    except OSError as error:
-        raise NeoError(f"cannot write {path}: {reason(error)}.") from error
-    print(path, file=sys.stderr)

@@ -19,7 +19,8 @@ import numpy as np
 from neo_jax import cache as caching
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
-from neo_jax.decode.sampling import Settings, choose, logprobs_of
+from neo_jax.decode.prompt import read
+from neo_jax.decode.sampling import History, Settings, choose, logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
@@ -35,10 +36,16 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "B S"]  # the prompt, then what was generated, then zeros
     logprobs: Float[Array, "B S"]  # the model's log p of each generated token, without truncation
     lengths: Int[Array, "B"]  # tokens so far
+    prompt_lengths: Int[Array, "B"]
     limits: Int[Array, "B"]  # lengths at which to stop
     done: Bool[Array, "B"]
     settings: Settings
     cache: Cache  # holds every token but the newest
+
+    @property
+    def history(self) -> History:
+        """The texts, as sampling looks at them."""
+        return History(self.tokens, self.lengths, self.prompt_lengths)
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -116,19 +123,92 @@ def prefill(
     settings: Settings,
 ) -> DecodeState:
     """Returns the state after prompts [B, T] of these lengths, with room for whole texts."""
-    # Prompts are padded on the right: padding lies in the future, which nothing sees. The newest
-    # token is left to the first step, which so is a step like all others.
-    _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
     state = DecodeState(
         tokens=jnp.pad(tokens, ((0, 0), (0, room - tokens.shape[1]))),
         logprobs=jnp.zeros((tokens.shape[0], room), jnp.float32),
         lengths=lengths,
+        prompt_lengths=lengths,
         limits=limits,
         done=lengths >= limits,
         settings=settings,
-        cache=caching.from_sequence(model.config, sequence, lengths - 1, room),
+        # The newest token is left to the first step, which so is a step like all others.
+        cache=read(model, params, tokens, lengths - 1, room),
     )
     return _place(model.sharding, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def blank(model: Neo, rows: int, like: DecodeState) -> DecodeState:
+    """Returns a state of rows that are all done, with the room of another state."""
+
+    def empty(leaf: Array) -> Array:
+        return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
+
+    state = jax.tree.map(empty, like)
+    cache = caching.vacate(state.cache, jnp.arange(rows))
+    ones = jnp.ones(rows, jnp.int32)
+    done = jnp.ones(rows, bool)
+    return _place(model.sharding, state._replace(lengths=ones, limits=ones, done=done, cache=cache))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def resize(model: Neo, room: int, state: DecodeState) -> DecodeState:
+    """Gives a state room for texts of up to `room` tokens; those that are not done must fit."""
+
+    def fit(leaf: Array) -> Array:
+        return jnp.pad(leaf[:, :room], ((0, 0), (0, max(room - leaf.shape[1], 0))))
+
+    return _place(
+        model.sharding,
+        state._replace(
+            tokens=fit(state.tokens),
+            logprobs=fit(state.logprobs),
+            cache=caching.resize(model.config, state.cache, room),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(
+    model: Neo,
+    state: DecodeState,
+    new: DecodeState,
+    sources: Int[Array, "B"],
+    rows: Int[Array, "B"],
+    count: Int[Array, ""],
+    settings: Settings,
+) -> DecodeState:
+    """Puts rows of another state in the place of rows of this one; consumes `state`.
+
+    Args:
+      model: the model.
+      state: what takes them.
+      new: where they are; it has as much room or less.
+      sources: rows of `new`; one may stand several times.
+      rows: the row of `state` for each of them.
+      count: how many of these are meant.
+      settings: of each.
+    """
+
+    def put(old: Array, piece: Array, row: Array) -> Array:
+        return jax.lax.dynamic_update_slice(old, piece, (row, *[0] * (old.ndim - 1)))
+
+    def put_one(i: Array, state: DecodeState) -> DecodeState:
+        source, row = sources[i], rows[i]
+        piece = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, source, 1), new)
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), settings)
+        state = state._replace(cache=caching.vacate(state.cache, row))
+        return jax.tree.map(
+            lambda old, piece: put(old, piece, row), state, piece._replace(settings=own)
+        )
+
+    return _place(model.sharding, jax.lax.fori_loop(0, count, put_one, state))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def halt(model: Neo, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
+    """Lets rows be done; consumes `state`."""
+    return _place(model.sharding, state._replace(done=state.done | rows))
 
 
 def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
@@ -142,8 +222,17 @@ def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -> DecodeState:
-    """Appends a token to every row that is not done, up to `steps` times; consumes `state`."""
+def run(
+    model: Neo,
+    params: Params,
+    state: DecodeState,
+    steps: Int[Array, ""],
+    enough: Int[Array, ""] | None = None,
+) -> DecodeState:
+    """Appends a token to every row that is not done, up to `steps` times; consumes `state`.
+
+    Stops earlier as soon as `enough` rows are done; None is all of them.
+    """
     # A loop that carries a cache with a batch axis of 1 copies it at every step on CPUs: XLA moves
     # the axis about, and then keeps both forms. Without the axis it writes in place.
     single = state.tokens.shape[0] == 1
@@ -156,7 +245,8 @@ def run(model: Neo, params: Params, state: DecodeState, steps: Int[Array, ""]) -
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         step, state = carry
-        return (step < steps) & ~jnp.all(state.done)
+        done = jnp.sum(state.done, dtype=jnp.int32)
+        return (step < steps) & (done < (state.done.shape[0] if enough is None else enough))
 
     def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
@@ -181,15 +271,17 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
         method=Neo.encode,
     )
     logits = model.apply(variables, hidden, method=Neo.unembed)
-    token = choose(logits[:, 0], state.settings, state.lengths)
+    eos = model.config.eos_token_id
+    token = choose(logits[:, 0], state.settings, state.history, eos)
     logprob = logprobs_of(logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
-    ended = (token == model.config.eos_token_id) | (lengths >= state.limits)
+    ended = (token == eos) | (lengths >= state.limits)
     return DecodeState(
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         logprobs=state.logprobs.at[rows, where].set(logprob, mode="drop"),
         lengths=lengths,
+        prompt_lengths=state.prompt_lengths,
         limits=state.limits,
         done=state.done | ended,
         settings=state.settings,
@@ -202,7 +294,7 @@ class Completion(NamedTuple):
 
     ids: list[int]  # new tokens, the end of text left out
     logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
-    finish_reason: str  # "eos", or "length" where max_new_tokens were reached
+    finish_reason: str  # "eos", "stop", or "length" where max_new_tokens were reached
 
 
 def generate(
@@ -222,16 +314,20 @@ def generate(
     state = start(model, params, prompts, max_new_tokens, settings)
     state = run(model, params, state, max_new_tokens)
     tokens, logprobs, lengths = map(to_host, (state.tokens, state.logprobs, state.lengths))
-    completions = []
-    for row, prompt in enumerate(prompts):
-        new = slice(len(prompt), int(lengths[row]))
-        ids = tokens[row, new].tolist()
-        ended = ids[-1] == model.config.eos_token_id
-        keep = len(ids) - 1 if ended else len(ids)
-        completions.append(
-            Completion(ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length")
-        )
-    return completions
+    eos = model.config.eos_token_id
+    return [
+        completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def completion(
+    tokens: np.ndarray, logprobs: np.ndarray, length: int, prompt_length: int, eos: int
+) -> Completion:
+    """Returns what was generated in a row that is done."""
+    new = slice(prompt_length, length - 1 if tokens[length - 1] == eos else length)
+    reason = "eos" if tokens[length - 1] == eos else "length"
+    return Completion(tokens[new].tolist(), logprobs[new].tolist(), reason)
 
 
 def stream(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from neo_jax import attention
 from neo_jax.attention import KERNELS, Mask, attend, blocked, choose, cudnn, dense, splash
 from neo_jax.errors import NeoError
+from neo_jax.int8 import rounded
 
 IMPLEMENTATIONS = {
     "dense": dense,
@@ -351,3 +352,12 @@ def test_shapes_are_checked(rng):
     q, k, v = draw(rng, 1, 1, 5, 4)
     with pytest.raises(jaxtyping.TypeCheckError, match=r"parameter 'v'"):
         attend(q, k, v[:, :, :4], sequence(jnp.arange(5)[None]))
+
+
+def test_dense_reads_int8_keys_and_values(rng):
+    """As it reads the floats that they stand for."""
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), jnp.float32) for n in (4, 9, 9))
+    mask = Mask(jnp.broadcast_to(jnp.arange(5, 9), (2, 4)), jnp.broadcast_to(jnp.arange(9), (2, 9)))
+    k, v = rounded(k, 1), rounded(v, 1)
+    expected = dense(q, k.dequantized(), v.dequantized(), mask)
+    np.testing.assert_allclose(attend(q, k, v, mask), expected, rtol=0, atol=2e-6)

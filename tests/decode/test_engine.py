@@ -15,7 +15,7 @@ from transformers import GPTNeoForCausalLM
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.engine import bucket
-from neo_jax.decode.sampling import SamplingOptions, Settings, make_settings
+from neo_jax.decode.sampling import SamplingOptions, make_settings, stack_settings
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params
 from neo_jax.names import tensors
@@ -47,11 +47,13 @@ def settings_of(options, rows):
 
 def mixed_settings():
     """A row each for greedy, plain, top-k and top-p."""
-    return Settings(
-        jnp.array([0.0, 1.0, 0.7, 1.5], jnp.float32),
-        jnp.array([0, 0, 20, 0], jnp.int32),
-        jnp.array([1.0, 1.0, 1.0, 0.8], jnp.float32),
-        jnp.array([0, 1, 2, 3], jnp.uint32),
+    return stack_settings(
+        [
+            GREEDY,
+            SamplingOptions(1.0, top_p=1.0, seed=1),
+            SamplingOptions(0.7, top_k=20, top_p=1.0, seed=2),
+            SamplingOptions(1.5, top_p=0.8, seed=3),
+        ]
     )
 
 
@@ -116,6 +118,19 @@ def test_greedy_text_is_that_of_transformers(reference, greedy):
         )
         assert_same_or_tied(reference, theirs[0].tolist(), prompt + completion.ids)
         assert completion.finish_reason == "length"
+
+
+def test_penalized_greedy_text_is_that_of_transformers(reference, params, greedy):
+    asked = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    settings = settings_of(dataclasses.replace(GREEDY, **asked), len(PROMPTS))
+    found = generate(params, PROMPTS, settings)
+    for prompt, completion, plain in zip(PROMPTS, found, greedy, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, **asked
+        )
+        assert theirs[0].tolist() == prompt + completion.ids
+        assert completion.ids != plain.ids
 
 
 # Against plain forward passes of the same model.

@@ -1,5 +1,7 @@
 """neo_jax/decode/sampling.py: which tokens are kept, and how they are drawn."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,92 +12,205 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from neo_jax.decode import sampling
-from neo_jax.decode.sampling import SamplingOptions, Settings, make_settings
+from neo_jax.decode.sampling import (
+    History,
+    SamplingOptions,
+    Settings,
+    make_settings,
+    stack_settings,
+)
 from neo_jax.errors import NeoError
 
-choose = jax.jit(sampling.choose)
-kept_tokens = jax.jit(sampling._kept)
-
-ROWS, VOCAB = 4, 32
+ROWS, VOCAB, LENGTH = 4, 32, 24
+EOS = 3
 NUM_DRAWS = 100_000
 
-temperatures = st.floats(0.25, 4, width=32)
-top_ks = st.just(0) | st.integers(1, VOCAB + 8)
-top_ps = st.just(1.0) | st.floats(0.0625, 0.96875, width=32)
+choose_after = jax.jit(lambda *args: sampling.choose(*args, EOS))
+processed = jax.jit(lambda *args: sampling.processed(*args, EOS))
+
+
+def texts_of(lengths):
+    """Histories that only count: no setting looks at their tokens."""
+    lengths = jnp.asarray(lengths, jnp.int32)
+    return History(jnp.zeros((len(lengths), 1), jnp.int32), lengths, lengths)
+
+
+def choose(logits, settings, positions):
+    return choose_after(logits, settings, texts_of(positions))
+
+
+def kept_tokens(logits, settings):
+    return jnp.isfinite(processed(logits, settings, texts_of([1] * len(logits))))
 
 
 def rows(values):
     """Settings of one row for each (temperature, top_k, top_p, seed)."""
-    temperature, top_k, top_p, seed = zip(*values, strict=True)
-    return Settings(
-        jnp.array(temperature, jnp.float32),
-        jnp.array(top_k, jnp.int32),
-        jnp.array(top_p, jnp.float32),
-        jnp.array(seed, jnp.uint32),
-    )
+    names = ("temperature", "top_k", "top_p", "seed")
+    options = [SamplingOptions(**dict(zip(names, row, strict=True))) for row in values]
+    return stack_settings(options)
 
 
 def normal(shape, seed=0, scale=1.0):
     return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
 
 
-def warped(logits, temperature, top_k, top_p):
+def warpers_of(options, prompt_length):
+    """What transformers' generate() does, in its order; temperature 0 is do_sample=False."""
+    found = LogitsProcessorList()
+    if options.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
+    if options.min_new_tokens:
+        found.append(MinNewTokensLengthLogitsProcessor(prompt_length, options.min_new_tokens, EOS))
+    if not options.temperature:
+        return found
+    found.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k:
+        found.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        found.append(TopPLogitsWarper(options.top_p))
+    if options.min_p:
+        found.append(MinPLogitsWarper(options.min_p))
+    return found
+
+
+def warped(logits, options, text=(0,), prompt_length=1):
     """Logits of one row as transformers' generate() warps them; -inf where it drops a token."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers(None, torch.from_numpy(logits[None]))[0].numpy()
+    ids = torch.tensor([list(text)])
+    return warpers_of(options, prompt_length)(ids, torch.from_numpy(logits[None]))[0].numpy()
 
 
-def is_near_tie(logits, temperature, top_k, top_p):
-    """Whether the next probability lies so near top_p that rounding decides."""
-    kept = warped(logits, temperature, top_k, 1.0).astype(np.float64)
+def is_near_tie(logits, options, *text):
+    """Whether a probability lies so near top_p or min_p that rounding decides."""
+    before = dataclasses.replace(options, top_p=1.0, min_p=0.0)
+    kept = warped(logits, before, *text).astype(np.float64)
     probabilities = np.sort(np.exp(kept - kept.max()))[::-1]
-    return np.abs(np.cumsum(probabilities / probabilities.sum()) - top_p).min() < 1e-5
+    sums = np.cumsum(probabilities / probabilities.sum())
+    return (
+        np.abs(sums - options.top_p).min() < 1e-5
+        or np.abs(probabilities - options.min_p).min() < 1e-5
+    )
 
 
-@settings(max_examples=150, deadline=None)
+SETTINGS = {
+    "temperature": st.just(0.0) | st.floats(0.25, 4, width=32),
+    "top_k": st.just(0) | st.integers(1, VOCAB + 8),
+    "top_p": st.just(1.0) | st.floats(0.0625, 0.96875, width=32),
+    "min_p": st.just(0.0) | st.floats(0.015625, 1, width=32),
+    "repetition_penalty": st.just(1.0) | st.floats(0.5, 3, width=32),
+    "no_repeat_ngram_size": st.integers(0, 4),
+    "min_new_tokens": st.just(0) | st.integers(1, 10),
+}
+ONE_AT_A_TIME = st.one_of(
+    *(
+        st.builds(SamplingOptions, **{"top_p": st.just(1.0)} | {name: values})
+        for name, values in SETTINGS.items()
+    )
+)
+texts = st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=LENGTH), st.integers(1, LENGTH))
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     scale=st.sampled_from([0.1, 1.0, 5.0]),
-    options=st.lists(st.tuples(temperatures, top_ks, top_ps), min_size=ROWS, max_size=ROWS),
+    options=st.lists(
+        ONE_AT_A_TIME | st.builds(SamplingOptions, **SETTINGS), min_size=ROWS, max_size=ROWS
+    ),
+    rows_=st.lists(texts, min_size=ROWS, max_size=ROWS),
 )
-def test_the_kept_tokens_are_those_of_transformers(seed, scale, options):
+def test_logits_are_processed_as_in_transformers(seed, scale, options, rows_):
     logits = normal((ROWS, VOCAB), seed, scale)
     assert all(len(set(row)) == VOCAB for row in logits.tolist())
-    settings_ = rows([(*option, 0) for option in options])
-    kept = np.asarray(kept_tokens(logits / settings_.temperature[:, None], settings_))
-    for row, mine, option in zip(logits, kept, options, strict=True):
-        if option[2] < 1 and is_near_tie(row, *option):
+    # What lies beyond a text is not read: here it is tokens that would be penalized.
+    tokens = np.random.default_rng(seed).integers(0, 6, (ROWS, LENGTH)).astype(np.int32)
+    for row, (text, _) in zip(tokens, rows_, strict=True):
+        row[: len(text)] = text
+    prompts = [min(prompt, len(text)) for text, prompt in rows_]
+    history = History(tokens, np.array([len(t) for t, _ in rows_]), np.array(prompts))
+    found = np.asarray(processed(logits, stack_settings(options), history))
+    for mine, row, option, (text, _), prompt in zip(
+        found, logits, options, rows_, prompts, strict=True
+    ):
+        if option.temperature and is_near_tie(row, option, text, prompt):
             continue
-        np.testing.assert_array_equal(mine, np.isfinite(warped(row, *option)), str(option))
+        expected = warped(row, option, text, prompt)
+        np.testing.assert_array_equal(np.isfinite(mine), np.isfinite(expected), str(option))
+        np.testing.assert_allclose(mine, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
+    ("option", "text", "banned"),
     [
-        (0, 1.0, [0, 1, 2, 3]),
-        (2, 1.0, [0, 1]),
-        (99, 1.0, [0, 1, 2, 3]),
-        (0, 0.49, [0]),
-        (0, 0.51, [0, 1]),
-        (0, 0.81, [0, 1, 2]),
-        (0, 1e-6, [0]),
-        (2, 0.6, [0]),  # of what top-k left, the first has 0.5 / 0.8
-        (2, 0.63, [0, 1]),
+        ({"no_repeat_ngram_size": 1}, [5, 6, 5], [5, 6]),
+        ({"no_repeat_ngram_size": 2}, [5, 6, 7, 5], [6]),
+        ({"no_repeat_ngram_size": 2}, [5, 6, 5, 7, 5], [6, 7]),
+        ({"no_repeat_ngram_size": 2}, [5, 5, 5], [5]),
+        ({"no_repeat_ngram_size": 3}, [5, 6, 7, 8, 6], []),
+        ({"no_repeat_ngram_size": 3}, [5, 6, 7, 8, 5, 6], [7]),
+        ({"no_repeat_ngram_size": 4}, [5, 6], []),
+        ({"min_new_tokens": 2}, [5, 6, 7], [EOS]),  # one token is new
+        ({"min_new_tokens": 1}, [5, 6, 7], []),
+    ],
+    ids=str,
+)
+def test_what_is_banned(option, text, banned):
+    history = History(jnp.array([text]), jnp.array([len(text)]), jnp.array([2]))
+    logits = jnp.zeros((1, VOCAB))
+    options = stack_settings([SamplingOptions(temperature=0.0, **option)])
+    found = processed(logits, options, history)
+    assert np.flatnonzero(np.isinf(found[0])).tolist() == banned
+    assert int(choose_after(logits, options, history)[0]) not in banned
+
+
+def test_without_an_end_of_text_none_is_banned():
+    options = stack_settings([SamplingOptions(min_new_tokens=5, temperature=0.0)])
+    found = sampling.processed(jnp.zeros((1, VOCAB)), options, texts_of([1]), -1)
+    assert np.isfinite(found).all()
+
+
+def test_a_repetition_penalty_is_that_of_a_text():
+    """CTRL's: above 0 a logit is divided, below it is multiplied; once, however often it stands."""
+    history = History(jnp.array([[0, 1, 1, 2]]), jnp.array([3]), jnp.array([1]))
+    options = stack_settings([SamplingOptions(temperature=0.0, repetition_penalty=2.0)])
+    found = processed(jnp.array([[3.0, -3.0, 4.0]]), options, history)
+    assert found.tolist() == [[1.5, -6.0, 4.0]]
+    assert int(choose_after(jnp.array([[3.0, -3.0, 1.75]]), options, history)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "kept"),
+    [
+        (0, 1.0, 0.0, [0, 1, 2, 3]),
+        (2, 1.0, 0.0, [0, 1]),
+        (99, 1.0, 0.0, [0, 1, 2, 3]),
+        (0, 0.49, 0.0, [0]),
+        (0, 0.51, 0.0, [0, 1]),
+        (0, 0.81, 0.0, [0, 1, 2]),
+        (0, 1e-6, 0.0, [0]),
+        (2, 0.6, 0.0, [0]),  # of what top-k left, the first has 0.5 / 0.8
+        (2, 0.63, 0.0, [0, 1]),
+        (0, 1.0, 0.29, [0, 1, 2]),  # 0.15 is 0.3 of the likeliest
+        (0, 1.0, 0.31, [0, 1]),
+        (0, 1.0, 1.0, [0]),
+        (0, 0.51, 0.05, [0, 1]),
     ],
 )
-def test_the_kept_tokens_of_a_known_distribution(top_k, top_p, kept):
+def test_the_kept_tokens_of_a_known_distribution(top_k, top_p, min_p, kept):
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    marks = kept_tokens(logits, rows([(1.0, top_k, top_p, 0)]))
+    options = SamplingOptions(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    marks = kept_tokens(logits, stack_settings([options]))
     assert np.flatnonzero(marks[0]).tolist() == kept
 
 
@@ -119,7 +234,7 @@ def test_a_top_p_of_almost_one_does_not_undo_top_k():
 @given(seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.0, 1e-30, 1e-6]))
 def test_no_temperature_takes_the_likeliest_token(seed, temperature):
     logits = np.random.default_rng(seed).permutation(VOCAB).astype(np.float32)[None] / 4
-    for position in (0, 17):
+    for position in (1, 17):
         options = rows([(temperature, 0, 1.0, seed)])
         assert int(choose(logits, options, jnp.array([position]))[0]) == logits.argmax()
 
@@ -140,6 +255,7 @@ def draws(logits, options, seeds, positions):
         {"temperature": 1.5, "top_k": 5, "top_p": 1.0},
         {"temperature": 1.0, "top_p": 0.8},
         {"temperature": 1.3, "top_k": 8, "top_p": 0.9},
+        {"temperature": 1.0, "top_p": 1.0, "min_p": 0.3},
     ],
     ids=str,
 )
@@ -149,7 +265,7 @@ def test_draws_follow_the_softmax_of_what_is_kept(options, along):
     counter, fixed = list(range(NUM_DRAWS)), [7] * NUM_DRAWS
     seeds, positions = (fixed, counter) if along == "positions" else (counter, fixed)
     counts = np.bincount(draws(logits, options, seeds, positions), minlength=12)
-    target = warped(logits, options["temperature"], options.get("top_k", 0), options["top_p"])
+    target = warped(logits, SamplingOptions(**options))
     expected = scipy.special.softmax(target.astype(np.float64)) * NUM_DRAWS
     assert counts[expected == 0].sum() == 0
     assert expected[expected > 0].min() > 30
@@ -185,8 +301,19 @@ def test_other_seeds_and_positions_give_other_draws():
 
 
 def test_settings_of_many_rows():
-    made = make_settings(SamplingOptions(0.5, 3, 0.25, 11), [11, 2**32 - 1])
-    assert [leaf.tolist() for leaf in made] == [[0.5, 0.5], [3, 3], [0.25, 0.25], [11, 2**32 - 1]]
+    options = SamplingOptions(0.5, 3, 0.25, 0.125, 1.5, 2, 4, seed=11)
+    made = make_settings(options, [11, 2**32 - 1])
+    assert [leaf.tolist() for leaf in made] == [
+        [0.5, 0.5], [3, 3], [0.25, 0.25], [0.125, 0.125], [1.5, 1.5], [2, 2], [4, 4],
+        [11, 2**32 - 1],
+    ]  # fmt: skip
+    assert [leaf.dtype for leaf in made] == [
+        np.float32, np.int32, np.float32, np.float32, np.float32, np.int32, np.int32, np.uint32
+    ]  # fmt: skip
+    assert all(leaf.shape == (0,) for leaf in make_settings(options, []))
+    both = stack_settings([options, SamplingOptions(seed=5)])
+    assert [leaf.tolist()[0] for leaf in both] == [leaf.tolist()[0] for leaf in made]
+    assert Settings._fields == tuple(f.name for f in dataclasses.fields(SamplingOptions))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +326,11 @@ def test_settings_of_many_rows():
         ({"top_p": 0.0}, "top_p must lie in .0, 1., not 0.0; 1 is off"),
         ({"top_p": 1.01}, "top_p must lie in"),
         ({"top_p": float("nan")}, "top_p must lie in"),
+        ({"min_p": -0.1}, "min_p must lie in .0, 1., not -0.1; 0 is off"),
+        ({"min_p": float("nan")}, "min_p must lie in"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, and finite, not 0.0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0 .off. or more, not -1"),
+        ({"min_new_tokens": -2}, "min_new_tokens must be 0 .off. or more, not -2"),
         ({"seed": -1}, "seed must be a whole number from 0 to"),
         ({"seed": 2**32}, "seed must be a whole number from 0 to"),
     ],

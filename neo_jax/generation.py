@@ -1,0 +1,178 @@
+"""Prompts in, texts out: what surrounds the engine, which knows ids and nothing else."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from neo_jax.axes import Params
+from neo_jax.data.tokenizer import StreamDecoder, Tokenizer
+from neo_jax.decode import engine
+from neo_jax.decode.batching import Request, complete, in_order
+from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+Overflow = Literal["error", "truncate"]
+"""What becomes of a prompt that does not fit the context: refused, or cut to its newest tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One completion of one prompt."""
+
+    prompt: Prompt
+    text: str | None  # what was generated, without the prompt; None without a tokenizer
+    ids: list[int]  # the new tokens; the last may reach into a stop string, where the text ends
+    logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
+    finish_reason: str  # "eos", "stop" or "length"
+
+
+class StopText:
+    """The new text of one completion as its ids arrive, which ends before any of some strings.
+
+    Where several occur, that one counts which is complete with the fewest ids, and of these the
+    first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
+        """Begins after a prompt.
+
+        Raises:
+          NeoError: a stop string is empty.
+        """
+        if not all(stops):
+            raise NeoError("a stop string is empty; it would stop every text at once.")
+        self.text = ""  # what is known of it; up to the stop string
+        self.stopped = False
+        self._decoder = StreamDecoder(tokenizer, prompt)
+        self._stops = stops
+        self._ends: list[int] = []  # characters of the text after each id
+
+    def push(self, ids: Sequence[int]) -> int | None:
+        """Takes new ids; returns how many of all belong to the text where it stops, else None."""
+        for token in ids:
+            before = len(self.text)
+            self.text += self._decoder.push([token])
+            self._ends.append(len(self.text))
+            if self._cut(before):
+                return next(i for i, end in enumerate([0, *self._ends]) if end >= len(self.text))
+        return None
+
+    def flush(self) -> None:
+        """Ends a text that did not stop: adds what an unfinished character holds back."""
+        if not self.stopped:
+            before = len(self.text)
+            self.text += self._decoder.flush()
+            self._cut(before)
+
+    def settled(self) -> int:
+        """Returns how many characters will stay, whatever comes: the rest may begin a stop."""
+        if self.stopped:
+            return len(self.text)
+        starts = (stop[:size] for stop in self._stops for size in range(1, len(stop)))
+        return len(self.text) - max((len(s) for s in starts if self.text.endswith(s)), default=0)
+
+    def _cut(self, before: int) -> bool:
+        """Looks for stops that end beyond the first characters."""
+        found = [self.text.find(stop, max(before - len(stop) + 1, 0)) for stop in self._stops]
+        places = [place for place in found if place >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+            self.stopped = True
+        return self.stopped
+
+
+def fit(model: Neo, ids: list[int], max_new_tokens: int, on_overflow: Overflow) -> list[int]:
+    """Returns the tokens of a prompt that the model will read.
+
+    Raises:
+      NeoError: see `engine.check_prompts`.
+    """
+    room = model.config.max_length - max_new_tokens
+    if on_overflow == "truncate" and room > 0:
+        ids = ids[-room:]
+    engine.check_prompts(model, [ids], max_new_tokens)
+    return ids
+
+
+def samples(
+    model: Neo,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    ids: Sequence[list[int]],
+    sampling: Sequence[Sequence[SamplingOptions]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: int,
+    on_finish: Callable[[list[Sample]], None] | None = None,
+) -> Iterator[Sample]:
+    """Yields the samples of each prompt, in the order of the prompts.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: decodes ids; None yields samples without text.
+      prompts: as they were given.
+      ids: of each prompt, as the model will read it.
+      sampling: for each prompt, the options of each of its samples.
+      max_new_tokens: where to stop at the latest.
+      stop: strings before which a text ends; they need a tokenizer.
+      batch_size: texts that are written at one time.
+      on_finish: called with the samples of each prompt as soon as all are there.
+    """
+    texts: list[list[StopText]] = [
+        [StopText(tokenizer, prompt, stop) for _ in options] if tokenizer and stop else []
+        for prompt, options in zip(ids, sampling, strict=True)
+    ]
+    requests = [
+        Request(prompt, max_new_tokens, options, [text.push for text in watched])
+        for prompt, options, watched in zip(ids, sampling, texts, strict=True)
+    ]
+
+    def finished() -> Iterator[tuple[int, list[Sample]]]:
+        for index, done in complete(model, params, requests, batch_size):
+            made = []
+            for i, new in enumerate(done):
+                text = texts[index][i] if texts[index] else None
+                if text is None and tokenizer:
+                    text = StopText(tokenizer, ids[index], ())
+                    text.push(new.ids)
+                if text:
+                    text.flush()
+                made.append(Sample(prompts[index], text.text if text else None, *new))
+            texts[index] = []
+            if on_finish:
+                on_finish(made)
+            yield index, made
+
+    for made in in_order(finished()):
+        yield from made
+
+
+def stream(
+    model: Neo,
+    params: Params,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: SamplingOptions,
+    max_new_tokens: int,
+    stop: Sequence[str],
+) -> Iterator[str]:
+    """Yields the new text of one prompt as it comes, never a part of a stop string."""
+    text = StopText(tokenizer, ids, stop)
+    shown = 0
+    settings = make_settings(sampling, [sampling.seed])
+    for token in engine.stream(model, params, ids, max_new_tokens, settings):
+        text.push([token])
+        if text.settled() > shown:
+            yield text.text[shown : text.settled()]
+            shown = text.settled()
+        if text.stopped:
+            return
+    text.flush()
+    if len(text.text) > shown:
+        yield text.text[shown:]

@@ -1,0 +1,103 @@
+"""Parameters as whole numbers of eight bits, and the product with them.
+
+Symmetric and per output (as in Dettmers et al., "LLM.int8()", 2022, section 2.1, without their
+outliers): the largest magnitude among the weights of an output becomes 127, all others are rounded
+to the nearest step. Decoding reads every parameter at every step, so a quarter of the bytes of
+float32 is up to four times the speed where memory is the limit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from neo_jax.axes import Array, Float, Int
+
+LARGEST = 127
+"""The largest magnitude of a whole number: -128 is not used, so that signs are alike."""
+
+FEW_ROWS = 16
+"""Up to so many rows of activations CPUs multiply in whole numbers."""
+
+_FINE = 254  # steps of the fine part of an activation within one of the coarse part
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A parameter, values x scale, whatever its axes were: here outputs come first.
+
+    A pytree that stands where the parameter's array does; each output's values lie together, as
+    the products of few rows read them.
+    """
+
+    values: Any  # int8 [outputs..., inputs...]; in trees of other things one of these
+    scale: Any  # float32 [outputs...], what a step is worth
+
+    def dequantized(self) -> Array:
+        """Returns the parameter, float32 [outputs..., inputs...]."""
+        return self.values * for_each(self.scale, self.values.ndim)
+
+
+def for_each(scale: Array, ndim: int) -> Array:
+    """Returns a scale with axes of size 1 at its end, `ndim` in all."""
+    return scale.reshape((*scale.shape, *[1] * (ndim - scale.ndim)))
+
+
+def rounded(weight: Array, num_inputs: int) -> Int8:
+    """Returns the nearest whole numbers for weights [outputs..., inputs...] of any float dtype.
+
+    Args:
+      weight: what is rounded; an output of zeros keeps them, by a scale of 0.
+      num_inputs: how many axes at the end share a scale.
+    """
+    weight = weight.astype(jnp.float32)
+    inputs = tuple(range(weight.ndim - num_inputs, weight.ndim))
+    scale = jnp.abs(weight).max(axis=inputs) / LARGEST
+    steps = for_each(jnp.where(scale > 0, scale, 1.0), weight.ndim)
+    return Int8(jnp.round(weight / steps).astype(jnp.int8), scale)
+
+
+def outputs_first(entries: Sequence[Any], num_inputs: int) -> tuple[Any, ...]:
+    """Returns axes, sizes or the like of a kernel [inputs..., outputs...] as `Int8` has them."""
+    return (*entries[num_inputs:], *entries[:num_inputs])
+
+
+def multiply(
+    x: Float[Array, "B T I"], values: Int[Array, "O I"], dtype: DTypeLike
+) -> Float[Array, "B T O"]:
+    """Returns x values^T in float32; whole numbers are exact in bfloat16 too.
+
+    CPUs that multiplied few rows in floats would write and read all weights as such at each step.
+    They turn the rows into whole numbers instead: a coarse one, and a fine one for what is left,
+    together within 1 / 64516 of the row's largest magnitude; their products and sums are exact.
+    """
+    few = math.prod(x.shape[:2]) <= FEW_ROWS
+
+    def in_floats(x: Array, values: Array) -> Array:
+        return jnp.einsum(
+            "bti,oi->bto",
+            x.astype(dtype),
+            values.astype(dtype),
+            precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+
+    cpu = _in_whole_numbers if few else in_floats
+    return jax.lax.platform_dependent(x, values, cpu=cpu, default=in_floats)
+
+
+def _in_whole_numbers(x: Array, values: Array) -> Array:
+    x = x.astype(jnp.float32)
+    step = jnp.abs(x).max(axis=-1, keepdims=True) / LARGEST
+    steps = x / jnp.where(step > 0, step, 1.0)
+    coarse = jnp.round(steps)
+    fine = jnp.round((steps - coarse) * _FINE)
+    both = jnp.stack([coarse, fine]).astype(jnp.int8)
+    y = jnp.einsum("pbti,oi->pbto", both, values, preferred_element_type=jnp.int32)
+    coarse, fine = y.astype(jnp.float32)
+    return step * (coarse + fine / _FINE)
