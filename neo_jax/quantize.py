@@ -59,6 +59,25 @@ def quantize(
     return unflatten_dict(leaves)
 
 
+def quantized_shapes(
+    config: ModelConfig, dtype: DTypeLike, sharding: Sharding | None = None
+) -> Params:
+    """Returns the shapes of what `quantize` gives, and with a strategy the places."""
+    leaves = {}
+    for tensor in tensors(config):
+        whole = jax.ShapeDtypeStruct(tensor.shape, dtype)
+        parts = jax.eval_shape(functools.partial(quantize_one, tensor, dtype=dtype), whole)
+        axes = outputs_first(tensor.axes, tensor.num_inputs)
+
+        def put(part: jax.ShapeDtypeStruct, axes: tuple[str, ...] = axes) -> jax.ShapeDtypeStruct:
+            names = axes[: part.ndim]
+            place = sharding.named(names, part.shape, "an int8 weight") if sharding else None
+            return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place)
+
+        leaves[tensor.path] = jax.tree.map(put, parts)
+    return unflatten_dict(leaves)
+
+
 def dequantize(config: ModelConfig, params: Params) -> Params:
     """Returns parameters with a float32 array in the place of each `Int8`."""
     leaves = flatten_dict(params)

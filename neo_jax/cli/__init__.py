@@ -20,12 +20,14 @@ T = TypeVar("T")
 VERBS = {
     "generate": "continue a prompt, or many",
     "score": "log-probabilities of given texts",
+    "eval": "how well a model predicts texts, and does the tasks of the harness",
     "info": "what a checkpoint holds",
     "prepare": "text to a tokenized data set",
     "train": "train by a config",
     "bench": "tokens/s of a model here, beside what the devices can do",
     "plan": "what a step takes of devices that need not be here",
-    "convert": "a config of EleutherAI/gpt-neo to one for train",
+    "quantize": "a checkpoint of int8 weights",
+    "convert": "a checkpoint of any format to Hugging Face's; a config of EleutherAI/gpt-neo",
 }
 
 

@@ -35,7 +35,7 @@ class Options:
     max_new_tokens: int = 64  # where to stop at the latest
     stop: UseAppendAction[tuple[str, ...]] = ()  # ends a text before this string; may be repeated
     num_samples: int = 1  # for each prompt; sample i has the seed plus i
-    batch_size: int = 8  # texts that are written together; one that is done makes place
+    batch_size: int = 16  # texts that are written together; one that is done makes place
     # a prompt that leaves no room in the context: refused, or cut to its newest tokens
     on_overflow: Literal["error", "truncate"] = "error"
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from tyro.conf import Positional
 
 from neo_jax import hub, pretrained
+from neo_jax.cache import sequence_bytes
 from neo_jax.cli import parse
 from neo_jax.cli.options import print_json, print_table
 from neo_jax.cli.placement import describe, lines
 from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.int8_checkpoint import is_int8, read_int8_config
 from neo_jax.sharding import Sharding, make_sharding
 
 
@@ -38,7 +41,8 @@ def main(args: Sequence[str]) -> None:
         config = preset(name)
     else:
         folder = hub.resolve(name or None, revision=options.revision or None)
-        config = pretrained.read_config(folder)
+        read = read_int8_config if is_int8(folder) else pretrained.read_config
+        config = _of_a_run(folder) or read(folder)
     fields = _describe(config, folder, name)
     sharding = _sharding(options.mesh, options.rules)
     if options.json:
@@ -49,6 +53,16 @@ def main(args: Sequence[str]) -> None:
     print(*placement, sep="\n", end="\n" if placement else "")
 
 
+def _of_a_run(folder: Path) -> ModelConfig | None:
+    """Returns the model of a run of neo-jax train, or of one of its checkpoints."""
+    if (folder / "config.json").is_file():
+        return None
+    from neo_jax.training.export import find_checkpoint, read_model
+
+    found = find_checkpoint(folder)
+    return read_model(found)[0] if found else None
+
+
 def _sharding(mesh: str, rules: str) -> Sharding | None:
     """Returns a strategy over devices that need not be there, unless a size is left open."""
     sizes = re.findall(r"=([0-9]+)", mesh)
@@ -57,31 +71,37 @@ def _sharding(mesh: str, rules: str) -> Sharding | None:
 
 
 def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, Any]:
-    window = config.window_size
     local = sum(kind == "local" for kind in config.layer_types)
-    values = 2 * config.embed_dim  # a key and a value
     fields: dict[str, Any] = {
         "model": str(folder or name),
-        "family": "gpt_neo",
+        "family": config.family,
         "parameters": config.num_params,
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
         "global_layers": config.num_layers - local,
         "local_layers": local,
-        # What the cache of one sequence grows by with a token: below the window all layers grow.
-        "cache_bytes_per_token_bfloat16": 2 * values * config.num_layers,
-        "cache_bytes_per_token_bfloat16_beyond_window": 2 * values * (config.num_layers - local),
-        "cache_bytes_bfloat16": 2
-        * values
-        * (
-            (config.num_layers - local) * config.max_length + local * min(window, config.max_length)
-        ),
+        **_cache_bytes(config),
     }
     if folder is not None:
-        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder))
+        if not (folder / "config.json").is_file():  # a run
+            dtypes = ["float32"]
+        else:
+            dtypes = ["int8"] if is_int8(folder) else pretrained.stored_dtypes(folder, config)
+        fields["dtype"] = "+".join(dtypes)
         fields["tokenizer"] = None
         if has_tokenizer(folder):
             tokenizer = load_tokenizer(folder)
             fields["tokenizer"] = f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
+    return fields
+
+
+def _cache_bytes(config: ModelConfig) -> dict[str, int]:
+    """Returns what the cache of one sequence takes a token, and for the whole context."""
+    fields = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        memory = sequence_bytes(config, config.max_length, jnp.dtype(dtype))
+        fields[f"cache_bytes_per_token_{dtype}"] = memory.per_token
+        fields[f"cache_bytes_per_token_{dtype}_beyond_window"] = memory.per_token_beyond_window
+        fields[f"cache_bytes_{dtype}"] = memory.per_sequence
     return fields
 
 
