@@ -20,7 +20,7 @@ def commands():
                 # A command may end where the quotes around it do.
                 end = '"' if command.count('"') % 2 else ""
                 yield shlex.split(command.removesuffix(end), comments=True)
-    for command in re.findall(r"`neo-jax (\w+ [^`]+)`", README):
+    for command in re.findall(r"`neo-jax\s(\w+\s[^`]+)`", README):
         if "VERB" not in command:
             yield shlex.split(command)
 
