@@ -160,9 +160,7 @@ def rollback(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
     appended next, as long as no more than SLACK tokens are forgotten.
     """
     return tuple(
-        layer._replace(
-            positions=jnp.where(layer.positions < lengths[:, None], layer.positions, -1)
-        )
+        layer._replace(positions=jnp.where(layer.positions < lengths[:, None], layer.positions, -1))
         for layer in cache
     )
 
