@@ -12,6 +12,7 @@ from typing import Any
 
 from neo_jax.config import read_json
 from neo_jax.errors import NeoError, suggest
+from neo_jax.mesh_tf import model_fields
 from neo_jax.paths import make_path
 
 _OTHER_MODELS = frozenset(
@@ -86,43 +87,13 @@ def convert(source: str | os.PathLike[str]) -> Converted:
         if fields.get(key) not in (None, 0, [], {})
     ]
     try:
-        groups = _model(fields, notes), _optimizer(fields, notes), _run(fields, path.stem, notes)
+        model, optimizer = model_fields(fields, notes), _optimizer(fields, notes)
+        run = _run(fields, path.stem, notes)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         if isinstance(error, NeoError):
             raise NeoError(f"{path}: {error}") from error
         raise NeoError(f"{path}: a value has an unexpected form ({error}); correct it.") from error
-    return Converted(_write(path.name, *groups, notes), tuple(notes))
-
-
-def _model(fields: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    types = [kind for unit, times in fields.get("attention_types", ()) for kind in unit * times]
-    types = types or ["global"] * fields["n_layer"]
-    if "none" in types:
-        notes.append(
-            "attention_types name layers of type 'none', without attention, which no GPT-Neo has: "
-            "they are 'local' here, ANOTHER MODEL"
-        )
-        types = ["local" if kind == "none" else kind for kind in types]
-    unit = next(n for n in range(1, len(types) + 1) if types == types[:n] * (len(types) // n))
-    # That code reads activation_fn alone, though its configs say activation_function.
-    activation = fields.get("activation_fn") or fields.get("activation_function", "gelu")
-    if activation not in ("gelu", "relu"):
-        raise NeoError(f"activation '{activation}' has no counterpart; choose gelu or relu.")
-    if not fields.get("scale_by_depth"):
-        notes.append("scale_by_depth is off: here c_proj is drawn by depth all the same")
-    if fields.get("scale_by_in"):
-        notes.append("scale_by_in True is left out: weights are not drawn by inputs here")
-    return {
-        "num_layers": fields["n_layer"],
-        "embed_dim": fields["n_embd"],
-        "num_heads": fields["n_head"],
-        "vocab_size": fields["n_vocab"],
-        "max_length": fields["n_ctx"],
-        "window_size": fields.get("local_attention_radius", 256),
-        "attention_types": tuple(types[:unit]),
-        "activation": "gelu_new" if activation == "gelu" else activation,
-        "eos_token_id": fields.get("eos_id", 50256 if fields["n_vocab"] > 50256 else -1),
-    }
+    return Converted(_write(path.name, model, optimizer, run, notes), tuple(notes))
 
 
 def _optimizer(fields: dict[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from neo_jax.layers import LowRank
 from neo_jax.lora import LoraConfig, attach, merge
 from neo_jax.names import Tensor, tensors
 from neo_jax.paths import make_path
-from neo_jax.weights import DTYPES, StoredTensor, open_file
+from neo_jax.weights import FLOATS, StoredTensor, open_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,7 +31,7 @@ _NEUTRAL = frozenset(
     """
     peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r
     lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
-    megatron_core qalora_group_size ensure_weight_tying runtime_config eva_config
+    fan_in_fan_out megatron_core qalora_group_size ensure_weight_tying runtime_config eva_config
     """.split()
 )
 # What else a field may say: that it is off; and ways to draw a and b that leave the weight alone.
@@ -63,13 +64,14 @@ def save_adapter(
       NeoError: the folder cannot be written.
     """
     leaves = flatten_dict(params)
-    arrays = {}
-    for row in tensors(config):
-        leaf = leaves[row.path]
-        if isinstance(leaf, LowRank):
-            rank = leaf.b.shape[0]
-            for part, array in (("A", leaf.a.reshape(-1, rank)), ("B", leaf.b.reshape(rank, -1))):
-                arrays[_name(row, part)] = np.ascontiguousarray(to_host(array.T), np.float32)
+    adapted = [
+        [(row, leaves[row.path]) for row in rows if isinstance(leaves[row.path], LowRank)]
+        for rows in _kernels(config)
+    ]
+    rank = lora.rank * max(map(len, adapted))
+    arrays: dict[str, np.ndarray] = {}
+    for parts in filter(None, adapted):
+        arrays |= _joined(parts, rank)
     if not is_leader():
         return
     fields = {
@@ -77,12 +79,12 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": hub.PUBLISHED.get(base.lower(), base),
         "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": rank,
+        "lora_alpha": lora.scale * rank,
         "lora_dropout": 0.0,
-        "target_modules": list(lora.targets),
+        "target_modules": sorted({_module(parts[0][0], config) for parts in adapted if parts}),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": config.family == "gpt2",
         "modules_to_save": None,
     }
     place = make_path(folder)
@@ -139,18 +141,21 @@ def load_adapter(
     with contextlib.ExitStack() as files:
         found = open_file(path / WEIGHTS, files)
         leaves = {}
-        for row in tensors(config):
-            names = {part: _name(row, part) for part in "AB"}
-            if row.num_inputs and not found.keys().isdisjoint(names.values()):
-                outputs, inputs = row.hf_shape
-                a = _read(path, found.pop(names["A"], None), names["A"], (rank, inputs))
-                b = _read(path, found.pop(names["B"], None), names["B"], (outputs, rank))
+        for rows in _kernels(config):
+            names = {part: _name(rows[0], part) for part in "AB"}
+            if found.keys().isdisjoint(names.values()):
+                continue
+            inputs, outputs = _sizes(rows[0])
+            whole = outputs * rows[0].places["hf"].parts
+            a = _read(path, found.pop(names["A"], None), names["A"], (rank, inputs))
+            b = _read(path, found.pop(names["B"], None), names["B"], (whole, rank))
+            for row, part in zip(rows, np.split(b, len(rows)), strict=True):
                 leaves[*row.path, "a"] = a.T.reshape(*row.shape[: row.num_inputs], rank)
-                leaves[*row.path, "b"] = b.T.reshape(rank, *row.shape[row.num_inputs :])
+                leaves[*row.path, "b"] = part.T.reshape(rank, *row.shape[row.num_inputs :])
     if found or not leaves:
         what = f"the tensor {next(iter(found))}" if found else "no tensors"
         raise NeoError(
-            f"{path / WEIGHTS} holds {what}; this loads plain LoRA of the linear maps of a GPT-Neo."
+            f"{path / WEIGHTS} holds {what}; this loads plain LoRA of the linear maps of a layer."
         )
     return unflatten_dict(leaves), scale
 
@@ -181,6 +186,44 @@ def apply_adapter(
     return jax.jit(apply, out_shardings=shardings, donate_argnums=0)(params, adapters)
 
 
+def _kernels(config: ModelConfig) -> list[list[Tensor]]:
+    """Returns the rows of kernels, those together that are parts of one tensor."""
+    groups: dict[str, list[Tensor]] = {}
+    for row in tensors(config):
+        if row.num_inputs:
+            groups.setdefault(row.hf_name, []).append(row)
+    return list(groups.values())
+
+
+def _sizes(row: Tensor) -> tuple[int, int]:
+    """Returns how many inputs and how many outputs a kernel has."""
+    return math.prod(row.shape[: row.num_inputs]), math.prod(row.shape[row.num_inputs :])
+
+
+def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndarray]:
+    """Returns PEFT's tensors of a kernel whose parts may have adapters of their own.
+
+    These stand beside each other, [A_q; A_v] and [B_q 0; 0 0; 0 B_v]: their ranks add up.
+    """
+    inputs, outputs = _sizes(parts[0][0])
+    a = np.zeros((rank, inputs), np.float32)
+    b = np.zeros((outputs * parts[0][0].places["hf"].parts, rank), np.float32)
+    start = 0
+    for row, leaf in parts:
+        r, place = leaf.b.shape[0], row.places["hf"]
+        a[start : start + r] = to_host(leaf.a.reshape(-1, r).T)
+        here = slice(place.part * outputs, (place.part + 1) * outputs)
+        b[here, start : start + r] = to_host(leaf.b.reshape(r, -1).T)
+        start += r
+    return {_name(parts[0][0], "A"): a, _name(parts[0][0], "B"): b}
+
+
+def _module(row: Tensor, config: ModelConfig) -> str:
+    """Returns what PEFT is to call a kernel in every layer; GPT-2 has two that end in c_proj."""
+    words = 2 if config.family == "gpt2" else 1
+    return ".".join(row.hf_name.removesuffix(".weight").split(".")[-words:])
+
+
 def _name(row: Tensor, part: str) -> str:
     """Returns what PEFT calls a part, "A" or "B", of the adapter of a kernel."""
     return f"base_model.model.{row.hf_name.removesuffix('.weight')}.lora_{part}.weight"
@@ -209,9 +252,9 @@ def _read(
 ) -> np.ndarray:
     if stored is None:
         raise NeoError(f"{folder / WEIGHTS} lacks {name}; copy it again.")
-    if stored.shape != shape or stored.code not in DTYPES:
+    if stored.shape != shape or stored.dtype not in FLOATS:
         raise NeoError(
-            f"{folder / WEIGHTS}: {name} is {stored.code} {list(stored.shape)}, not of floats "
+            f"{folder / WEIGHTS}: {name} is {stored.dtype} {list(stored.shape)}, not of floats "
             f"{list(shape)}; is the adapter for this model?"
         )
     return stored.view().astype(np.float32)

@@ -68,6 +68,23 @@ def num_bytes(config: ModelConfig, slots: int, dtype: DTypeLike) -> int:
     return slots * (2 * key + 4)
 
 
+class CacheBytes(NamedTuple):
+    """Memory that the cache of a sequence takes, on all devices together."""
+
+    per_token: int  # while all layers grow
+    per_token_beyond_window: int  # of global layers alone: local ones have wrapped around
+    per_sequence: int
+
+
+def sequence_bytes(config: ModelConfig, length: int, dtype: DTypeLike) -> CacheBytes:
+    """Returns the memory of the cache of a sequence of up to `length` tokens."""
+    layers = range(config.num_layers)
+    slot = num_bytes(config, 1, dtype)
+    num_global = sum(config.window(i) is None for i in layers)
+    slots = sum(num_slots(config, i, length) for i in layers)
+    return CacheBytes(slot * len(layers), slot * num_global, slot * slots)
+
+
 def extend(
     cache: LayerCache,
     k: Float[Array, "B N T H"],

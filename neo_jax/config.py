@@ -13,13 +13,14 @@ from neo_jax.paths import make_path
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]
+Family = Literal["gpt_neo", "gpt2"]
 
 VOCAB_MULTIPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT-Neo. Hashable: it may be a static argument of `jax.jit`.
+    """The shape of a GPT-Neo, or of a GPT-2. Hashable: it may be a static argument of `jax.jit`.
 
     Raises:
       NeoError: the values contradict each other; the message carries them.
@@ -37,12 +38,21 @@ class ModelConfig:
     activation: Activation = "gelu_new"  # gelu_new is the tanh approximation
     norm_epsilon: float = 1e-5
     eos_token_id: int = 50256  # ends a text; -1 where the vocabulary has no such token
+    # What GPT-2 has: biases of queries, keys and values, and logits of attention that are
+    # multiplied by head_dim ** -0.5.
+    qkv_bias: bool = False
+    scale_attention: bool = False
+    tied_head: bool = True  # whether the output head is the table of token embeddings
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
             if field.type is int and not _is_whole(value, least):
                 raise NeoError(f"{field.name} must be a whole number >= {least}, not {value!r}.")
+            if field.type is bool and not isinstance(value, bool):
+                raise NeoError(f"{field.name} must be true or false, not {value!r}.")
+        if self.num_layers > _MOST_LAYERS:
+            raise NeoError(f"num_layers {self.num_layers} is more than {_MOST_LAYERS}; correct it.")
         if not isinstance(self.norm_epsilon, float) or not 0 < self.norm_epsilon < 1:
             raise NeoError(f"norm_epsilon must lie between 0 and 1, not be {self.norm_epsilon!r}.")
         _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
@@ -69,6 +79,23 @@ class ModelConfig:
             raise NeoError(
                 f"unknown activation {self.activation!r}.{suggest(str(self.activation), known)}"
             )
+        if self.qkv_bias and self.attention_types != ("global",):
+            raise NeoError(
+                "qkv_bias is for GPT-2, whose layers are all global: set attention_types to "
+                "('global',), or leave qkv_bias out."
+            )
+        if self.scale_attention and not self.qkv_bias:
+            raise NeoError("scale_attention is for GPT-2: set qkv_bias too, or leave it out.")
+
+    @property
+    def family(self) -> Family:
+        """What Hugging Face calls the architecture."""
+        return "gpt2" if self.qkv_bias else "gpt_neo"
+
+    @property
+    def head(self) -> str:
+        """The sub-tree of parameters that holds the table of the output head, [V, D]."""
+        return "wte" if self.tied_head else "lm_head"
 
     @property
     def layer_types(self) -> tuple[AttentionType, ...]:
@@ -88,71 +115,83 @@ class ModelConfig:
         """
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    def size(self, axis: str) -> int:
+        """Returns how long a logical axis of parameters is, "embed" or another."""
+        return getattr(self, _SIZES[axis])
+
     @property
     def num_params(self) -> int:
-        """Parameters, the tied output head counted once."""
+        """Parameters, the table of the output head counted once where it is that of tokens."""
         embed, mlp = self.embed_dim, self.mlp_dim
-        attention = 4 * embed * embed + embed
+        attention = 4 * embed * embed + (4 if self.qkv_bias else 1) * embed
         layer = attention + 2 * embed * mlp + mlp + embed + 4 * embed
-        return (self.vocab_size + self.max_length) * embed + self.num_layers * layer + 2 * embed
+        rows = (1 if self.tied_head else 2) * self.vocab_size + self.max_length
+        return rows * embed + self.num_layers * layer + 2 * embed
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the config.json that transformers' GPTNeoForCausalLM reads."""
+        """Returns the config.json that transformers' GPTNeoForCausalLM or GPT2LMHeadModel reads."""
+        eos = self.eos_token_id if self.eos_token_id >= 0 else None
+        fields: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in self._hf.items()}
+        fields |= {
+            "model_type": self.family,
+            "bos_token_id": eos,
+            "eos_token_id": eos,
+            "initializer_range": 0.02,
+            "use_cache": True,
+        }
+        if self.family == "gpt2":
+            dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+            return {"architectures": ["GPT2LMHeadModel"], **fields, **dropout}
         units = self.num_layers // len(self.attention_types)
         return {
             "architectures": ["GPTNeoForCausalLM"],
-            "model_type": "gpt_neo",
-            "num_layers": self.num_layers,
-            "hidden_size": self.embed_dim,
-            "num_heads": self.num_heads,
-            "intermediate_size": self.mlp_dim,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.max_length,
-            "window_size": self.window_size,
+            **fields,
             "attention_types": [[list(self.attention_types), units]],
             "attention_layers": list(self.layer_types),
-            "activation_function": self.activation,
-            "layer_norm_epsilon": self.norm_epsilon,
-            "bos_token_id": self.eos_token_id if self.eos_token_id >= 0 else None,
-            "eos_token_id": self.eos_token_id if self.eos_token_id >= 0 else None,
             "attention_dropout": 0.0,
             "embed_dropout": 0.0,
             "resid_dropout": 0.0,
-            "initializer_range": 0.02,
-            "tie_word_embeddings": True,
-            "use_cache": True,
         }
+
+    @property
+    def _hf(self) -> dict[str, str]:
+        return _HF_FIELDS[self.family]
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Reads the fields of a GPT-Neo config.json; `source` names it in errors.
+        """Reads the fields of a config.json of GPT-Neo or GPT-2; `source` names it in errors.
 
         Raises:
           NeoError: another architecture, a missing or unknown field, or a bad value.
         """
         family = fields.get("model_type")
-        if family != "gpt_neo":
-            raise NeoError(f"{source}: model_type is {family!r}; this loads 'gpt_neo' checkpoints.")
-        known = {*_HF_FIELDS, "attention_types", "attention_layers"}
-        for name in fields:
-            if name not in known and name not in _HF_IGNORED and not name.startswith("_"):
-                raise NeoError(f"{source}: unknown field '{name}'.{suggest(name, known)}")
-        for name in ("num_layers", "hidden_size", "num_heads", "vocab_size"):
-            if name not in fields:
-                raise NeoError(f"{source}: field '{name}' is missing; is the file whole?")
-        if not fields.get("tie_word_embeddings", True):
+        if family not in ("gpt_neo", "gpt2"):
             raise NeoError(
-                f"{source}: tie_word_embeddings is false; GPT-Neo's output head is tied."
+                f"{source}: model_type is {family!r}; this loads 'gpt_neo' and 'gpt2' checkpoints."
             )
-        ours = {
-            ours: fields[theirs]
-            for theirs, ours in _HF_FIELDS.items()
-            if fields.get(theirs) is not None
+        table, ignored = _HF_FIELDS[family], _HF_IGNORED | _HF_STALE[family]
+        known = {*table, *(["attention_types", "attention_layers"] if family == "gpt_neo" else [])}
+        for name in fields:
+            if name not in known and name not in ignored and not name.startswith("_"):
+                raise NeoError(f"{source}: unknown field '{name}'.{suggest(name, known)}")
+        for name, ours in table.items():
+            if ours in _NEEDED and name not in fields:
+                raise NeoError(f"{source}: field '{name}' is missing; is the file whole?")
+        if fields.get("scale_attn_by_inverse_layer_idx"):
+            raise NeoError(
+                f"{source}: scale_attn_by_inverse_layer_idx is true, which is not supported; give "
+                "a GPT-2 without it."
+            )
+        values: dict[str, Any] = {"eos_token_id": -1}
+        if family == "gpt2":
+            values |= _GPT2
+        values |= {
+            ours: fields[theirs] for theirs, ours in table.items() if fields.get(theirs) is not None
         }
-        ours.setdefault("eos_token_id", -1)
         try:
-            ours["attention_types"] = _hf_layer_types(fields)
-            return cls(**ours)
+            if family == "gpt_neo":
+                values["attention_types"] = _hf_layer_types(fields)
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise NeoError(f"{source}: {error}") from error
 
@@ -163,6 +202,15 @@ def _set(config: ModelConfig, **values: Any) -> None:
 
 
 _LEAST = {"head_dim": 0, "mlp_dim": 0, "eos_token_id": -1}  # other whole numbers are positive
+_MOST_LAYERS = 10_000  # what is larger is damage, and would fill the memory with names
+_SIZES = {
+    "embed": "embed_dim",
+    "heads": "num_heads",
+    "head_dim": "head_dim",
+    "mlp": "mlp_dim",
+    "vocab": "vocab_size",
+    "positions": "max_length",
+}
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -180,9 +228,10 @@ def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:
 def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
     """Reads `attention_types` ([[unit, repeats], ...]), or else `attention_layers`."""
     if fields.get("attention_types"):
-        types = [
-            kind for unit, repeats in fields["attention_types"] for kind in list(unit) * repeats
-        ]
+        pairs = [(list(unit), repeats) for unit, repeats in fields["attention_types"]]
+        if any(not _is_whole(repeats, 0) or repeats > _MOST_LAYERS for _, repeats in pairs):
+            raise NeoError("attention_types repeat a unit a wrong number of times; correct it.")
+        types = [kind for unit, repeats in pairs for kind in unit * repeats]
     elif fields.get("attention_layers"):
         types = list(fields["attention_layers"])
     else:
@@ -195,17 +244,41 @@ def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
     return tuple(types)
 
 
+_NEEDED = ("num_layers", "embed_dim", "num_heads", "vocab_size")
 _HF_FIELDS = {
-    "num_layers": "num_layers",
-    "hidden_size": "embed_dim",
-    "num_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_length",
-    "window_size": "window_size",
-    "activation_function": "activation",
-    "layer_norm_epsilon": "norm_epsilon",
-    "eos_token_id": "eos_token_id",
+    "gpt_neo": {
+        "num_layers": "num_layers",
+        "hidden_size": "embed_dim",
+        "num_heads": "num_heads",
+        "intermediate_size": "mlp_dim",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_length",
+        "window_size": "window_size",
+        "activation_function": "activation",
+        "layer_norm_epsilon": "norm_epsilon",
+        "eos_token_id": "eos_token_id",
+        "tie_word_embeddings": "tied_head",
+    },
+    "gpt2": {
+        "n_layer": "num_layers",
+        "n_embd": "embed_dim",
+        "n_head": "num_heads",
+        "n_inner": "mlp_dim",
+        "vocab_size": "vocab_size",
+        "n_positions": "max_length",
+        "activation_function": "activation",
+        "layer_norm_epsilon": "norm_epsilon",
+        "eos_token_id": "eos_token_id",
+        "scale_attn_weights": "scale_attention",
+        "tie_word_embeddings": "tied_head",
+    },
+}
+_HF_STALE = {
+    "gpt_neo": frozenset(["attention_dropout", "embed_dropout", "resid_dropout"]),
+    "gpt2": frozenset(
+        """n_ctx attn_pdrop embd_pdrop resid_pdrop predict_special_tokens n_special
+        scale_attn_by_inverse_layer_idx reorder_and_upcast_attn""".split()
+    ),
 }
 
 # Fields of published config.json files that say nothing about the forward pass of a causal
@@ -213,9 +286,9 @@ _HF_FIELDS = {
 _HF_IGNORED = frozenset(
     """
     model_type architectures transformers_version torch_dtype dtype use_cache bos_token_id
-    pad_token_id sep_token_id cls_token_id decoder_start_token_id tie_word_embeddings
-    initializer_range attention_dropout embed_dropout resid_dropout classifier_dropout
-    gradient_checkpointing tokenizer_class task_specific_params id2label label2id num_labels
+    pad_token_id sep_token_id cls_token_id decoder_start_token_id initializer_range
+    classifier_dropout gradient_checkpointing tokenizer_class task_specific_params id2label
+    label2id num_labels
     summary_activation summary_first_dropout summary_proj_to_labels summary_type
     summary_use_proj output_attentions output_hidden_states return_dict is_encoder_decoder
     is_decoder add_cross_attention chunk_size_feed_forward problem_type prefix pruned_heads
@@ -229,17 +302,26 @@ _HF_IGNORED = frozenset(
     """.split()
 )
 
-_PRESETS: dict[str, dict[str, int]] = {
+_GPT2: dict[str, Any] = {
+    "attention_types": ("global",), "max_length": 1024, "qkv_bias": True,
+    "scale_attention": True,
+}  # fmt: skip
+_PRESETS: dict[str, dict[str, Any]] = {
     "gpt-neo-125m": {"num_layers": 12, "embed_dim": 768, "num_heads": 12},
     "gpt-neo-350m": {"num_layers": 24, "embed_dim": 1024, "num_heads": 16},
     "gpt-neo-1.3b": {"num_layers": 24, "embed_dim": 2048, "num_heads": 16},
     "gpt-neo-2.7b": {"num_layers": 32, "embed_dim": 2560, "num_heads": 20},
     "gpt-neo-6.7b": {"num_layers": 32, "embed_dim": 4096, "num_heads": 32},
     "gpt-neo-13b": {"num_layers": 40, "embed_dim": 5120, "num_heads": 40},
+    "distilgpt2": {"num_layers": 6, "embed_dim": 768, "num_heads": 12},
+    "gpt2": {"num_layers": 12, "embed_dim": 768, "num_heads": 12},
+    "gpt2-medium": {"num_layers": 24, "embed_dim": 1024, "num_heads": 16},
+    "gpt2-large": {"num_layers": 36, "embed_dim": 1280, "num_heads": 20},
+    "gpt2-xl": {"num_layers": 48, "embed_dim": 1600, "num_heads": 25},
 }
 
 PRESETS = tuple(_PRESETS)
-"""Names of the presets, the released sizes and the two larger ones the original configures."""
+"""Names of the presets: the released sizes, and two larger ones that GPT-Neo's original has."""
 
 
 def preset(name: str) -> ModelConfig:
@@ -250,7 +332,8 @@ def preset(name: str) -> ModelConfig:
     """
     if name not in _PRESETS:
         raise NeoError(f"no preset is called '{name}'.{suggest(name, _PRESETS)}")
-    return ModelConfig(**_PRESETS[name])  # type: ignore[arg-type]
+    family = _GPT2 if "gpt2" in name else {}
+    return ModelConfig(**_PRESETS[name], **family)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

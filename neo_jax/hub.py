@@ -12,6 +12,11 @@ PUBLISHED = {
     "gpt-neo-125m": "EleutherAI/gpt-neo-125m",
     "gpt-neo-1.3b": "EleutherAI/gpt-neo-1.3B",
     "gpt-neo-2.7b": "EleutherAI/gpt-neo-2.7B",
+    "distilgpt2": "distilbert/distilgpt2",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
 }
 """Short names of models, and theirs on the hub."""
 

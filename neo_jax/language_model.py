@@ -24,12 +24,12 @@ from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED, Draft
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
-from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.generation import Overflow, Prompt, Sample, fit, make_method, read_options, reseeded
 from neo_jax.int8 import Int8
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization, quantize_one
 from neo_jax.quantize import quantize as quantize_all
+from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -209,7 +209,7 @@ class LanguageModel:
 
         Args:
           texts: texts or ids.
-          stride: see `neo_jax.evaluation.scoring`; matters beyond the context only.
+          stride: see `neo_jax.scoring`; matters beyond the context only.
         """
         return list(self.scores(texts, stride))
 

@@ -1,4 +1,4 @@
-"""GPT-Neo: a pre-norm decoder whose layers alternate between global and local attention.
+"""GPT-Neo: a pre-norm decoder whose layers alternate between global and local attention; GPT-2.
 
 Pure functions of parameters and arrays: a cache goes in, a cache comes out. Facts of the forward
 pass follow transformers' `modeling_gpt_neo.py` and EleutherAI's Mesh-TensorFlow original.
@@ -6,6 +6,9 @@ pass follow transformers' `modeling_gpt_neo.py` and EleutherAI's Mesh-TensorFlow
     x = wte[tokens] + wpe[positions]
     x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))      for each layer
     logits = ln_f(x) wte^T
+
+GPT-2 (`modeling_gpt2.py`) differs by fields of the config: `qkv_bias`, `scale_attention`, and only
+global layers; where the head is not tied, by a table of its own in the place of wte.
 """
 
 from typing import NamedTuple
@@ -42,7 +45,7 @@ class Output(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without scaling; queries, keys and values without bias."""
+    """Multi-head attention, in GPT-Neo without scaling and without biases of q, k and v."""
 
     config: ModelConfig
     window: int | None
@@ -59,38 +62,21 @@ class Attention(nn.Module):
         starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Returns the attention's output and what it attended to."""
-        config = self.config
+        heads = (axes.HEADS, axes.HEAD_DIM)
+        scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
 
-        # Mesh-TensorFlow's initialisation keeps the unscaled logits near unit variance.
-        def project(name: str, stddev: float) -> Array:
-            kernel = Einsum(
-                (config.embed_dim, config.num_heads, config.head_dim),
-                (axes.EMBED, axes.HEADS, axes.HEAD_DIM),
-                normal(stddev),
-                dtype=self.dtype,
-                sharding=self.sharding,
-                name=name,
-            )
-            y = kernel("btd,dnh->btnh", x).swapaxes(1, 2).astype(self.dtype)
+        def project(name: str, scale: float = 1.0) -> Array:
+            linear = _linear(self, name, (axes.EMBED,), heads, bias=self.config.qkv_bias)
+            y = (linear("btd,dnh->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
             return constrain(self.sharding, y, QUERIES, name)
 
-        q = project("q_proj", (config.embed_dim * config.head_dim) ** -0.5)
-        k = project("k_proj", config.embed_dim**-0.5)
-        v = project("v_proj", config.embed_dim**-0.5)
+        q, k, v = project("q_proj", scale), project("k_proj"), project("v_proj")
         aligned = cache is None  # the sequence is its own cache
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
         mask = Mask(positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
-        out_proj = Einsum(
-            (config.num_heads, config.head_dim, config.embed_dim),
-            (axes.HEADS, axes.HEAD_DIM, axes.EMBED),
-            normal(config.embed_dim**-0.5),
-            bias_axes=(axes.EMBED,),
-            dtype=self.dtype,
-            sharding=self.sharding,
-            name="out_proj",
-        )
+        out_proj = _linear(self, "out_proj", heads, (axes.EMBED,))
         return out_proj("btnh,nhd->btd", y.swapaxes(1, 2)), cache
 
 
@@ -104,28 +90,45 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns c_proj(activation(c_fc(x)))."""
-        config = self.config
-        c_fc = Einsum(
-            (config.embed_dim, config.mlp_dim),
-            (axes.EMBED, axes.MLP),
-            normal(0.02),
-            bias_axes=(axes.MLP,),
-            dtype=self.dtype,
-            sharding=self.sharding,
-            name="c_fc",
-        )
-        c_proj = Einsum(
-            (config.mlp_dim, config.embed_dim),
-            (axes.MLP, axes.EMBED),
-            normal(0.02 * config.num_layers**-0.5),
-            bias_axes=(axes.EMBED,),
-            dtype=self.dtype,
-            sharding=self.sharding,
-            name="c_proj",
-        )
-        x = ACTIVATIONS[config.activation](c_fc("btd,df->btf", x))
+        c_fc = _linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
+        c_proj = _linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
+        x = ACTIVATIONS[self.config.activation](c_fc("btd,df->btf", x))
         x = constrain(self.sharding, x, MLP_HIDDEN, "c_fc's output")
         return c_proj("btf,fd->btd", x)
+
+
+def _linear(
+    module: Attention | MLP,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    *,
+    bias: bool = True,
+) -> Einsum:
+    """Returns the linear map between logical axes that has this name in a layer."""
+    shape = tuple(map(module.config.size, inputs + outputs))
+    return Einsum(
+        shape,
+        inputs + outputs,
+        normal(_stddev(module.config, name)),
+        bias_axes=outputs if bias else (),
+        dtype=module.dtype,
+        sharding=module.sharding,
+        name=name,
+    )
+
+
+def _stddev(config: ModelConfig, name: str) -> float:
+    """Returns the standard deviation with which a kernel is drawn."""
+    if config.scale_attention:  # Radford et al., "Language models are unsupervised ...", 2.3
+        ends_branch = name in ("out_proj", "c_proj")
+        return 0.02 * (2 * config.num_layers) ** -0.5 if ends_branch else 0.02
+    # Mesh-TensorFlow's keeps the unscaled logits near unit variance.
+    return {
+        "q_proj": (config.embed_dim * config.head_dim) ** -0.5,
+        "c_fc": 0.02,
+        "c_proj": 0.02 * config.num_layers**-0.5,
+    }.get(name, config.embed_dim**-0.5)
 
 
 class Block(nn.Module):
@@ -186,14 +189,10 @@ class Neo(nn.Module):
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
         config, dtype, sharding = self.config, self.dtype, self.sharding
-        self.wte = Embed(
-            config.padded_vocab_size,
-            config.embed_dim,
-            axes.VOCAB,
-            zeros_beyond(config.vocab_size, normal(0.02)),
-            dtype,
-            sharding,
-        )
+        init = zeros_beyond(config.vocab_size, normal(0.02))
+        vocab = (config.padded_vocab_size, config.embed_dim, axes.VOCAB, init, dtype, sharding)
+        self.wte = Embed(*vocab)
+        self.lm_head = self.wte if config.tied_head else Embed(*vocab)
         self.wpe = Embed(
             config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), dtype, sharding
         )
@@ -234,7 +233,7 @@ class Neo(nn.Module):
 
         Logits of the padding are -inf: no draw, maximum or sum ever notices them.
         """
-        logits = self.wte.attend(x)
+        logits = self.lm_head.attend(x)
         logits = constrain(self.sharding, logits, LOGITS, "logits")
         if logits.shape[-1] == self.config.vocab_size:
             return logits
@@ -295,4 +294,5 @@ def logical_axes(model: Neo) -> Params:
 
 def _init(model: Neo, key: Array) -> Params:
     # A single token does not lie on a mesh; where parameters lie is for the caller to say.
-    return model.clone(sharding=None).init(key, jnp.zeros((1, 1), jnp.int32), method=Neo.encode)
+    method = Neo.encode if model.config.tied_head else Neo.__call__
+    return model.clone(sharding=None).init(key, jnp.zeros((1, 1), jnp.int32), method=method)

@@ -1,14 +1,16 @@
 """The name table: what every parameter is called here and in other formats, and how it lies there.
 
-One row a tensor. Kernels differ in layout, not only in name: ours keep heads and head_dim apart
-and put the axes that a product sums over first, so that an einsum equation reads off the shape;
-Hugging Face stores the matrix [outputs, inputs] of `torch.nn.Linear`. Both ways between them are
-views, never copies. The embedding of tokens has rows of zeros beyond the vocabulary here only.
+One row a tensor, one column a format. Kernels differ in layout, not only in name: ours keep heads
+and head_dim apart and put the axes that a product sums over first, so that an einsum equation reads
+off the shape. Others store matrices: [outputs, inputs] where `torch.nn.Linear` made them, and in
+Flax's GPT-2, else [inputs, outputs]; and GPT-2 has q, k and v in one. Both ways between them are
+views, never copies. The tables of tokens have rows of zeros beyond the vocabulary here only.
 """
 
 import dataclasses
+import functools
 import math
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -16,9 +18,28 @@ from neo_jax.axes import EMBED, HEAD_DIM, HEADS, MLP, POSITIONS, VOCAB, Array
 from neo_jax.config import ModelConfig
 
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
+Format = Literal["hf", "flax", "mesh_tf"]
+"""Hugging Face's checkpoints for PyTorch, those for Flax, and EleutherAI/gpt-neo's."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where a format keeps a parameter: in a tensor of its own, or in a part of one."""
+
+    name: str
+    shape: tuple[int, ...]  # of the part
+    order: tuple[int, ...]  # of our axes; it joins some
+    part: int = 0
+    parts: int = 1
+    axis: int = 0  # along which the parts follow each other
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the tensor with all its parts."""
+        return tuple(n * self.parts if i == self.axis else n for i, n in enumerate(self.shape))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """One parameter: its place in the canonical tree, and its name and layout elsewhere."""
 
@@ -27,86 +48,133 @@ class Tensor:
     shape: tuple[int, ...]  # as the canonical tree holds it
     stored_shape: tuple[int, ...]  # the same without the padding of the vocabulary
     num_inputs: int  # leading axes that a product sums over; 0 for what is no kernel
-    hf_name: str
+    places: dict[Format, Place]  # GPT-2 has none in Mesh-TensorFlow
 
     @property
-    def hf_shape(self) -> tuple[int, ...]:
-        """The shape under `hf_name`: [outputs, inputs] for kernels, ours for all others."""
-        if not self.num_inputs:
-            return self.stored_shape
-        inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
-        return (math.prod(outputs), math.prod(inputs))
+    def hf_name(self) -> str:
+        """The name in a checkpoint of Hugging Face's for PyTorch."""
+        return self.places["hf"].name
 
-    def to_hf(self, array: AnyArray) -> AnyArray:
-        """Returns `array`, of `shape`, as a view of `hf_shape`."""
-        trimmed = array[: self.stored_shape[0]]
-        return trimmed.transpose(self._outputs_first).reshape(self.hf_shape)
+    def to(self, form: Format, array: AnyArray) -> AnyArray:
+        """Returns `array`, of `shape`, as a view that lies as the format has it: a part of what."""
+        place = self.places[form]
+        return array[: self.stored_shape[0]].transpose(place.order).reshape(place.shape)
 
-    def from_hf(self, array: AnyArray) -> AnyArray:
-        """Returns `array`, of `hf_shape`, as a view of `stored_shape`."""
-        order = self._outputs_first
-        back = tuple(order.index(axis) for axis in range(len(order)))
-        return array.reshape([self.stored_shape[axis] for axis in order]).transpose(back)
-
-    @property
-    def _outputs_first(self) -> tuple[int, ...]:
-        axes = tuple(range(len(self.shape)))
-        return axes[self.num_inputs :] + axes[: self.num_inputs]
+    def of(self, form: Format, array: AnyArray) -> AnyArray:
+        """Returns what a tensor of the format holds of this one, as a view of `stored_shape`."""
+        place = self.places[form]
+        start, size = place.part * place.shape[place.axis], place.shape[place.axis]
+        array = array[(slice(None),) * place.axis + (slice(start, start + size),)]
+        back = tuple(place.order.index(axis) for axis in range(len(place.order)))
+        return array.reshape([self.stored_shape[axis] for axis in place.order]).transpose(back)
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
-    """Returns the row of every parameter, from the embeddings to the last norm."""
+@functools.lru_cache(maxsize=8)
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Returns the row of every parameter, from the embeddings to the last norm and the head.
+
+    Parts of one tensor follow each other in their order.
+    """
     rows = [_row(config, *entry) for entry in _EMBEDDINGS]
     for i in range(config.num_layers):
-        rows += [
-            _row(config, f"h_{i}/{ours}", f"h.{i}.{theirs}", *layout)
-            for ours, theirs, *layout in _LAYER
-        ]
-    return rows + [_row(config, *entry) for entry in _FINAL_NORM]
+        for path, axes, inputs, *names in _LAYER:
+            if config.qkv_bias or path not in _QKV_BIASES:
+                rows.append(_row(config, f"h_{i}/{path}", axes, inputs, *names, layer=i))
+    rows += [_row(config, *entry) for entry in _FINAL_NORM]
+    return tuple(rows if config.tied_head else [*rows, _row(config, *_HEAD)])
 
 
-def _row(config: ModelConfig, path: str, hf_name: str, axes: tuple, num_inputs: int = 0) -> Tensor:
-    stored = tuple(getattr(config, _SIZES[axis]) for axis in axes)
+def _row(
+    config: ModelConfig,
+    path: str,
+    axes: tuple[str, ...],
+    num_inputs: int,
+    gpt_neo: str,
+    gpt2: str | tuple[str, int],
+    mesh_tf: str,
+    *,
+    layer: int | None = None,
+) -> Tensor:
+    stored = tuple(map(config.size, axes))
     shape = tuple(
         config.padded_vocab_size if axis == VOCAB else size
         for axis, size in zip(axes, stored, strict=True)
     )
-    return Tensor(tuple(path.split("/")), axes, shape, stored, num_inputs, f"transformer.{hf_name}")
+    is_gpt2 = config.family == "gpt2"
+    hf, part = (gpt2 if isinstance(gpt2, tuple) else (gpt2, None)) if is_gpt2 else (gpt_neo, None)
+    if layer is not None:
+        hf, mesh_tf = f"h.{layer}.{hf}", f"h{layer}/{mesh_tf}"
+    hf = f"transformer.{hf}" if path != _HEAD[0] else hf
+    table = path.endswith("embedding")
+
+    def place(name: str, transposed: bool) -> Place:
+        inputs = 1 if table else num_inputs
+        order = tuple(range(len(axes)))
+        sizes: tuple[int, ...] = (math.prod(stored[inputs:]),)
+        if inputs:
+            sizes = (math.prod(stored[:inputs]), *sizes)
+            if transposed:
+                order, sizes = order[inputs:] + order[:inputs], sizes[::-1]
+        if part is None:
+            return Place(name, sizes, order)
+        return Place(name, sizes, order, part, 3, 0 if transposed else len(sizes) - 1)
+
+    places: dict[Format, Place] = {
+        "hf": place(hf, transposed=not is_gpt2 and not table),
+        "flax": place(_flax(hf, path), transposed=(is_gpt2 and not table) or path == _HEAD[0]),
+    }
+    if mesh_tf and not is_gpt2:
+        places["mesh_tf"] = place(f"gpt2/{mesh_tf}", transposed=False)
+    return Tensor(tuple(path.split("/")), axes, shape, stored, num_inputs, places)
 
 
-_SIZES = {
-    EMBED: "embed_dim",
-    HEADS: "num_heads",
-    HEAD_DIM: "head_dim",
-    MLP: "mlp_dim",
-    VOCAB: "vocab_size",
-    POSITIONS: "max_length",
-}
+def _flax(hf: str, path: str) -> str:
+    """Returns the name in a checkpoint for Flax: it calls matrices and scales as we do."""
+    *modules, last = hf.split(".")
+    if last == "weight":
+        last = "kernel" if path == _HEAD[0] else path.rpartition("/")[2]
+    return "/".join((*modules, last))
 
-# Our path, Hugging Face's name, logical axes, and for kernels how many of these are inputs.
-_EMBEDDINGS = (
-    ("wte/embedding", "wte.weight", (VOCAB, EMBED)),
-    ("wpe/embedding", "wpe.weight", (POSITIONS, EMBED)),
+
+# Our path, logical axes, for kernels how many of these are inputs; the names in Hugging Face's
+# GPT-Neo and GPT-2, there with the number of the part where q, k and v are one; in Mesh-TensorFlow.
+_EMBEDDINGS: tuple[Any, ...] = (
+    ("wte/embedding", (VOCAB, EMBED), 0, "wte.weight", "wte.weight", "wte"),
+    ("wpe/embedding", (POSITIONS, EMBED), 0, "wpe.weight", "wpe.weight", "wpe"),
 )
-_LAYER = (
-    ("ln_1/scale", "ln_1.weight", (EMBED,)),
-    ("ln_1/bias", "ln_1.bias", (EMBED,)),
-    ("attn/q_proj/kernel", "attn.attention.q_proj.weight", (EMBED, HEADS, HEAD_DIM), 1),
-    ("attn/k_proj/kernel", "attn.attention.k_proj.weight", (EMBED, HEADS, HEAD_DIM), 1),
-    ("attn/v_proj/kernel", "attn.attention.v_proj.weight", (EMBED, HEADS, HEAD_DIM), 1),
-    ("attn/out_proj/kernel", "attn.attention.out_proj.weight", (HEADS, HEAD_DIM, EMBED), 2),
-    ("attn/out_proj/bias", "attn.attention.out_proj.bias", (EMBED,)),
-    ("ln_2/scale", "ln_2.weight", (EMBED,)),
-    ("ln_2/bias", "ln_2.bias", (EMBED,)),
-    ("mlp/c_fc/kernel", "mlp.c_fc.weight", (EMBED, MLP), 1),
-    ("mlp/c_fc/bias", "mlp.c_fc.bias", (MLP,)),
-    ("mlp/c_proj/kernel", "mlp.c_proj.weight", (MLP, EMBED), 1),
-    ("mlp/c_proj/bias", "mlp.c_proj.bias", (EMBED,)),
+_SPLIT = (EMBED, HEADS, HEAD_DIM)
+_LAYER: tuple[Any, ...] = (
+    ("ln_1/scale", (EMBED,), 0, "ln_1.weight", "ln_1.weight", "norm_1/g"),
+    ("ln_1/bias", (EMBED,), 0, "ln_1.bias", "ln_1.bias", "norm_1/b"),
+    ("attn/q_proj/kernel", _SPLIT, 1, "attn.attention.q_proj.weight", ("attn.c_attn.weight", 0),
+     "attn/q"),
+    ("attn/k_proj/kernel", _SPLIT, 1, "attn.attention.k_proj.weight", ("attn.c_attn.weight", 1),
+     "attn/k"),
+    ("attn/v_proj/kernel", _SPLIT, 1, "attn.attention.v_proj.weight", ("attn.c_attn.weight", 2),
+     "attn/v"),
+    ("attn/q_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 0), ""),
+    ("attn/k_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 1), ""),
+    ("attn/v_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 2), ""),
+    ("attn/out_proj/kernel", (HEADS, HEAD_DIM, EMBED), 2, "attn.attention.out_proj.weight",
+     "attn.c_proj.weight", "attn/o"),
+    ("attn/out_proj/bias", (EMBED,), 0, "attn.attention.out_proj.bias", "attn.c_proj.bias",
+     "attn/compute_output_bias/o_b"),
+    ("ln_2/scale", (EMBED,), 0, "ln_2.weight", "ln_2.weight", "norm_2/g"),
+    ("ln_2/bias", (EMBED,), 0, "ln_2.bias", "ln_2.bias", "norm_2/b"),
+    ("mlp/c_fc/kernel", (EMBED, MLP), 1, "mlp.c_fc.weight", "mlp.c_fc.weight",
+     "mlp/conv1d_main/c_fc/kernel"),
+    ("mlp/c_fc/bias", (MLP,), 0, "mlp.c_fc.bias", "mlp.c_fc.bias", "mlp/conv1d_main/c_fc/bias"),
+    ("mlp/c_proj/kernel", (MLP, EMBED), 1, "mlp.c_proj.weight", "mlp.c_proj.weight",
+     "mlp/conv1d_main/c_proj/kernel"),
+    ("mlp/c_proj/bias", (EMBED,), 0, "mlp.c_proj.bias", "mlp.c_proj.bias",
+     "mlp/conv1d_main/c_proj/bias"),
+)  # fmt: skip
+_QKV_BIASES = ("attn/q_proj/bias", "attn/k_proj/bias", "attn/v_proj/bias")
+_FINAL_NORM: tuple[Any, ...] = (
+    ("ln_f/scale", (EMBED,), 0, "ln_f.weight", "ln_f.weight", "ln_f/g"),
+    ("ln_f/bias", (EMBED,), 0, "ln_f.bias", "ln_f.bias", "ln_f/b"),
 )
-KERNELS = tuple(path.split("/")[-2] for path, _, _, *inputs in _LAYER if inputs)
+_HEAD: Any = ("lm_head/embedding", (VOCAB, EMBED), 0, "lm_head.weight", "lm_head.weight", "")
+
+KERNELS = tuple(path.split("/")[-2] for path, _, inputs, *_ in _LAYER if inputs)
 """The names of the linear maps of a layer."""
-
-_FINAL_NORM = (
-    ("ln_f/scale", "ln_f.weight", (EMBED,)),
-    ("ln_f/bias", "ln_f.bias", (EMBED,)),
-)

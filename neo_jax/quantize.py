@@ -59,6 +59,22 @@ def quantize(
     return unflatten_dict(leaves)
 
 
+def quantized_shapes(config: ModelConfig, dtype: DTypeLike, sharding: Sharding) -> Params:
+    """Returns the shapes and places of what `quantize` gives, for a strategy."""
+    leaves = {}
+    for tensor in tensors(config):
+        whole = jax.ShapeDtypeStruct(tensor.shape, dtype)
+        parts = jax.eval_shape(functools.partial(quantize_one, tensor, dtype=dtype), whole)
+        axes = outputs_first(tensor.axes, tensor.num_inputs)
+
+        def put(part: jax.ShapeDtypeStruct, axes: tuple[str, ...] = axes) -> jax.ShapeDtypeStruct:
+            place = sharding.named(axes[: part.ndim], part.shape, "an int8 weight")
+            return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place)
+
+        leaves[tensor.path] = jax.tree.map(put, parts)
+    return unflatten_dict(leaves)
+
+
 def dequantize(config: ModelConfig, params: Params) -> Params:
     """Returns parameters with a float32 array in the place of each `Int8`."""
     leaves = flatten_dict(params)

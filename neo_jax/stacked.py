@@ -37,7 +37,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
         f"h_{i}": jax.tree.map(lambda leaf, n=i // unit: leaf[n], params[f"unit_{i % unit}"])
         for i in range(config.num_layers)
     }
-    return {name: params[name] for name in ("wte", "wpe", "ln_f")} | layers
+    return _outside(params) | layers
 
 
 def stacked_axes(model: Neo) -> Params:
@@ -61,11 +61,16 @@ def abstract_params(model: Neo, dtype: DTypeLike = jnp.float32) -> Params:
 
 def _stack(tree: Params, config: ModelConfig, join: Callable[..., Any]) -> Params:
     unit = len(config.attention_types)
-    stacked = {name: tree[name] for name in ("wte", "wpe", "ln_f")}
+    stacked = _outside(tree)
     for position in range(unit):
         layers = [tree[f"h_{i}"] for i in range(position, config.num_layers, unit)]
         stacked[f"unit_{position}"] = jax.tree.map(join, *layers, is_leaf=_is_axes)
     return stacked
+
+
+def _outside(tree: Params) -> Params:
+    """Returns what belongs to no layer."""
+    return {name: tree[name] for name in ("wte", "wpe", "ln_f", "lm_head") if name in tree}
 
 
 def _is_axes(node: Any) -> bool:

@@ -156,7 +156,7 @@ def copy(theirs, tmp_path):
         ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow is 1"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; this loads 'LORA'"),
         ({"r": 0}, "r 0 and lora_alpha 5 are no rank and no number"),
-        ({"r": 8}, "lora_A.weight is F32 [3, 32], not of floats [8, 32]; is the adapter for"),
+        ({"r": 8}, "lora_A.weight is float32 [3, 32], not of floats [8, 32]; is the adapter for"),
         ({"base_model_name_or_path": None}, "names no model in base_model_name_or_path"),
         ({"base_model_name_or_path": "no/such/folder"}, "base_model_name_or_path in "),
     ],

@@ -15,7 +15,10 @@ LAYERS = [
     ["axes", "errors"],
     ["paths"],
     ["chips", "config", "distributed", "memory"],
-    ["names", "weights", "hub", "data"],
+    ["names", "mesh_tf", "hub", "data"],
+    ["weights"],
+    ["transfer"],
+    ["saving"],
     ["pretrained"],
     ["torus"],
     ["sharding"],
@@ -30,14 +33,15 @@ LAYERS = [
     ["adapters"],
     ["decode"],
     ["generation"],
-    ["training", "evaluation"],
+    ["training", "scoring"],
     ["language_model"],
-    ["plan"],
+    ["evaluation", "plan"],
     ["benchmark"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "pretrained"}
+FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "transfer", "saving", "mesh_tf",
+                        "pretrained"}  # fmt: skip
 MATHEMATICS = {
     "torus",
     "sharding",

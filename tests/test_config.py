@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPTNeoConfig
+from transformers import GPT2Config, GPTNeoConfig
 
 from neo_jax.config import PRESETS, ModelConfig, preset, read_json
 from neo_jax.errors import NeoError
@@ -43,6 +43,31 @@ PUBLISHED = {
     "vocab_size": 50257,
     "window_size": 256,
 }
+# What the hub holds for gpt2.
+PUBLISHED_GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
 UNITS = (
     ("global",),
     ("local",),
@@ -55,7 +80,8 @@ UNITS = (
 
 @st.composite
 def configs(draw):
-    unit = draw(st.sampled_from(UNITS))
+    is_gpt2 = draw(st.booleans())
+    unit = ("global",) if is_gpt2 else draw(st.sampled_from(UNITS))
     heads, head_dim = draw(st.integers(1, 8)), draw(st.integers(1, 64))
     return ModelConfig(
         num_layers=len(unit) * draw(st.integers(1, 5)),
@@ -64,11 +90,14 @@ def configs(draw):
         mlp_dim=draw(st.integers(0, 300)),
         vocab_size=draw(st.integers(1, 60000)),
         max_length=draw(st.integers(1, 4096)),
-        window_size=draw(st.integers(1, 512)),
+        window_size=256 if is_gpt2 else draw(st.integers(1, 512)),
         attention_types=unit,
         activation=draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
         norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 0.25])),
         eos_token_id=draw(st.integers(-1, 60000)),
+        qkv_bias=is_gpt2,
+        scale_attention=is_gpt2 and draw(st.booleans()),
+        tied_head=draw(st.booleans()),
     )
 
 
@@ -81,19 +110,25 @@ def configs(draw):
         ("gpt-neo-2.7b", 2_651_307_520),
         ("gpt-neo-6.7b", 6_658_011_136),
         ("gpt-neo-13b", 12_852_771_840),
+        ("distilgpt2", 81_912_576),
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
     ],
 )
 def test_presets_have_the_published_sizes(name, num_params):
     config = preset(name)
     assert name in PRESETS
     assert config.num_params == num_params
-    assert (config.vocab_size, config.max_length, config.window_size) == (50257, 2048, 256)
-    assert config.layer_types[:2] == ("global", "local")
+    length, types = (1024, "gg") if "gpt2" in name else (2048, "gl")
+    assert (config.vocab_size, config.max_length, config.window_size) == (50257, length, 256)
+    assert "".join(kind[0] for kind in config.layer_types[:2]) == types
     assert config.mlp_dim == 4 * config.embed_dim
 
 
 def test_every_preset_is_counted_above():
-    assert len(PRESETS) == 6
+    assert len(PRESETS) == 11
 
 
 def test_an_unknown_preset_suggests_the_nearest():
@@ -126,13 +161,45 @@ def test_round_trip(config):
 @given(configs())
 @settings(max_examples=20, deadline=None)
 def test_transformers_reads_the_same_shape(config):
-    theirs = GPTNeoConfig.from_dict(config.to_hf())
-    assert tuple(theirs.attention_layers) == config.layer_types
+    if config.family == "gpt2":
+        theirs = GPT2Config.from_dict(config.to_hf())
+        assert theirs.num_hidden_layers == config.num_layers
+    else:
+        theirs = GPTNeoConfig.from_dict(config.to_hf())
+        assert tuple(theirs.attention_layers) == config.layer_types
     assert ModelConfig.from_hf(theirs.to_dict()) == config
 
 
 def test_a_published_file_is_the_preset():
     assert ModelConfig.from_hf(PUBLISHED) == preset("gpt-neo-1.3b")
+    assert ModelConfig.from_hf(PUBLISHED_GPT2) == preset("gpt2")
+
+
+def test_what_gpt2_may_leave_out_and_what_it_may_say():
+    fields = {"model_type": "gpt2", "n_layer": 6, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
+    config = ModelConfig.from_hf(fields | {"eos_token_id": 50256})
+    assert config == preset("distilgpt2")
+    other = fields | {"n_inner": 100, "scale_attn_weights": False, "tie_word_embeddings": False}
+    config = ModelConfig.from_hf(other)
+    assert (config.mlp_dim, config.scale_attention, config.tied_head) == (100, False, False)
+    assert (config.family, config.eos_token_id) == ("gpt2", -1)
+    for change, message in (
+        ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is true, which is not"),
+        ({"tie_word_embeddings": "no"}, "tied_head must be true or false, not 'no'"),
+        ({"n_head": 7}, "num_heads 7 x head_dim 109 is not embed_dim 768"),
+        ({"window_size": 3}, "unknown field 'window_size'"),
+    ):
+        with pytest.raises(NeoError, match=message):
+            ModelConfig.from_hf(fields | change)
+    with pytest.raises(NeoError, match="'n_embd' is missing"):
+        ModelConfig.from_hf({name: v for name, v in fields.items() if name != "n_embd"})
+
+
+def test_what_no_checkpoint_could_hold():
+    with pytest.raises(NeoError, match="whose layers are all global"):
+        ModelConfig(qkv_bias=True)
+    with pytest.raises(NeoError, match="scale_attention is for GPT-2"):
+        ModelConfig(scale_attention=True)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +229,12 @@ def test_a_vocabulary_without_an_end_of_text(fields):
     [
         ({"hiden_size": 3}, r"F: unknown field 'hiden_size'\. Did you mean 'hidden_size'\?"),
         ({"rotary": True}, "F: unknown field 'rotary'. Known are: .*window_size"),
-        ({"model_type": "gpt2"}, "F: model_type is 'gpt2'; this loads 'gpt_neo'"),
-        ({"tie_word_embeddings": False}, "F: tie_word_embeddings is false"),
+        ({"model_type": "gptj"}, "F: model_type is 'gptj'; this loads 'gpt_neo' and 'gpt2'"),
+        ({"model_type": "gpt2"}, "F: unknown field"),
+        ({"tie_word_embeddings": 1}, "F: tied_head must be true or false, not 1"),
+        ({"num_layers": 10**12}, "F: attention_types are for 24 layers"),
+        ({"num_layers": 10**12, "attention_types": None, "attention_layers": None}, "F: .* more"),
+        ({"attention_types": [[["global"], 10**12]]}, "F: attention_types repeat a unit"),
         ({"num_heads": 15}, "F: num_heads 15 x head_dim 136 is not embed_dim 2048: choose"),
         ({"num_layers": 23}, "F: attention_types are for 24 layers, num_layers is 23"),
         (

@@ -16,7 +16,7 @@ from neo_jax import language_model
 from neo_jax.data.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.errors import NeoError
-from neo_jax.evaluation.scoring import token_logprobs
+from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import make_sharding
 
 PROMPTS = ["The quick brown", "Call me", "naïve café in 日"]

@@ -1,4 +1,4 @@
-"""neo_jax/model.py against transformers: GPTNeoForCausalLM with eager attention.
+"""neo_jax/model.py against transformers: GPT-Neo and GPT-2 with eager attention.
 
 The yardstick is the reference's own noise, its float32 against its float64 result.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from neo_jax import attention
@@ -51,6 +51,30 @@ CONFIGS = {
         attention_types=("local",),
         activation="relu",
     ),
+    "gpt2": ModelConfig(
+        num_layers=2,
+        embed_dim=96,
+        num_heads=4,  # heads of 24: the scale is no power of two
+        vocab_size=97,
+        max_length=64,
+        window_size=8,  # of no layer
+        attention_types=("global",),
+        qkv_bias=True,
+        scale_attention=True,
+    ),
+    "gpt2-untied": ModelConfig(
+        num_layers=3,
+        embed_dim=64,
+        num_heads=2,
+        mlp_dim=100,
+        vocab_size=96,
+        max_length=32,
+        window_size=5,
+        attention_types=("global",),
+        qkv_bias=True,
+        activation="gelu",
+        tied_head=False,
+    ),
 }
 
 
@@ -64,19 +88,28 @@ class _Float64:
 
 
 def reference(config, params):
-    """GPTNeoForCausalLM with our parameters."""
+    """The model of transformers with our parameters."""
     fields = config.to_hf() | {"bos_token_id": 0, "eos_token_id": 0}
-    del fields["attention_layers"], fields["architectures"]
-    model = GPTNeoForCausalLM._from_config(GPTNeoConfig(**fields), attn_implementation="eager")
-    leaves = flatten_dict(params)
-    state = {
-        row.hf_name: torch.tensor(np.array(row.to_hf(np.asarray(leaves[row.path]))))
-        for row in tensors(config)
-    }
+    for derived in {"attention_layers", "architectures"} & fields.keys():
+        del fields[derived]
+    kind, theirs = GPTNeoForCausalLM, GPTNeoConfig
+    if config.family == "gpt2":
+        kind, theirs = GPT2LMHeadModel, GPT2Config
+    model = kind._from_config(theirs(**fields), attn_implementation="eager")
+    state = hf_state(config, params)
     loaded = model.load_state_dict(state, strict=False)
     assert not loaded.unexpected_keys
     assert set(loaded.missing_keys) <= {"lm_head.weight"}
     return model.eval()
+
+
+def hf_state(config, params):
+    """Our parameters as tensors of transformers by their names."""
+    leaves, parts = flatten_dict(params), {}
+    for row in tensors(config):
+        array = torch.tensor(np.array(row.to("hf", np.asarray(leaves[row.path]))))
+        parts.setdefault(row.hf_name, (row.places["hf"].axis, []))[1].append(array)
+    return {name: torch.cat(arrays, dim=axis) for name, (axis, arrays) in parts.items()}
 
 
 def forward(model, dtype, tokens, **options):
@@ -111,10 +144,10 @@ def case(name):
     config = CONFIGS[name]
     params = jax.jit(functools.partial(init_params, Neo(config)))(jax.random.key(1))
     rng = np.random.default_rng(2)
-    leaves = {
-        path: leaf + (0.1 * rng.normal(size=leaf.shape).astype(np.float32) if leaf.ndim == 1 else 0)
-        for path, leaf in flatten_dict(params).items()
-    }
+    leaves = flatten_dict(params)
+    for path, leaf in leaves.items():
+        if path[-1] in ("scale", "bias"):
+            leaves[path] = leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
     params = unflatten_dict(leaves)
     return config, params, reference(config, params)
 
@@ -140,9 +173,11 @@ def test_logits_and_hidden_states_equal_transformers(name):
             assert_parity(apply(Neo(config, kernel=kernel), params, tokens), single, exact)
 
 
-@pytest.mark.parametrize("kernel", ANYWHERE)
-def test_left_padding_equals_transformers(kernel):
-    config, params, theirs = case("global-local")
+@pytest.mark.parametrize(
+    ("name", "kernel"), [*(("global-local", kernel) for kernel in ANYWHERE), ("gpt2", "auto")]
+)
+def test_left_padding_equals_transformers(name, kernel):
+    config, params, theirs = case(name)
     length, lengths = 29, [29, 3, 17, 8]
     rng = np.random.default_rng(0)
     mask = np.arange(length) >= length - np.array(lengths)[:, None]
@@ -159,10 +194,11 @@ def test_left_padding_equals_transformers(kernel):
     assert all(np.isfinite(x).all() for x in ours)
 
 
-def test_a_saved_model_loads_in_transformers(tmp_path):
-    config, params, theirs = case("global-global-local")
+@pytest.mark.parametrize("name", ["global-global-local", "gpt2", "gpt2-untied"])
+def test_a_saved_model_loads_in_transformers(tmp_path, name):
+    config, params, theirs = case(name)
     save_pretrained(tmp_path, config, params)
-    loaded, info = GPTNeoForCausalLM.from_pretrained(
+    loaded, info = type(theirs).from_pretrained(
         tmp_path, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"]
@@ -176,9 +212,10 @@ def test_a_saved_model_loads_in_transformers(tmp_path):
     assert_parity(apply(Neo(config), params, tokens), saved, exact)
 
 
-def test_the_loss_gradient_equals_transformers():
+@pytest.mark.parametrize("name", ["global-local", "gpt2-untied"])
+def test_the_loss_gradient_equals_transformers(name):
     """Every parameter's gradient of the mean loss, to the parity bar."""
-    config, params, theirs = case("global-local")
+    config, params, theirs = case(name)
     tokens = np.random.default_rng(5).integers(0, config.vocab_size, (2, 19))
 
     def loss(params, tokens):
@@ -198,6 +235,5 @@ def test_the_loss_gradient_equals_transformers():
         return {name: p.grad.double().numpy() for name, p in model.named_parameters()}
 
     single, exact = gradients(torch.float32), gradients(torch.float64)
-    for row in tensors(config):
-        mine = np.asarray(row.to_hf(np.asarray(ours[row.path])))
-        assert_parity([mine], [single[row.hf_name]], [exact[row.hf_name]])
+    for key, mine in hf_state(config, unflatten_dict(ours)).items():
+        assert_parity([mine.numpy()], [single[key]], [exact[key]])

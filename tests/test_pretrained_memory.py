@@ -43,10 +43,10 @@ def test_peak_of_loading_float32_as_bfloat16_onto_eight_devices(tmp_path):
     header, end = {}, 0
     for tensor in tensors(config):
         size = 4
-        for length in tensor.hf_shape:
+        for length in tensor.places["hf"].shape:
             size *= length
         header[tensor.hf_name] = {
-            "dtype": "F32", "shape": tensor.hf_shape, "data_offsets": (end, end + size)
+            "dtype": "F32", "shape": tensor.places["hf"].shape, "data_offsets": (end, end + size)
         }  # fmt: skip
         end += size
     text = json.dumps(header).encode()

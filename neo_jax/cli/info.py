@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from tyro.conf import Positional
 
 from neo_jax import hub, pretrained
+from neo_jax.cache import sequence_bytes
 from neo_jax.cli import parse
 from neo_jax.cli.options import print_json, print_table
 from neo_jax.cli.placement import describe, lines
@@ -57,31 +59,33 @@ def _sharding(mesh: str, rules: str) -> Sharding | None:
 
 
 def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, Any]:
-    window = config.window_size
     local = sum(kind == "local" for kind in config.layer_types)
-    values = 2 * config.embed_dim  # a key and a value
     fields: dict[str, Any] = {
         "model": str(folder or name),
-        "family": "gpt_neo",
+        "family": config.family,
         "parameters": config.num_params,
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
         "global_layers": config.num_layers - local,
         "local_layers": local,
-        # What the cache of one sequence grows by with a token: below the window all layers grow.
-        "cache_bytes_per_token_bfloat16": 2 * values * config.num_layers,
-        "cache_bytes_per_token_bfloat16_beyond_window": 2 * values * (config.num_layers - local),
-        "cache_bytes_bfloat16": 2
-        * values
-        * (
-            (config.num_layers - local) * config.max_length + local * min(window, config.max_length)
-        ),
+        **_cache_bytes(config),
     }
     if folder is not None:
-        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder))
+        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder, config))
         fields["tokenizer"] = None
         if has_tokenizer(folder):
             tokenizer = load_tokenizer(folder)
             fields["tokenizer"] = f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
+    return fields
+
+
+def _cache_bytes(config: ModelConfig) -> dict[str, int]:
+    """Returns what the cache of one sequence takes a token, and for the whole context."""
+    fields = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        memory = sequence_bytes(config, config.max_length, jnp.dtype(dtype))
+        fields[f"cache_bytes_per_token_{dtype}"] = memory.per_token
+        fields[f"cache_bytes_per_token_{dtype}_beyond_window"] = memory.per_token_beyond_window
+        fields[f"cache_bytes_{dtype}"] = memory.per_sequence
     return fields
 
 

@@ -46,6 +46,8 @@ class StepOptions:
     batch: int = 0  # sequences of a step, over all devices; 0 is one for each device
     length: int = 0  # tokens of each, or slots of its cache; 0 is the model's whole context
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["none", "int8"] = "none"  # weights of prefill and decoding
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of decoding; auto: dtype
     kernel: Kernel = "auto"  # attention
     remat: Remat = "full"  # of training: computed again in the backward pass: none, products, full
     accumulation: int = 1  # of training: parts of a batch, one after another
@@ -138,6 +140,8 @@ def _step(
     batch = options.batch or len(topology.devices) * options.accumulation
     length = options.length or model.max_length
     if options.step == "train":
+        if options.quantize != "none" or options.cache_dtype != "auto":
+            raise UsageError("--quantize and --cache-dtype are for --step prefill and decode.")
         config = TrainConfig(
             data="",
             output="",
@@ -154,7 +158,10 @@ def _step(
     if length > model.max_length:
         raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
     kind = steps.prefill_step if options.step == "prefill" else steps.decode_step
-    return kind(Neo(model, jnp.dtype(options.dtype), options.kernel, sharding), batch, length)
+    cached = None if options.cache_dtype == "auto" else jnp.dtype(options.cache_dtype)
+    dtype = jnp.dtype(options.dtype)
+    neo = Neo(model, dtype, options.kernel, sharding, cache_dtype=cached)
+    return kind(neo, batch, length, options.quantize)
 
 
 def _model(name: str) -> ModelConfig:

@@ -1,1 +1,1 @@
-"""How well a model predicts text."""
+"""How well a model does: texts, the tasks of lm-evaluation-harness, the published tables."""

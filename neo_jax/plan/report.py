@@ -5,8 +5,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from neo_jax.cache import sequence_bytes
 from neo_jax.plan.compiled import Plan
 from neo_jax.plan.roofline import as_milliseconds, utilisation
+from neo_jax.plan.steps import Step
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "repeated": plan.repeated_flops,
             "program": work.flops if work else None,
         },
+        "cache": _cache(step),
         "memory_traffic": work.memory_bytes if work else None,
         "collectives": [{**row._asdict(), "axes": list(row.axes)} for row in plan.traffic],
         "roofline_ms": {**as_milliseconds(roof), "step": 1e3 * roof.step} if roof else None,
@@ -46,6 +51,15 @@ def describe(plan: Plan) -> dict[str, Any]:
         "program_bytes": plan.program_bytes or None,
     }
     return _without_nan(fields)
+
+
+def _cache(step: Step) -> dict[str, Any] | None:
+    """Returns what the cache of a sequence takes of all devices together, in decoding."""
+    if step.kind != "decode":
+        return None
+    dtype = np.dtype(step.model.cache_dtype or step.model.dtype)
+    memory = sequence_bytes(step.model.config, step.length, dtype)
+    return {"dtype": dtype.name, **memory._asdict()}
 
 
 def _without_nan(value: Any) -> Any:
@@ -68,6 +82,11 @@ def lines(plan: Plan) -> Iterator[str]:
         padding = size - memory.unpadded[name]
         note = f"  {bytes_text(padding)} of it padding" if padding else ""
         yield f"  {name:<20}{bytes_text(size):>10}{note}"
+    cache = _cache(step)
+    if cache:
+        token, whole = bytes_text(cache["per_token"]), bytes_text(cache["per_sequence"])
+        note = f"on all devices, {token} a token, {cache['dtype']}"
+        yield f"  {'cache, a sequence':<20}{whole:>10}  {note}"
     if memory.temporaries is not None:
         yield f"  {'temporaries':<20}{bytes_text(memory.temporaries):>10}  activations, gradients"
     source = "  by the compiler, which refuses; the rest by arithmetic" if plan.refusal else ""

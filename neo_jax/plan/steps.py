@@ -14,6 +14,7 @@ from neo_jax.axes import BATCH
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
+from neo_jax.quantize import Quantization, quantized_shapes
 from neo_jax.sharding import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
@@ -82,26 +83,26 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
     )
 
 
-def prefill_step(model: Neo, batch: int, length: int) -> Step:
+def prefill_step(model: Neo, batch: int, length: int, quantize: Quantization = "none") -> Step:
     """Returns the step that reads prompts of `length` tokens, with room for no more.
 
     Raises:
       NeoError: the strategy cannot split this model or batch.
     """
-    arguments = _prefill_arguments(model, batch, length)
+    arguments = _prefill_arguments(model, batch, length, quantize)
     trace = functools.partial(engine.prefill.trace, model, length, *arguments)
     params, *rows = arguments
     parts = {"parameters": params, "cache": (), "batch": rows}
     return Step("prefill", model, batch, length, parts, batch * length, trace, trace)
 
 
-def decode_step(model: Neo, batch: int, length: int) -> Step:
+def decode_step(model: Neo, batch: int, length: int, quantize: Quantization = "none") -> Step:
     """Returns the step that appends a token to each of `batch` texts of up to `length` tokens.
 
     Raises:
       NeoError: the strategy cannot split this model or batch.
     """
-    arguments = _prefill_arguments(model, batch, length)
+    arguments = _prefill_arguments(model, batch, length, quantize)
     prefill = functools.partial(engine.prefill, model, length)
     state = _placed(model, jax.eval_shape(prefill, *arguments))
     params, steps = arguments[0], jax.ShapeDtypeStruct((), jnp.int32)
@@ -111,14 +112,19 @@ def decode_step(model: Neo, batch: int, length: int) -> Step:
     return Step("decode", model, batch, length, parts, batch, trace, trace)
 
 
-def _prefill_arguments(model: Neo, batch: int, length: int) -> tuple[Any, ...]:
+def _prefill_arguments(
+    model: Neo, batch: int, length: int, quantize: Quantization
+) -> tuple[Any, ...]:
     assert model.sharding is not None
-    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=place),
-        shapes,
-        tree_shardings(model.sharding, logical_axes(model), shapes),
-    )
+    if quantize == "int8":
+        params = quantized_shapes(model.config, model.dtype, model.sharding)
+    else:
+        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        params = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=place),
+            shapes,
+            tree_shardings(model.sharding, logical_axes(model), shapes),
+        )
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     settings = jax.eval_shape(lambda: make_settings(SamplingOptions(), [0] * batch))
@@ -138,7 +144,12 @@ def _placed(model: Neo, state: engine.DecodeState) -> engine.DecodeState:
         return put(leaf, (BATCH, *[None] * (leaf.ndim - 1)))
 
     def layer(cache: Any) -> Any:
-        placed = {name: put(leaf, caching.LOGICAL_AXES[name]) for name, leaf in cache.items()}
+        placed = {
+            name: jax.tree.map(
+                lambda x, axes=caching.LOGICAL_AXES[name]: put(x, axes[: x.ndim]), part
+            )
+            for name, part in cache.items()
+        }
         return caching.LayerCache(**placed)
 
     placed = jax.tree.map(rows, state._replace(cache=()))

@@ -26,12 +26,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from neo_jax import __version__
+from neo_jax.config import ModelConfig
 from neo_jax.distributed import all_processes, check_shared, is_leader
 from neo_jax.errors import NeoError, reason
 from neo_jax.paths import absolute, check_writable, is_remote, make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import TrainState
 
+# What fields of a model were before they were there.
+_MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -168,7 +171,7 @@ class Checkpoints:
         with _quiet():
             try:
                 read = self._read(step, config=ocp.args.JsonRestore()).config
-                saved = {"lora": ours["lora"], **read, "model": read["model"]}
+                saved = {"lora": ours["lora"], **read, "model": _MODEL | read["model"]}
             except Exception as error:  # damage shows in many ways
                 why = _short(error)
         for name, what in (("model", "another model"), ("lora", "other adapters")):

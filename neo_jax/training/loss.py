@@ -62,7 +62,7 @@ def batch_losses(
     hidden = encode(model, params, embedded, batch.starts, remat=remat, unroll=unroll, key=key)
     objective, cross_entropy = _sums(
         _Head(model, z_loss),
-        params["wte"]["embedding"],
+        params[model.config.head]["embedding"],
         hidden,
         batch.tokens[:, 1:],
         batch.weights,
@@ -95,7 +95,7 @@ class _Head(NamedTuple):
     def losses(self, table: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         """Returns the objective and the cross entropy of some positions, summed."""
         model = self.model.clone(sharding=within_share(self.model.sharding))
-        params = {"wte": {"embedding": table}}
+        params = {model.config.head: {"embedding": table}}
         logits = model.apply({"params": params}, x, method=Neo.unembed)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

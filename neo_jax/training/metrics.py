@@ -17,10 +17,11 @@ def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> f
     """Returns the FLOPs that training needs for one token of a sequence of `length`.
 
     Six for each parameter that multiplies (Kaplan et al., 2020, section 2.1; the tied head once,
-    learned positions never), or four where all are frozen and get no gradient; and 12 H N for each
-    key that a query sees. Adapters are not counted.
+    what is only looked up never), or four where all are frozen and get no gradient; and 12 H N for
+    each key that a query sees. Adapters are not counted.
     """
-    weights = config.num_params - config.max_length * config.embed_dim
+    looked_up = config.max_length + (0 if config.tied_head else config.vocab_size)
+    weights = config.num_params - looked_up * config.embed_dim
     keys = visible_keys(config, length) / length
     return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys
 

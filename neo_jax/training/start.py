@@ -68,7 +68,8 @@ def first_state(
     params = load_stacked(model.clone(config=stored), folder, jnp.float32)
     if config.new_tokens:
         grown = jax.jit(functools.partial(_grow, before=stored, after=model.config))
-        params = params | {"wte": {"embedding": grown(params["wte"]["embedding"])}}
+        for table in {"wte", stored.head}:
+            params = params | {table: {"embedding": grown(params[table]["embedding"])}}
     shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 

@@ -181,7 +181,7 @@ def peer(config, params):
         leaf = params
         for key in tensor.path:
             leaf = leaf[key]
-        weights[tensor.hf_name] = torch.from_numpy(np.array(tensor.to_hf(leaf)))
+        weights[tensor.hf_name] = torch.from_numpy(np.array(tensor.to("hf", leaf)))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert missing == ["lm_head.weight"], missing
     assert not unexpected, unexpected

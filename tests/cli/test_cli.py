@@ -18,6 +18,10 @@ OPTIONS = {
         "--temperature", "--top-k", "--top-p", "--seed", "--mesh", "--rules", "--dtype",
     ],
     "score": ["--input", "--output", "--stride", "--model", "--mesh", "--dtype"],
+    "eval": [
+        "--text", "--wikitext", "--stride", "--tasks", "--include-path", "--num-fewshot", "--limit",
+        "--output", "--cache", "--json", "--model", "--mesh",
+    ],
     "info": ["--model", "--revision", "--json"],
     "prepare": [
         "--output", "--tokenizer", "--train-tokenizer", "--tokenizer-kind", "--text-field",

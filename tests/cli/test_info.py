@@ -1,13 +1,21 @@
 """neo-jax info, and checkpoints that are not as they should be, by any verb that loads one."""
 
+import functools
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from neo_jax.config import PRESETS, preset
+from neo_jax.decode import engine
+from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.memory import tree_bytes
+from neo_jax.model import Neo, init_params
+from neo_jax.pretrained import read_config
 
 
 def test_a_folder(succeed, checkpoints):
@@ -20,10 +28,28 @@ def test_a_folder(succeed, checkpoints):
         assert fields["dtype"] == "float32"
         assert fields["tokenizer"] == "BytePairTokenizer, 320 tokens"
         assert (fields["global_layers"], fields["local_layers"]) == (1, 1)
-        # A key and a value of 32 numbers of two bytes for each token, in each layer that keeps it.
-        assert fields["cache_bytes_per_token_bfloat16"] == 2 * 2 * 32 * 2
-        assert fields["cache_bytes_per_token_bfloat16_beyond_window"] == 2 * 2 * 32
-        assert fields["cache_bytes_bfloat16"] == 2 * 2 * 32 * (64 + 8)
+        # A key and a value of 32 numbers, and a position, for each token in each layer that keeps
+        # it; of int8 a scale for each of two heads too. A local layer has 8 slots, 16 to spare.
+        for dtype, slot in (("float32", 260), ("bfloat16", 132), ("int8", 84)):
+            assert fields[f"cache_bytes_per_token_{dtype}"] == 2 * slot
+            assert fields[f"cache_bytes_per_token_{dtype}_beyond_window"] == slot
+            assert fields[f"cache_bytes_{dtype}"] == slot * (64 + 24)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_bytes_of_the_cache_are_those_of_the_arrays(succeed, checkpoints, dtype):
+    fields = json.loads(succeed("info", checkpoints["bytes"], "--json"))
+    model = Neo(read_config(checkpoints["bytes"]), cache_dtype=jnp.dtype(dtype))
+    rows = jax.ShapeDtypeStruct((3,), jnp.int32)
+    state = jax.eval_shape(
+        functools.partial(engine.prefill, model, 64),
+        jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)),
+        jax.ShapeDtypeStruct((3, 16), jnp.int32),
+        rows,
+        rows,
+        make_settings(SamplingOptions(), [0, 0, 0]),
+    )
+    assert 3 * fields[f"cache_bytes_{dtype}"] == tree_bytes(state.cache, tiled=False)
 
 
 def test_a_table_for_people(succeed, checkpoints):
@@ -39,7 +65,8 @@ def test_a_preset(succeed, name):
     fields = json.loads(succeed("info", name, "--json"))
     assert fields["model"] == name
     assert fields["parameters"] == preset(name).num_params
-    assert fields["attention_types"] == ["global", "local"]
+    assert fields["family"] == ("gpt2" if "gpt2" in name else "gpt_neo")
+    assert fields["attention_types"] == ["global", "local"][: 1 if "gpt2" in name else 2]
 
 
 def test_where_it_would_lie_on_devices_that_are_not_here(succeed):
@@ -102,19 +129,19 @@ DAMAGES = {
     ),
     "a tensor too many": (
         lambda folder: edit_weights(folder, lambda a: a.update({"x": np.ones(3, np.float32)})),
-        "holds 1 tensors that a GPT-Neo of this config.json has not",
+        "holds 1 tensors that a model of this config.json has not",
     ),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
-        "holds no config.json; name the folder of a GPT-Neo checkpoint",
+        "holds no config.json; name the folder of a checkpoint",
     ),
     "half a config": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "gpt_'),
         "config.json is not valid JSON",
     ),
     "another family": (
-        lambda folder: edit_config(folder, model_type="gpt2"),
-        "model_type is 'gpt2'; this loads 'gpt_neo' checkpoints",
+        lambda folder: edit_config(folder, model_type="gptj"),
+        "model_type is 'gptj'; this loads 'gpt_neo' and 'gpt2' checkpoints",
     ),
     "an unknown field": (
         lambda folder: edit_config(folder, hidden_sise=32),

@@ -3,10 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
+import neo_jax
 from neo_jax.cli import main
 from neo_jax.cli.plan import ConfigOptions, PlanOptions, _with_model
+from neo_jax.decode import engine
+from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.tpu_compiler
@@ -118,3 +122,37 @@ def test_errors_are_one_line(capsys, config, tmp_path):
     assert "cannot write" in fail(
         capsys, config, "--topology", "cpu:4", "--picture", str(tmp_path / "no" / "a.png")
     )
+
+
+def test_int8_weights_and_cache_of_decoding(capsys, checkpoints):
+    """What the plan says is what the arrays take, and the compiler agrees."""
+    args = ("--model", str(checkpoints["bytes"]), "--step", "decode", "--topology", "cpu:8")
+    args += ("--mesh", "data=2,fsdp=2,model=2", "--rules", "decode", "--batch", "4")
+    args += ("--dtype", "float32", "--quantize", "int8", "--cache-dtype", "int8")
+    fields = json.loads(run(capsys, *args, "--json"))
+    lm = neo_jax.load(
+        checkpoints["bytes"],
+        mesh="data=2,fsdp=2,model=2",
+        rules="decode",
+        quantize="int8",
+        cache_dtype="int8",
+    )
+    prompts, new = [[1, 2, 3]] * 4, lm.config.max_length - 3
+    state = engine.start(
+        lm.model, lm.params, prompts, new, make_settings(SamplingOptions(), [0] * 4)
+    )
+    parts = fields["memory"]["parts"]
+    assert parts["cache"] == on_a_device(state.cache)
+    assert parts["parameters"] == on_a_device(lm.params)
+    assert sum(parts.values()) == fields["memory"]["arguments"]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert fields["cache"]["per_sequence"] * 4 == size
+    assert fields["cache"]["dtype"] == "int8"
+    assert "a token, int8" in run(capsys, *args)
+    assert "are for --step prefill and decode" in fail(
+        capsys, "--topology", "cpu:8", "--quantize", "int8"
+    )
+
+
+def on_a_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -76,7 +76,7 @@ def test_ids_without_a_tokenizer(run, fail, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("content", "args", "message"),
     [
-        ('{"text": "hi"}', ["--stride", "64"], "the stride must lie between 1 and 63, not 64"),
+        ('{"text": "hi"}', ["--stride", "65"], "the stride must lie between 1 and 64, not 65"),
         ('{"ids": [1, 2]}\n{"ids": [1, 327]}', [], "text 2 has a token id outside the vocabulary"),
         ('{"ids": []}', [], "the prompt is empty"),
         ('{"prompt": "hi"}', [], 'in.jsonl:1: expected {"text": "text"} or {"ids": [1, 2, 3]}'),

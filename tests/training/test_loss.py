@@ -95,7 +95,7 @@ def test_gradients_are_those_of_transformers(tiny, reference, tokens):
         expected = theirs[row.hf_name].grad.numpy()
         scale = np.abs(expected).max()
         np.testing.assert_allclose(
-            row.to_hf(np.asarray(ours)), expected, rtol=0, atol=2e-5 * scale, err_msg=row.hf_name
+            row.to("hf", np.asarray(ours)), expected, rtol=0, atol=2e-5 * scale, err_msg=row.hf_name
         )
 
 

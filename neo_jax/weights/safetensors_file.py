@@ -1,7 +1,7 @@
-"""Weights in safetensors files, opened for reading tensor by tensor, on disk or in the cloud."""
+"""Safetensors files, on disk or in the cloud."""
 
 import contextlib
-import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -10,73 +10,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from neo_jax.config import read_json
 from neo_jax.errors import NeoError, reason
 from neo_jax.paths import file_size, is_remote, read_range
+from neo_jax.weights.stored import StoredTensor
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 CODES = {name: code for code, name in DTYPES.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in an open safetensors file."""
-
-    path: Path
-    file: BinaryIO | None  # None in the cloud
-    name: str
-    code: str  # the format's name of its dtype
-    shape: tuple[int, ...]
-    offset: int  # in bytes, from the start of the file
-    num_bytes: int
-
-    def view(self) -> np.ndarray:
-        """Maps the tensor, and only it: the memory is given back with the last view.
-
-        In the cloud there is nothing to map: the tensor is read.
-        """
-        dtype = np.dtype(DTYPES[self.code])
-        if self.file is None:
-            data = read_range(self.path, self.offset, self.offset + self.num_bytes)
-            return np.frombuffer(data, dtype).reshape(self.shape)
-        return np.asarray(np.memmap(self.file, dtype, "r", self.offset, self.shape))
-
-
-def open_weights(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[str, StoredTensor]]:
-    """Returns the file that says what the folder holds, and every tensor there by its name.
-
-    Raises:
-      NeoError: files are missing, damaged, or contradict each other.
-    """
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file():
-        return single, open_file(single, files)
-    if not index.is_file():
-        raise NeoError(
-            f"{folder} holds no {SINGLE}; where it has only pytorch_model.bin, convert that with "
-            "transformers' save_pretrained(folder, safe_serialization=True)."
-        )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
-    ):
-        raise NeoError(f"{index} has no weight_map of file names; download or copy it again.")
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise NeoError(f"{index} names {shard}, which is not there; download or copy it again.")
-        shards[shard] = open_file(folder / shard, files)
-    found = {name: stored for shard in shards.values() for name, stored in shard.items()}
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise NeoError(
-                f"{index} says that {shard} holds {name}, which it does not; download or copy "
-                "both again."
-            )
-        found[name] = shards[shard][name]
-    return index, found
 
 
 def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor]:
@@ -107,12 +46,23 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        found[name] = StoredTensor(
-            path, file, name, entry["dtype"], shape, 8 + length + start, end - start
-        )
+        start, _ = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"], entry["dtype"])
+        view = functools.partial(_view, path, file, dtype, shape, 8 + length + start)
+        found[name] = StoredTensor(path, name, dtype, shape, view)
     return found
+
+
+def _view(
+    path: Path, file: BinaryIO | None, dtype: str, shape: tuple[int, ...], offset: int
+) -> np.ndarray:
+    kind = np.dtype(dtype)
+    if file is None:  # in the cloud
+        data = read_range(path, offset, offset + math.prod(shape) * kind.itemsize)
+        return np.frombuffer(data, kind).reshape(shape)
+    if not math.prod(shape):
+        return np.empty(shape, kind)
+    return np.asarray(np.memmap(file, kind, "r", offset, shape))
 
 
 class _DamagedError(Exception):

@@ -1,4 +1,4 @@
-"""neo_jax/evaluation/scoring.py: given tokens, within the context and beyond it."""
+"""neo_jax/scoring.py: given tokens, within the context and beyond it."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neo_jax import scoring
 from neo_jax.errors import NeoError
-from neo_jax.evaluation import scoring
-from neo_jax.evaluation.scoring import token_logprobs
 from neo_jax.model import Neo, init_params
+from neo_jax.scoring import Row, score_rows, token_logprobs
 
 CONTEXT = 64
 LENGTHS = [17, 1, 64, 2, 16, 33, 63, 5, 40]
@@ -53,7 +53,7 @@ def plain(wide):
         return jax.nn.log_softmax(logits)
 
     def logprob(context, token):
-        assert 0 < len(context) < CONTEXT
+        assert 0 < len(context) <= CONTEXT
         padded = np.zeros(CONTEXT, np.int32)
         padded[: len(context)] = context
         return last_logprobs(padded, len(context))[token]
@@ -74,21 +74,21 @@ def test_texts_within_the_context_are_scored_by_one_forward_pass(wide):
     assert max(row.max() - row.min() for row in expected if len(row)) > 1
 
 
-@pytest.mark.parametrize("stride", [0, 1, 7, 32, 63])
+@pytest.mark.parametrize("stride", [0, 1, 7, 32, 64])
 def test_windows_beyond_the_context(wide, plain, stride):
     """Each token by itself, from the context that the module's docstring gives it."""
     model, params = wide
-    texts = random_texts([65, 150, 64, 97, 20])
+    texts = random_texts([65, 66, 150, 64, 97, 20])
     step = stride or CONTEXT // 2
     expected = []
     for ids in texts:
         row = []
         for t in range(1, len(ids)):
             first = 0
-            if t >= CONTEXT:  # in the window, `step` tokens on from the last, that first holds t
-                windows = (t - CONTEXT) // step + 1
-                first = min(CONTEXT + windows * step, len(ids)) - CONTEXT
-                assert t - first >= CONTEXT - step
+            if t > CONTEXT:  # in the window, `step` tokens on from the last, that first scores t
+                windows = (t - CONTEXT - 1) // step + 1
+                first = min(CONTEXT + 1 + windows * step, len(ids)) - CONTEXT - 1
+                assert t - first > CONTEXT - step
             row.append(plain(ids[first:t], ids[t]))
         expected.append(np.array(row, np.float32))
     assert_close(score(model, params, texts, stride), expected)
@@ -100,7 +100,7 @@ def test_the_stride_matters_beyond_the_context_only(wide):
         score(model, params, random_texts([60, 100]), stride) for stride in (8, 63)
     )
     np.testing.assert_array_equal(short, also_short)
-    np.testing.assert_allclose(long[: CONTEXT - 1], other[: CONTEXT - 1], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(long[:CONTEXT], other[:CONTEXT], rtol=0, atol=5e-6)
     assert np.abs(long[CONTEXT:] - other[CONTEXT:]).max() > 0.1
 
 
@@ -125,13 +125,13 @@ def test_small_batches_and_groups_change_nothing(wide, monkeypatch):
 def test_results_flow_before_all_is_computed(wide, monkeypatch):
     model, params = wide
     monkeypatch.setattr(scoring, "_BATCH_TOKENS", 8)
-    forward, calls = scoring._logprobs, []
+    forward, calls = scoring._forward, []
 
     def counted(*args):
         calls.append(args)
         return forward(*args)
 
-    monkeypatch.setattr(scoring, "_logprobs", counted)
+    monkeypatch.setattr(scoring, "_forward", counted)
     scores = token_logprobs(model, params, random_texts([40] * 6))
     next(scores)
     first = len(calls)
@@ -162,11 +162,32 @@ def test_nothing_to_score(tiny):
         ([[1], []], 0, "text 2 is empty; there is nothing to score"),
         ([[1, 96]], 0, "text 1 has a token id outside the vocabulary, 0 to 95"),
         ([[1], [2, 3], [-1]], 0, "text 3 has a token id outside the vocabulary"),
-        ([[1, 2]], 64, "the stride must lie between 1 and 63, not 64"),
-        ([[1, 2]], -1, "the stride must lie between 1 and 63, not -1"),
+        ([[1, 2]], 65, "the stride must lie between 1 and 64, not 65"),
+        ([[1, 2]], -1, "the stride must lie between 1 and 64, not -1"),
     ],
 )
 def test_what_cannot_be_scored(tiny, texts, stride, message):
     model, params = tiny
     with pytest.raises(NeoError, match=message):
         score(model, params, texts, stride)
+
+
+def test_rows_are_asked_where_they_say(wide):
+    """Some targets behind some tokens, several behind the same one; whether each is likeliest."""
+    model, params = wide
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits)
+    texts = random_texts([20, 3, 41])
+    asked = [[19, 19, 4], [2], [0, 40, 40, 40, 7]]
+    rows, expected = [], []
+    for ids, positions in zip(texts, asked, strict=True):
+        logits = np.asarray(forward(np.array([ids + [0] * (CONTEXT - len(ids))])))[0, positions]
+        targets = [int(row.argmax()) if i % 2 == 0 else i for i, row in enumerate(logits)]
+        rows.append(Row(ids, positions, targets))
+        logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(targets)), targets]
+        expected.append((logprobs, [i % 2 == 0 for i in range(len(targets))]))
+    for batch_size in (0, 1, 2):
+        answers = dict(score_rows(model, params, rows, batch_size))
+        assert sorted(answers) == [0, 1, 2]
+        for i, (logprobs, greedy) in enumerate(expected):
+            np.testing.assert_allclose(answers[i].logprobs, logprobs, rtol=0, atol=5e-6)
+            assert answers[i].greedy.tolist() == greedy

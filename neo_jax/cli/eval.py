@@ -1,0 +1,180 @@
+"""neo-jax eval: how well a model predicts texts, and does the tasks of the harness."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import OmitArgPrefixes
+
+from neo_jax.cli import UsageError, parse
+from neo_jax.cli.cluster import ClusterOptions
+from neo_jax.cli.options import ModelOptions, print_json
+from neo_jax.errors import NeoError
+
+if TYPE_CHECKING:
+    from neo_jax.evaluation.texts import Total
+    from neo_jax.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Evaluates a model: on texts, or on tasks of lm-evaluation-harness.
+
+    Tasks need pip install 'neo_jax[eval]'. Their finished requests are kept on disk: a run that was
+    interrupted goes on.
+    """
+
+    text: tuple[str, ...] = ()  # files, folders or globs of .txt or .jsonl (The Pile's), also .zst
+    wikitext: bool = False  # --text names WikiText's raw files, to detokenize as the harness does
+    stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
+    tasks: str = ""  # tasks and groups of the harness, as in lambada_openai,piqa
+    include_path: str = ""  # a folder of further task files
+    num_fewshot: int = -1  # examples before each question; -1 is as the task says
+    limit: float = 0  # examples of each task, or a share of them where below 1; 0 is all
+    gen_kwargs: str = ""  # of generation, in the place of the tasks', as in max_gen_toks=64
+    output: str = ""  # a folder for results and samples, as the harness writes them
+    cache: str = ""  # a file of finished requests; none keeps none; else ~/.cache/neo_jax
+    batch_size: int = 0  # rows of a forward pass; 0 is as many as have some thousand tokens
+    json: bool = False  # print an object, not a table
+    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    options = parse(Options, "eval", args)
+    if bool(options.text) == bool(options.tasks):
+        raise UsageError("give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa")
+    for name in ("stride", "limit", "batch_size"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be 0 or more.")
+    if options.wikitext and not options.text:
+        raise UsageError("--wikitext goes with --text; among --tasks it is wikitext.")
+    if options.tasks:
+        check_harness()
+    with options.cluster.joined(options.model.is_split):
+        if options.text:
+            _texts(options)
+        else:
+            _tasks(options)
+
+
+def check_harness() -> None:
+    """Checks that the harness is installed.
+
+    Raises:
+      NeoError: it is not.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise NeoError(
+            f"tasks need lm-evaluation-harness ({error}); pip install 'neo_jax[eval]'."
+        ) from error
+
+
+def _texts(options: Options) -> None:
+    from neo_jax.evaluation.texts import Total, measure, read_documents
+
+    lm = options.model.load()
+    documents = read_documents(options.text, options.wikitext)
+    totals: dict[str, Total] = {}
+    for subset, total in measure(lm, documents, options.stride, options.batch_size):
+        totals.setdefault(subset, Total()).add(total)
+    everything = Total()
+    for total in totals.values():
+        everything.add(total)
+    if len(totals) == 1:
+        totals = {}
+    totals["all"] = everything
+    how = _how(lm, options)
+    if options.json:
+        subsets = {name: _fields(total) for name, total in totals.items()}
+        print_json({**how, "subsets": subsets})
+        return
+    _print_totals(totals)
+    first = "predicted from the end-of-text token" if how["first_token_scored"] else "not scored"
+    print(
+        f"context {how['context']}, stride {how['stride']}; the first token of a document is "
+        f"{first}"
+    )
+
+
+def _how(lm: "LanguageModel", options: Options) -> dict[str, Any]:
+    from neo_jax.evaluation.texts import start_of_text
+
+    context = lm.config.max_length
+    return {
+        "model": options.model.model or "bundled",
+        "context": context,
+        "stride": options.stride or context // 2,
+        "first_token_scored": bool(start_of_text(lm)),
+        "wikitext": options.wikitext,
+    }
+
+
+def _fields(total: "Total") -> dict[str, Any]:
+    values = {
+        "documents": total.documents,
+        "tokens": total.tokens,
+        "words": total.words,
+        "bytes": total.num_bytes,
+        "bits_per_byte": total.bits_per_byte,
+        "token_perplexity": total.token_perplexity,
+        "word_perplexity": total.word_perplexity,
+    }
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+def _print_totals(totals: dict[str, "Total"]) -> None:
+    head = ["", "documents", "tokens", "words", "bytes", "bits/byte", "ppl/token", "ppl/word"]
+    rows = [
+        [
+            name,
+            *(f"{n}" for n in (t.documents, t.tokens, t.words, t.num_bytes)),
+            f"{t.bits_per_byte:.4f}",
+            *(f"{p:.6g}" for p in (t.token_perplexity, t.word_perplexity)),
+        ]
+        for name, t in totals.items()
+    ]
+    print_columns([head, *rows])
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows with their cells below each other, all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def _tasks(options: Options) -> None:
+    from neo_jax.evaluation import tasks
+    from neo_jax.evaluation.harness import NeoLM
+
+    manager = tasks.open_tasks([options.include_path] if options.include_path else [])
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    names = tasks.find_tasks(names, manager)
+    model = NeoLM(
+        options.model.load(), cache=options.cache, batch_size=options.batch_size or "auto"
+    )
+    results = tasks.run(
+        model,
+        names,
+        manager,
+        num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
+        limit=options.limit or None,
+        gen_kwargs=options.gen_kwargs,
+        output=options.output,
+    )
+    results.pop("samples", None)
+    if options.json:
+        from lm_eval.utils import handle_non_serializable
+
+        json.dump(results, sys.stdout, ensure_ascii=False, default=handle_non_serializable)
+        print()
+    else:
+        print(tasks.table(results))

@@ -1,0 +1,142 @@
+"""Running tasks of lm-evaluation-harness, and what can go wrong with them, in one line."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from neo_jax.errors import NeoError, suggest
+from neo_jax.evaluation.harness import NeoLM
+
+_RESAMPLES = 1000  # for the standard errors of what is no mean
+
+
+class _Tasks(TaskManager):
+    """The harness's tasks, of which those that cannot be loaded are told in one line."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except NeoError:
+            raise
+        except Exception as error:  # a hub, a file, a YAML, a function in it: anything may fail
+            why = " ".join(str(error).split()).rstrip(".")
+            raise NeoError(
+                f"cannot load {', '.join(task_list)}: {why}; where the data is not to be had, name "
+                "files that are here in a task file of --include-path."
+            ) from error
+
+
+def open_tasks(include_path: Sequence[str] = ()) -> TaskManager:
+    """Returns the harness's tasks and those of further folders, which take precedence.
+
+    Raises:
+      NeoError: a folder that is none.
+    """
+    for folder in include_path:
+        if not Path(folder).is_dir():
+            raise NeoError(f"{folder} is no folder; name one that holds task files (.yaml).")
+    with _quiet():
+        return _Tasks(include_path=list(include_path) or None)
+
+
+def find_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
+    """Returns the tasks and groups that names and patterns mean, and paths of task files.
+
+    Raises:
+      NeoError: one that does not exist.
+    """
+    found: list[str] = []
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            if not Path(name).is_file():
+                raise NeoError(f"there is no task file {name}.")
+            found.append(name)
+            continue
+        matched = manager.match_tasks([name])
+        if not matched:
+            hint = suggest(name, manager.all_tasks)
+            hint = hint if "Did you mean" in hint else " python -m lm_eval ls tasks lists them."
+            raise NeoError(f"'{name}' is no task of the harness, nor of --include-path.{hint}")
+        found += matched
+    return found
+
+
+def run(
+    model: NeoLM,
+    names: Sequence[str],
+    manager: TaskManager,
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    gen_kwargs: str = "",
+    output: str = "",
+) -> dict[str, Any]:
+    """Returns what the harness finds: its dictionary of results, with the examples' in "samples".
+
+    Args:
+      model: the model.
+      names: what to run, as `find_tasks` returns it.
+      manager: the tasks that there are.
+      num_fewshot: examples before each question; None is as the task says.
+      limit: examples of each task, or a share of them where below 1.
+      gen_kwargs: options of generation in the place of the tasks', as in "max_gen_toks=64".
+      output: a folder for the harness's files, results_DATE.json and samples_TASK_DATE.jsonl.
+
+    Raises:
+      NeoError: data that cannot be had, or what the model cannot do.
+    """
+    with _quiet():
+        tracker = EvaluationTracker(output_path=output or None)
+        results = simple_evaluate(
+            model=model,
+            model_args={"pretrained": str(model.lm.folder)},
+            tasks=list(names),
+            num_fewshot=num_fewshot,
+            batch_size=model.batch_size,
+            limit=limit,
+            gen_kwargs=gen_kwargs or None,
+            bootstrap_iters=_RESAMPLES,
+            evaluation_tracker=tracker,
+            task_manager=manager,
+        )
+        if output:
+            samples = results.pop("samples")
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for task in results["configs"]:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+            results["samples"] = samples
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns results as the harness prints them."""
+    parts = [make_table(results)]
+    if results.get("groups"):
+        parts.append(make_table(results, "groups"))
+    return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keeps stdout for results, the log for warnings, and the harness from forking beside JAX."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    forks = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(before)
+        if forks is None:
+            del os.environ["DISABLE_MULTIPROC"]

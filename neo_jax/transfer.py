@@ -1,0 +1,70 @@
+"""Arrays on their way between files and devices: cast, padded, transposed, one at a time."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from neo_jax import distributed
+from neo_jax.axes import Array
+from neo_jax.errors import NeoError, suggest
+from neo_jax.weights import CODES
+
+_BLOCK_BYTES = 512 << 10  # of a transposition: what the cache of a core holds
+
+
+def float_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns the numpy dtype that JAX will use for `dtype`."""
+    try:
+        named = np.dtype(dtype)
+    except TypeError:
+        named = None
+    if named is None or named.name not in CODES:
+        raise NeoError(f"{dtype!r} is no floating-point type.{suggest(str(dtype), CODES)}")
+    return jax.dtypes.canonicalize_dtype(named)
+
+
+def copy(view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a contiguous copy, filled up with zeros to `shape`.
+
+    numpy transposes a large matrix with a cache miss for every element; block by block along the
+    outermost axis of what is stored, where a block fits the cache, it is about five times as fast.
+    A memory map is read in order.
+    """
+    whole = np.empty(shape, dtype)
+    out, padding = np.split(whole, [len(view)])  # only the vocabulary, a first axis, has any
+    padding[:] = 0
+    axis = int(np.argmax(view.strides))
+    step = max(1, _BLOCK_BYTES * view.shape[axis] // max(view.nbytes, 1))
+    for start in range(0, view.shape[axis], step):
+        block = (slice(None),) * axis + (slice(start, start + step),)
+        out[block] = view[block]
+    return whole
+
+
+def shard(
+    view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> Array:
+    """Places `view`, padded to `shape`, on its devices, copying each distinct slice once."""
+    pieces: dict[tuple, np.ndarray] = {}
+
+    def piece(index: Any) -> np.ndarray:
+        parts = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        key = tuple((part.start, part.stop) for part in parts)
+        if key not in pieces:
+            # Indices beyond what is stored are cut off by numpy, and the padding fills in.
+            pieces[key] = copy(view[index], dtype, tuple(map(len, parts)))
+        return pieces[key]
+
+    return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
+
+
+def to_host(array: Array | np.ndarray) -> np.ndarray:
+    """Copies an array to the host through an alias, since JAX keeps the copy with the array."""
+    if isinstance(array, np.ndarray):
+        return array
+    if not array.is_fully_addressable:
+        return distributed.to_host(array)
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))

@@ -1,0 +1,243 @@
+"""neo_jax/evaluation/harness.py: the same answers as the harness's own PyTorch model."""
+
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import neo_jax
+from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.errors import NeoError
+from neo_jax.evaluation import harness
+from neo_jax.evaluation import tasks as running
+from neo_jax.evaluation.harness import NeoLM
+
+NAMES = ["last_word", "choices", "whole", "completion"]
+
+
+@pytest.fixture(scope="module")
+def lm(checkpoints):
+    return neo_jax.load(checkpoints["bytes"])
+
+
+@pytest.fixture(scope="module")
+def hf(checkpoints):
+    """The harness's own model, with transformers."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return HFLM(pretrained=str(checkpoints["bytes"]), dtype="float32", device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def manager(tasks):
+    """The tasks of the folder, without the thousands that the harness brings."""
+    return TaskManager(include_path=str(tasks), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def theirs(hf, manager):
+    """What the harness finds with transformers."""
+    return simple_evaluate(hf, tasks=NAMES, task_manager=manager, bootstrap_iters=0)
+
+
+@pytest.fixture(scope="module")
+def ours(lm, manager):
+    """What it finds with us."""
+    return running.run(NeoLM(lm, cache="none"), NAMES, manager)
+
+
+def answers(results, name):
+    """What the model answered to each example: texts, or log-likelihoods and whether greedy."""
+    found = []
+    for sample in sorted(results["samples"][name], key=lambda sample: sample["doc_id"]):
+        found += [response for request in sample["resps"] for response in request]
+    return found
+
+
+@pytest.mark.parametrize("name", ["last_word", "choices"])
+def test_continuations_are_as_likely_as_transformers_says(ours, theirs, name):
+    pairs, expected = answers(ours, name), answers(theirs, name)
+    assert [greedy for _, greedy in pairs] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([p for p, _ in pairs], [p for p, _ in expected], rtol=0, atol=1e-4)
+    assert len({round(p, 3) for p, _ in pairs}) > 4
+
+
+def test_whole_texts_are_as_likely(ours, theirs):
+    found, expected = answers(ours, "whole"), answers(theirs, "whole")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_texts_go_on_alike(ours, theirs):
+    found = answers(ours, "completion")
+    assert found == answers(theirs, "completion")
+    assert len(set(found)) > 1
+    assert not any("e" in text or " f" in text for text in found)
+
+
+def test_the_results_are_the_same(ours, theirs):
+    for name in NAMES:
+        found, expected = ours["results"][name], theirs["results"][name]
+        for metric, value in expected.items():
+            if isinstance(value, float) and "stderr" not in metric:
+                assert found[metric] == pytest.approx(value, rel=1e-5), metric
+    assert "last_word" in running.table(ours)
+
+
+def test_examples_come_before_a_question(lm, hf, manager):
+    """Few-shot: the contexts are longer, and the harness makes the same ones for both."""
+    found = running.run(NeoLM(lm, cache="none"), ["choices"], manager, num_fewshot=2, limit=2)
+    options = {"num_fewshot": 2, "limit": 2, "bootstrap_iters": 0}
+    expected = simple_evaluate(hf, tasks=["choices"], task_manager=manager, **options)
+    assert found["n-shot"] == {"choices": 2}
+    np.testing.assert_allclose(
+        answers(found, "choices"), answers(expected, "choices"), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size", "names"), [("", 1, ["choices"]), ("data=4,model=2", 3, NAMES)]
+)
+def test_batches_and_meshes_do_not_matter(ours, checkpoints, manager, mesh, batch_size, names):
+    model = NeoLM(str(checkpoints["bytes"]), mesh=mesh, cache="none", batch_size=batch_size)
+    results = running.run(model, names, manager)
+    for name in names:
+        found, expected = answers(results, name), answers(ours, name)
+        if name == "completion":
+            assert found == expected
+        else:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert bool(model.get_model_info()["model_mesh"]) == bool(mesh)
+
+
+def test_what_was_finished_is_not_computed_again(ours, lm, manager, tmp_path, monkeypatch):
+    """Ended in the middle, and begun again: the rest is computed, and only that."""
+    computed, most = [], 9
+    score, read = harness.score_continuations, harness.token_logprobs
+
+    def count(request):
+        if len(computed) == most:
+            raise KeyboardInterrupt
+        computed.append(request)
+
+    def counted_score(model, params, requests, *args):
+        for i, answer in score(model, params, requests, *args):
+            count(requests[i])
+            yield i, answer
+
+    def counted_read(model, params, texts, *args):
+        for text, row in zip(texts, read(model, params, texts, *args), strict=True):
+            count(text)
+            yield row
+
+    monkeypatch.setattr(harness, "score_continuations", counted_score)
+    monkeypatch.setattr(harness, "token_logprobs", counted_read)
+    names = ["choices", "whole"]
+
+    def run():
+        model = NeoLM(lm, cache=str(tmp_path / "answers"))
+        results = running.run(model, names, manager)
+        return [answers(results, name) for name in names]
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    before, most = list(computed), 1000
+    computed.clear()
+    found = run()
+    for name, values in zip(names, found, strict=True):
+        np.testing.assert_allclose(values, answers(ours, name), rtol=0, atol=1e-4)
+    assert len(before) == 9
+    assert len(computed) == sum(map(len, found)) - 9 > 9
+    assert not any(request in before for request in computed)
+    computed.clear()
+    assert run() == found
+    assert computed == []
+
+
+def test_which_tasks_names_mean(manager, tasks):
+    path = str(tasks / "whole.yaml")
+    assert running.find_tasks(["*w*", "choices", path], manager) == [
+        "last_word", "whole", "choices", path,
+    ]  # fmt: skip
+    with pytest.raises(NeoError, match=r"there is no task file nowhere\.yaml"):
+        running.find_tasks(["nowhere.yaml"], manager)
+    with pytest.raises(NeoError, match=r"'choice' is no task .* Did you mean 'choices'"):
+        running.find_tasks(["choice"], manager)
+
+
+def test_data_that_is_not_there(lm, tasks, tmp_path):
+    text = (tasks / "whole.yaml").read_text().replace("whole.jsonl", "nowhere.jsonl")
+    (tmp_path / "whole.yaml").write_text(text)
+    model = NeoLM(lm, cache="none")
+    manager = running._Tasks(include_path=[str(tmp_path)], include_defaults=False)
+    with pytest.raises(NeoError, match=r"cannot load whole: Unable to find .*; where the data"):
+        running.run(model, ["whole"], manager)
+
+
+class Asked:
+    """A request of the harness."""
+
+    task_name, doc_id = "a", 3
+
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "message"),
+    [
+        ("loglikelihood", ("the fox", ""), "task 'a', example 3: the continuation '' is empty"),
+        ("loglikelihood", ("", ""), "task 'a', example 3: the continuation '' is empty"),
+        ("loglikelihood", ("it", "x y" * 50), "the continuation has .* the model's context 64"),
+        ("generate_until", ("it", {"max_gen_toks": 64}), "task 'a' asks for 64 new tokens, the"),
+        (
+            "generate_until",
+            ("it", {"num_beams": 2, "max_gen_toks": 9}),
+            "task 'a' asks for 'num_beams'",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do(lm, kind, args, message):
+    with pytest.raises(NeoError, match=message):
+        getattr(NeoLM(lm, cache="none"), kind)([Asked(*args)])
+
+
+def test_what_begins_a_text_and_what_begins_nothing(lm):
+    """Without a context the end of text is it; an empty text is certain; a prompt may be empty."""
+    model = NeoLM(lm, cache="none")
+    end = lm.tokenizer.eos_id
+    ((logprob, _),) = model.loglikelihood([Asked("", "the fox")], disable_tqdm=True)
+    (score,) = lm.score([[end, *lm.encode("the fox")]])
+    assert logprob == pytest.approx(score.logprobs.sum(), rel=1e-5)
+    assert model.loglikelihood_rolling([Asked("")], disable_tqdm=True) == [0.0]
+    assert model.loglikelihood([], disable_tqdm=True) == []
+    (text,) = model.generate_until([Asked("", {"max_gen_toks": 3})], disable_tqdm=True)
+    (sample,) = lm.sample([[end]], 3, sampling=SamplingOptions(temperature=0.0, top_p=1.0))
+    assert text == sample.text
+
+
+def test_a_batch_size_that_is_none(lm):
+    with pytest.raises(NeoError, match="the batch size 'many' is neither auto nor a whole number"):
+        NeoLM(lm, cache="none", batch_size="many")
+
+
+def test_the_command_line_of_the_harness(checkpoints, tasks, tmp_path, monkeypatch, capsys):
+    args = [
+        "--model_args", f"pretrained={checkpoints['bytes']}", "--tasks", "choices",
+        "--include_path", str(tasks), "--limit", "2", "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["harness", *args])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert harness.main() == 0
+    assert "|choices|" in capsys.readouterr().out
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["config"]["model"] == "neo_jax"
+    assert results["config"]["model_dtype"] == "float32"
+    assert (tmp_path / "neo_jax" / "answers.sqlite").is_file()
+    monkeypatch.setattr(sys, "argv", ["harness", "run", "--model_args", "mesh=x", *args[2:]])
+    assert harness.main() == 1
+    assert capsys.readouterr().err.endswith("\n")
