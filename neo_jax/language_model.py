@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, generation, hub, names, pretrained
+from neo_jax import adapters, generation, hub, names
 from neo_jax.attention import Kernel
 from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
@@ -26,15 +26,15 @@ from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.generation import Overflow, Prompt, Sample, fit, make_method, read_options, reseeded
 from neo_jax.int8 import Int8
+from neo_jax.loading import read_model
 from neo_jax.model import Neo
-from neo_jax.quantize import QUANTIZATIONS, Quantization, quantize_one
-from neo_jax.quantize import quantize as quantize_all
+from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
-BATCH_SIZE = 8
+BATCH_SIZE = 16
 """Completions that are written at one time, unless told."""
 
 
@@ -303,43 +303,18 @@ def load(
     sharding = sharding or make_sharding(mesh, rules, default="decode")
     folder = hub.resolve(model, revision=revision, token=token)
     base = adapters.base_folder(folder, token=token)
-    config = pretrained.read_config(base)
     compute = compute_dtype(dtype)
     if quantize not in QUANTIZATIONS:
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
     if cache_dtype not in CACHE_DTYPES:
         raise NeoError(f"no cache is of '{cache_dtype}'.{suggest(cache_dtype, CACHE_DTYPES)}")
     cached = None if cache_dtype == "auto" else jnp.dtype(cache_dtype)
-    params = _read_params(folder, base, config, compute, sharding, quantize)
+    config, params = read_model(folder, base, compute, sharding, quantize)
     params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
     return LanguageModel(model, params, tokenizer, folder)
-
-
-def _read_params(
-    folder: Path,
-    base: Path,
-    config: ModelConfig,
-    dtype: np.dtype,
-    sharding: Sharding | None,
-    quantize: str,
-) -> Params:
-    """Reads a model, and merges into it the adapter in `folder`, if `base` is another."""
-    shardings = None
-    if sharding:
-        table = names.tensors(config)
-        shardings = unflatten_dict(
-            {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in table}
-        )
-    read = functools.partial(pretrained.load_params, base, config, shardings=shardings)
-    if quantize == "int8" and base == folder:
-        return read(each=functools.partial(quantize_one, dtype=dtype, sharding=sharding))
-    params = read(dtype=None if quantize == "int8" else dtype)
-    if base != folder:
-        params = adapters.apply_adapter(folder, config, params, shardings)
-    return quantize_all(config, params, dtype, sharding) if quantize == "int8" else params
 
 
 def lay_out(config: ModelConfig, params: Params) -> Params:

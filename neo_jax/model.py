@@ -293,6 +293,7 @@ def logical_axes(model: Neo) -> Params:
 
 
 def _init(model: Neo, key: Array) -> Params:
-    # A single token does not lie on a mesh; where parameters lie is for the caller to say.
+    # A single token lies on no mesh, and a kernel may be one of devices that are not here.
+    alone = model.clone(sharding=None, kernel="auto")
     method = Neo.encode if model.config.tied_head else Neo.__call__
-    return model.clone(sharding=None).init(key, jnp.zeros((1, 1), jnp.int32), method=method)
+    return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)

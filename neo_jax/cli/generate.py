@@ -41,7 +41,7 @@ class Options:
     # looks them up in the text: quicker, with the same distribution
     draft_model: str = ""
     num_drafted: int = NUM_DRAFTED  # tokens that a draft proposes at a time
-    batch_size: int = 8  # texts that are written together; one that is done makes place
+    batch_size: int = 16  # texts that are written together; one that is done makes place
     # a prompt that leaves no room in the context: refused, or cut to its newest tokens
     on_overflow: Literal["error", "truncate"] = "error"
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
