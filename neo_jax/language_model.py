@@ -17,9 +17,11 @@ from neo_jax.attention import Kernel
 from neo_jax.axes import Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.speculative import NUM_DRAFTED, Draft
 from neo_jax.errors import NeoError, suggest
-from neo_jax.generation import Overflow, Prompt, Sample, fit
+from neo_jax.generation import Overflow, Prompt, Sample, fit, make_method, read_options, reseeded
 from neo_jax.int8 import Int8
 from neo_jax.loading import read_model
 from neo_jax.model import Neo
@@ -93,16 +95,17 @@ class LanguageModel:
           prompts: a text, or a list of texts or lists of ids.
           max_new_tokens: where to stop at the latest.
           **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p,
-            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed; and what
-            `samples` takes: stop, batch_size, on_overflow.
+            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed; those of
+            `BeamOptions`: num_beams, length_penalty, early_stopping; and what `samples` takes:
+            stop, batch_size, on_overflow, draft, num_drafted.
 
         Raises:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else list(prompts)
-        others = {name: options.pop(name) for name in _OPTIONS_OF_SAMPLES if name in options}
-        made = self.samples(many, max_new_tokens, sampling=_options(options), **others)
+        sampling, others = read_options(options)
+        made = self.samples(many, max_new_tokens, sampling=sampling, **others)
         texts = [sample.text or "" for sample in made]
         return texts[0] if isinstance(prompts, str) else texts
 
@@ -121,6 +124,9 @@ class LanguageModel:
         batch_size: int = BATCH_SIZE,
         on_overflow: Overflow = "error",
         on_finish: Callable[[list[Sample]], None] | None = None,
+        beams: BeamOptions = BeamOptions(),  # noqa: B008
+        draft: "LanguageModel | str | None" = None,
+        num_drafted: int = NUM_DRAFTED,
     ) -> Iterator[Sample]:
         """Like `generate`, with everything that is known of each completion.
 
@@ -138,6 +144,10 @@ class LanguageModel:
           on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
             room for the new ones, "error" refuses it.
           on_finish: called with the samples of each prompt as soon as they are there.
+          beams: with more than one, the samples are the best texts that are found, best first.
+          draft: a smaller model of the same tokens, or "prompt", whose proposals are judged
+            together; the texts are distributed as without it.
+          num_drafted: tokens that it proposes at a time.
 
         Raises:
           NeoError: before anything runs, as `generate`; also of counts below 1.
@@ -156,11 +166,16 @@ class LanguageModel:
             self.tokenizer,
             prompts,
             [fit(self.model, self.encode(p), max_new_tokens, on_overflow) for p in prompts],
-            [[_reseeded(options, i) for i in range(num_samples)] for options in several],
+            [[reseeded(options, i) for i in range(num_samples)] for options in several],
             max_new_tokens,
             [stop] if isinstance(stop, str) and stop else stop,
             batch_size,
             on_finish,
+            make_method(
+                beams,
+                Draft(draft.model, draft.params) if isinstance(draft, LanguageModel) else draft,
+                num_drafted,
+            ),
         )
 
     def stream(
@@ -172,8 +187,10 @@ class LanguageModel:
         on_overflow: Overflow = "error",
         **options: Any,
     ) -> Iterator[str]:
-        """Yields the new text in whole characters as it comes; options as in `generate`."""
-        sampling = _options(options)
+        """Yields the new text in whole characters as it comes; sampled as in `generate`."""
+        sampling, others = read_options(options)
+        if others:
+            raise NeoError(f"a stream has no option '{next(iter(others))}'; take `generate`.")
         return generation.stream(
             self.model,
             self.params,
@@ -351,18 +368,3 @@ def compute_dtype(name: str) -> np.dtype:
 def _check_list(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str):  # a sequence too, of characters
         raise NeoError("this takes several: give a list of prompts, as in ['one text'].")
-
-
-_OPTIONS_OF_SAMPLES = ("stop", "batch_size", "on_overflow")
-
-
-def _reseeded(options: SamplingOptions, sample: int) -> SamplingOptions:
-    return dataclasses.replace(options, seed=(options.seed + sample) % 2**32)
-
-
-def _options(options: dict[str, Any]) -> SamplingOptions:
-    known = [field.name for field in dataclasses.fields(SamplingOptions)]
-    for name in options:
-        if name not in known:
-            raise NeoError(f"unknown option '{name}'.{suggest(name, known)}")
-    return SamplingOptions(**options)
