@@ -17,6 +17,7 @@ from neo_jax.cli.options import print_json, print_table
 from neo_jax.cli.placement import describe, lines
 from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.int8_checkpoint import is_int8, read_int8_config
 from neo_jax.sharding import Sharding, make_sharding
 
 
@@ -40,7 +41,8 @@ def main(args: Sequence[str]) -> None:
         config = preset(name)
     else:
         folder = hub.resolve(name or None, revision=options.revision or None)
-        config = _of_a_run(folder) or pretrained.read_config(folder)
+        read = read_int8_config if is_int8(folder) else pretrained.read_config
+        config = _of_a_run(folder) or read(folder)
     fields = _describe(config, folder, name)
     sharding = _sharding(options.mesh, options.rules)
     if options.json:
@@ -80,8 +82,10 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
         **_cache_bytes(config),
     }
     if folder is not None:
-        run = not (folder / "config.json").is_file()
-        dtypes = ["float32"] if run else pretrained.stored_dtypes(folder, config)
+        if not (folder / "config.json").is_file():  # a run
+            dtypes = ["float32"]
+        else:
+            dtypes = ["int8"] if is_int8(folder) else pretrained.stored_dtypes(folder, config)
         fields["dtype"] = "+".join(dtypes)
         fields["tokenizer"] = None
         if has_tokenizer(folder):
