@@ -55,10 +55,10 @@ def place(sharding: Sharding | None, cache: LayerCache) -> LayerCache:
     return LayerCache(**{name: lie(name, part) for name, part in cache._asdict().items()})
 
 
-def num_slots(config: ModelConfig, layer: int, length: int) -> int:
-    """Slots that a layer needs to decode up to `length` tokens."""
+def num_slots(config: ModelConfig, layer: int, length: int, slack: int = SLACK) -> int:
+    """Slots that a layer needs to decode up to `length` tokens, `slack` + 1 in a step."""
     window = config.window(layer)
-    return length if window is None else min(length, window + SLACK)
+    return length if window is None else min(length, window + slack)
 
 
 def num_bytes(config: ModelConfig, slots: int, dtype: DTypeLike) -> int:
@@ -177,9 +177,7 @@ def rollback(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
     appended next, as long as no more than SLACK tokens are forgotten.
     """
     return tuple(
-        layer._replace(
-            positions=jnp.where(layer.positions < lengths[:, None], layer.positions, -1)
-        )
+        layer._replace(positions=jnp.where(layer.positions < lengths[:, None], layer.positions, -1))
         for layer in cache
     )
 
@@ -190,22 +188,24 @@ def from_sequence(
     lengths: Int[Array, "B"],
     length: int,
     dtype: DTypeLike | None = None,
+    slack: int = SLACK,
 ) -> Cache:
     """Turns the keys and values of whole prompts into a cache to go on from.
 
     Args:
       config: the model.
-      sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H]; token
-        t lies at index t.
+      sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H], where
+        token t lies at index t; or a cache that holds what this one shall.
       lengths: tokens of each row to keep; what follows is padding.
       length: tokens, prompt included, that the cache must be able to hold.
       dtype: of its keys and values, int8 or a floating-point type; None keeps that of `sequence`.
+      slack: slots of local layers beyond their window.
 
     Returns:
       A cache of `num_slots` slots a layer that holds each row's newest tokens.
     """
     return tuple(
-        _arrange(layer, lengths, num_slots(config, i, length), dtype)
+        _arrange(layer, lengths, num_slots(config, i, length, slack), dtype)
         for i, layer in enumerate(sequence)
     )
 
@@ -216,7 +216,7 @@ def _arrange(
     # The newest position that belongs into slot s is the largest p < length with p % slots == s.
     newest = lengths[:, None] - 1
     positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
-    index = jnp.clip(positions, 0)[:, None, :, None]
+    index = (jnp.clip(positions, 0) % layer.positions.shape[1])[:, None, :, None]
 
     def kept(part: Any) -> Array | Int8:
         part = jnp.take_along_axis(part, index, axis=2, mode="clip")

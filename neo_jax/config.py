@@ -171,6 +171,11 @@ class ModelConfig:
             )
         table, ignored = _HF_FIELDS[family], _HF_IGNORED | _HF_STALE[family]
         known = {*table, *(["attention_types", "attention_layers"] if family == "gpt_neo" else [])}
+        if "quantization_config" in fields:
+            raise NeoError(
+                f"{source}: the weights are quantized, which this cannot take; name the checkpoint "
+                "of floats that they were made of."
+            )
         for name in fields:
             if name not in known and name not in ignored and not name.startswith("_"):
                 raise NeoError(f"{source}: unknown field '{name}'.{suggest(name, known)}")

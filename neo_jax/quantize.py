@@ -59,8 +59,10 @@ def quantize(
     return unflatten_dict(leaves)
 
 
-def quantized_shapes(config: ModelConfig, dtype: DTypeLike, sharding: Sharding) -> Params:
-    """Returns the shapes and places of what `quantize` gives, for a strategy."""
+def quantized_shapes(
+    config: ModelConfig, dtype: DTypeLike, sharding: Sharding | None = None
+) -> Params:
+    """Returns the shapes of what `quantize` gives, and with a strategy the places."""
     leaves = {}
     for tensor in tensors(config):
         whole = jax.ShapeDtypeStruct(tensor.shape, dtype)
@@ -68,7 +70,8 @@ def quantized_shapes(config: ModelConfig, dtype: DTypeLike, sharding: Sharding) 
         axes = outputs_first(tensor.axes, tensor.num_inputs)
 
         def put(part: jax.ShapeDtypeStruct, axes: tuple[str, ...] = axes) -> jax.ShapeDtypeStruct:
-            place = sharding.named(axes[: part.ndim], part.shape, "an int8 weight")
+            names = axes[: part.ndim]
+            place = sharding.named(names, part.shape, "an int8 weight") if sharding else None
             return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place)
 
         leaves[tensor.path] = jax.tree.map(put, parts)

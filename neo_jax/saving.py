@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def write_model(
         parts.setdefault(tensor.hf_name, []).append((tensor, leaves[tensor.path]))
     # Wider types first, for alignment.
     rows = sorted(map(_Row, parts.values()), key=lambda row: -row.dtype.itemsize)
-    _save(folder, config, rows, tokenizer, max_shard_bytes)
+    write_rows(folder, config.to_hf(), rows, tokenizer, max_shard_bytes)
 
 
 def groups(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -84,6 +84,33 @@ def _staging(folder: Path) -> Iterator[Path]:
         yield staging
     finally:
         staging.rmtree(missing_ok=True)
+
+
+class Row(Protocol):
+    """A tensor on its way to a file."""
+
+    @property
+    def name(self) -> str:
+        """What the file calls it."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How it is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How it is written."""
+
+    @property
+    def size(self) -> int:
+        """The number of its entries."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the file."""
+
+    def stored(self) -> np.ndarray:
+        """Reads it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +148,28 @@ class _Row:
         return copies[0] if len(copies) == 1 else np.concatenate(copies, places[0].axis)
 
 
-def _save(
-    folder: Path, config: ModelConfig, rows: list[_Row], tokenizer: Any, max_shard_bytes: int
+def write_rows(
+    folder: Path,
+    fields: dict[str, Any],
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_shard_bytes: int,
 ) -> None:
+    """Writes a folder; see `write_model`.
+
+    Args:
+      folder: made where it does not exist.
+      fields: of config.json, but for the dtype.
+      rows: the tensors, wider types first.
+      tokenizer: anything with `save(folder)`, or None.
+      max_shard_bytes: above this size the weights go to several files.
+
+    Raises:
+      NeoError: the folder cannot be written.
+    """
     shards = list(groups(rows, lambda row: row.num_bytes, max_shard_bytes))
     widest = max((row.dtype for row in rows), key=lambda kind: kind.itemsize)
-    hf_config = {**config.to_hf(), "dtype": widest.name}
+    hf_config = {**fields, "dtype": widest.name}
     generation = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id")}
     try:
         with _staging(folder) as staging:
@@ -150,7 +193,7 @@ def _save(
         raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
 
 
-def _write_weights(path: Path, rows: Sequence[_Row]) -> None:
+def _write_weights(path: Path, rows: Sequence[Row]) -> None:
     """Writes one safetensors file, a tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -173,7 +216,7 @@ def _write_weights(path: Path, rows: Sequence[_Row]) -> None:
             os.fsync(file.fileno())  # a rename may reach the disk before what it renames
 
 
-def _index(shards: Sequence[Sequence[_Row]], names: Sequence[str]) -> dict[str, Any]:
+def _index(shards: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[str, Any]:
     rows = [row for group in shards for row in group]
     return {
         "metadata": {

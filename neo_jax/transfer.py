@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from neo_jax import distributed
 from neo_jax.axes import Array
 from neo_jax.errors import NeoError, suggest
-from neo_jax.weights import CODES
+from neo_jax.weights import FLOATS
 
 _BLOCK_BYTES = 512 << 10  # of a transposition: what the cache of a core holds
 
@@ -20,8 +20,8 @@ def float_dtype(dtype: DTypeLike) -> np.dtype:
         named = np.dtype(dtype)
     except TypeError:
         named = None
-    if named is None or named.name not in CODES:
-        raise NeoError(f"{dtype!r} is no floating-point type.{suggest(str(dtype), CODES)}")
+    if named is None or named.name not in FLOATS:
+        raise NeoError(f"{dtype!r} is no floating-point type.{suggest(str(dtype), FLOATS)}")
     return jax.dtypes.canonicalize_dtype(named)
 
 

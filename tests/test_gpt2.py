@@ -64,7 +64,7 @@ def folder(params, tmp_path_factory):
 def test_greedy_texts_equal_those_of_transformers(folder):
     prompts = [[5, 9, 3, 1, 44], [7], list(range(20))]
     theirs = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager")
-    for options in ({}, {"mesh": "model=2", "rules": "tensor"}):
+    for options in ({}, {"mesh": "data=4,model=2", "rules": "tensor"}):
         lm = load(folder, **options)
         assert lm.config == CONFIG
         for prompt, sample in zip(prompts, lm.sample(prompts, 20, sampling=GREEDY), strict=True):

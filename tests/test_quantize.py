@@ -3,20 +3,28 @@
 import json
 import lzma
 import math
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
 import neo_jax
+from neo_jax.cli import main
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.int8 import Int8
+from neo_jax.int8_checkpoint import save_int8
 from neo_jax.names import tensors
+from neo_jax.pretrained import read_config, save_pretrained
 from neo_jax.quantize import dequantize, is_rounded, quantize
 from neo_jax.sharding import make_sharding
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.start import find_pretrained
+from neo_jax.training.state import state_of
 
 HELD_OUT = Path(__file__).parent / "text" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)
@@ -138,3 +146,69 @@ def test_bits_a_byte_of_the_bundled_model():
 def test_an_unknown_kind_is_refused(checkpoints):
     with pytest.raises(neo_jax.NeoError, match="cannot quantize to 'int9'"):
         neo_jax.load(checkpoints["bytes"], quantize="int9")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_stored_is_what_is_loaded(checkpoints, stored, dtype):
+    folder, _ = stored
+    ours = neo_jax.load(folder, dtype=dtype)
+    rounded = neo_jax.load(checkpoints["bytes"], quantize="int8", dtype=dtype)
+    assert ours.config == rounded.config
+    jax.tree.map(np.testing.assert_array_equal, ours.params, rounded.params)
+    assert ours.encode("The quick") == rounded.encode("The quick")
+
+
+def test_a_stored_model_is_split_as_it_is_read(stored, int8):
+    sharding = make_sharding("fsdp=4,model=2", "decode")
+    lm = neo_jax.load(stored[0], sharding=sharding)
+    rounded = quantize(int8.config, dequantize(int8.config, lm.params), jnp.float32, sharding)
+    for ours, theirs in zip(jax.tree.leaves(lm.params), jax.tree.leaves(rounded), strict=True):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    jax.tree.map(np.testing.assert_array_equal, lm.params, int8.params)
+
+
+def test_the_command_and_its_several_files(stored, tmp_path, capsys, checkpoints):
+    folder, lm = stored
+    save_int8(tmp_path / "several", lm.config, lm.params, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "several").glob("model-*.safetensors"))) > 2
+    jax.tree.map(
+        np.testing.assert_array_equal, neo_jax.load(tmp_path / "several").params, lm.params
+    )
+    assert main(["quantize", str(checkpoints["bytes"]), str(tmp_path / "small")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "small")
+    weights = [path / "model.safetensors" for path in (folder, tmp_path / "small")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].stat().st_size < 0.45 * (
+        (checkpoints["bytes"] / "model.safetensors").stat().st_size
+    )
+    assert main(["info", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "int8"
+
+
+def test_what_wants_floats_refuses_it(stored, tmp_path):
+    folder, lm = stored
+    for refused in (
+        lambda: read_config(folder),
+        lambda: find_pretrained(TrainConfig("", "", 1, 8, pretrained=str(folder))),
+    ):
+        with pytest.raises(neo_jax.NeoError, match="name the checkpoint of floats"):
+            refused()
+    with pytest.raises(neo_jax.NeoError, match="int8 weights cannot be trained"):
+        state_of(lm.params, optax.sgd(1.0))
+    with pytest.raises(neo_jax.NeoError, match="is no int8 weight"):
+        save_int8(tmp_path, lm.config, dequantize(lm.config, lm.params))
+    with pytest.raises(neo_jax.NeoError, match="is a Int8"):
+        save_pretrained(tmp_path, lm.config, lm.params)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    fields = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(fields | {"vocab_size": 1000}))
+    with pytest.raises(neo_jax.NeoError, match=r"wte.embedding, int8 \[1024, 32\]"):
+        neo_jax.load(damaged)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, int8):
+    folder = tmp_path_factory.mktemp("int8")
+    save_int8(folder, int8.config, int8.params, tokenizer=int8.tokenizer)
+    return folder, int8

@@ -26,7 +26,8 @@ VERBS = {
     "train": "train by a config",
     "bench": "tokens/s of a model here, beside what the devices can do",
     "plan": "what a step takes of devices that need not be here",
-    "convert": "a config of EleutherAI/gpt-neo to one for train",
+    "quantize": "a checkpoint of int8 weights",
+    "convert": "a checkpoint of any format to Hugging Face's; a config of EleutherAI/gpt-neo",
 }
 
 

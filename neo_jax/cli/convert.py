@@ -4,31 +4,70 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import check_output, output_lines
+from neo_jax.cli.options import check_output, output_lines, print_json, print_table
 from neo_jax.cli.train import beside
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Converts a .json config of EleutherAI/gpt-neo into a .py config for neo-jax train."""
+    """Converts a checkpoint of GPT-Neo or GPT-2, of any format, to Hugging Face's, and checks it.
 
-    source: Positional[str] = ""  # the .json config, also gs://
-    output: Positional[str] = ""  # the .py file to write
+    Or a .json config of EleutherAI/gpt-neo to a .py config for neo-jax train.
+    """
+
+    # a folder with safetensors, pytorch_model.bin, flax_model.msgpack or a checkpoint of
+    # TensorFlow; a run of neo-jax train; a hub name; or a .json config
+    source: Positional[str] = ""
+    output: Positional[str] = ""  # a new folder, or the .py file to write
+    revision: str = ""  # of a hub repository
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # to store
+    tokenizer: str = ""  # a folder with tokenizer files, where the source has none
+    max_shard_gb: float = 5.0  # above this size the weights go to several files
+    verify: bool = True  # read all back and compare, logits with transformers too
+    json: bool = False  # print JSON
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "convert", args)
-    if not options.source.endswith(".json") or not options.output.endswith(".py"):
+    if options.output.endswith(".py") and options.source.endswith(".json"):
+        _convert_config(options)
+        return
+    if not options.source or not options.output or options.output.endswith((".py", ".json")):
         raise UsageError(
-            "name a .json config and the .py file to write, as in: neo-jax convert theirs.json "
-            "ours.py"
+            "name a checkpoint and the folder to write, or a .json config and the .py file to "
+            "write, as in: neo-jax convert theirs ours"
         )
+    checkpoint = _module("checkpoint")
+    dtype = "" if options.dtype == "keep" else options.dtype
+    revision = options.revision or None
+    with checkpoint.open_source(options.source, revision, options.tokenizer) as source:
+        folder = checkpoint.convert(
+            source, options.output, dtype, int(options.max_shard_gb * 10**9)
+        )
+        found = checkpoint.verify(source, folder, dtype) if options.verify else None
+        fields = {
+            "source": source.name,
+            "output": str(folder),
+            "family": source.config.family,
+            "tokenizer": source.tokenizer is not None,
+            **(found._asdict() if found else {"verified": "no, as --no-verify asks"}),
+        }
+    if options.json:
+        print_json(fields)
+        return
+    formats = {int: "{:,}".format, bool: lambda value: "written" if value else "none"}
+    print_table(
+        [(key.replace("_", " "), formats.get(type(v), str)(v)) for key, v in fields.items()]
+    )
+
+
+def _convert_config(options: Options) -> None:
     converted = _module("mesh_tf_config").convert(options.source)
     check_output(options.output)
     with output_lines(options.output) as file:

@@ -17,6 +17,7 @@ from neo_jax.cli.options import print_json, print_table
 from neo_jax.cli.placement import describe, lines
 from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.int8_checkpoint import is_int8, read_int8_config
 from neo_jax.sharding import Sharding, make_sharding
 
 
@@ -40,7 +41,8 @@ def main(args: Sequence[str]) -> None:
         config = preset(name)
     else:
         folder = hub.resolve(name or None, revision=options.revision or None)
-        config = pretrained.read_config(folder)
+        read = read_int8_config if is_int8(folder) else pretrained.read_config
+        config = _of_a_run(folder) or read(folder)
     fields = _describe(config, folder, name)
     sharding = _sharding(options.mesh, options.rules)
     if options.json:
@@ -49,6 +51,16 @@ def main(args: Sequence[str]) -> None:
     placement = ["", *lines(config, sharding)] if sharding else []
     print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
     print(*placement, sep="\n", end="\n" if placement else "")
+
+
+def _of_a_run(folder: Path) -> ModelConfig | None:
+    """Returns the model of a run of neo-jax train, or of one of its checkpoints."""
+    if (folder / "config.json").is_file():
+        return None
+    from neo_jax.training.export import find_checkpoint, read_model
+
+    found = find_checkpoint(folder)
+    return read_model(found)[0] if found else None
 
 
 def _sharding(mesh: str, rules: str) -> Sharding | None:
@@ -70,7 +82,11 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
         **_cache_bytes(config),
     }
     if folder is not None:
-        fields["dtype"] = "+".join(pretrained.stored_dtypes(folder, config))
+        if not (folder / "config.json").is_file():  # a run
+            dtypes = ["float32"]
+        else:
+            dtypes = ["int8"] if is_int8(folder) else pretrained.stored_dtypes(folder, config)
+        fields["dtype"] = "+".join(dtypes)
         fields["tokenizer"] = None
         if has_tokenizer(folder):
             tokenizer = load_tokenizer(folder)

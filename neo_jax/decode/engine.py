@@ -19,6 +19,7 @@ import numpy as np
 from neo_jax import cache as caching
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
+from neo_jax.decode.prompt import read
 from neo_jax.decode.sampling import History, Settings, choose, logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
@@ -122,9 +123,6 @@ def prefill(
     settings: Settings,
 ) -> DecodeState:
     """Returns the state after prompts [B, T] of these lengths, with room for whole texts."""
-    # Prompts are padded on the right: padding lies in the future, which nothing sees. The newest
-    # token is left to the first step, which so is a step like all others.
-    _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
     state = DecodeState(
         tokens=jnp.pad(tokens, ((0, 0), (0, room - tokens.shape[1]))),
         logprobs=jnp.zeros((tokens.shape[0], room), jnp.float32),
@@ -133,7 +131,8 @@ def prefill(
         limits=limits,
         done=lengths >= limits,
         settings=settings,
-        cache=caching.from_sequence(model.config, sequence, lengths - 1, room, model.cache_dtype),
+        # The newest token is left to the first step, which so is a step like all others.
+        cache=read(model, params, tokens, lengths - 1, room),
     )
     return _place(model.sharding, state)
 

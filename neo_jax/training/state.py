@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from neo_jax.axes import BATCH, Array, Params
+from neo_jax.errors import NeoError
 from neo_jax.lora import LoraConfig, adapter_axes, attach, init_adapters
 from neo_jax.model import Neo, init_params
 from neo_jax.sharding import tree_shardings
@@ -91,7 +92,13 @@ def abstract_inputs(
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state of a run that starts from stacked parameters, or from adapters."""
+    """Returns the state of a run that starts from stacked parameters, or from adapters.
+
+    Raises:
+      NeoError: parameters are int8.
+    """
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params)):
+        raise NeoError("int8 weights cannot be trained; start from the model of floats.")
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), jnp.zeros(2, jnp.int32))
 

@@ -14,7 +14,9 @@ from neo_jax.errors import NeoError, reason
 from neo_jax.paths import file_size, is_remote, read_range
 from neo_jax.weights.stored import StoredTensor
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+DTYPES = {
+    "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I8": "int8"
+}  # fmt: skip
 CODES = {name: code for code, name in DTYPES.items()}
 
 

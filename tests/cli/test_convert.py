@@ -99,5 +99,5 @@ def test_configs_that_cannot_be_converted(fail, tmp_path, changes, message):
 
 
 def test_what_is_asked_must_be_files(fail, tmp_path):
-    assert "name a .json config and the .py file" in fail("convert", "a.txt", "b.py", status=2)
+    assert "a .json config and the .py file" in fail("convert", "a.txt", "b.py", status=2)
     assert "cannot read" in fail("convert", tmp_path / "nowhere.json", tmp_path / "b.py")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import neo_jax
+from neo_jax.cli.options import print_json
 from neo_jax.decode.sampling import SamplingOptions
 
 FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
@@ -86,6 +87,93 @@ def test_prompts_of_a_jsonl_file_and_an_output_file(run, model, lm, tmp_path, ba
             sample.ids,
         )
         assert line["logprobs"] == pytest.approx(sample.logprobs, abs=1e-5)
+
+
+def partial_file(output):
+    (path,) = output.parent.glob(output.name + ".partial-*")
+    return path
+
+
+@pytest.fixture
+def many(tmp_path, model):
+    """A command line of five prompts, two samples each, and its output."""
+    path, output = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
+    path.write_text("The fox\nCall me\nthe dog\nnever\nI thought\n")
+    args = ["generate", "--prompts-file", path, "--output", output, *model, "--num-samples", 2]
+    return [*args, "--max-new-tokens", 12, "--batch-size", 3], output
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"prompt": "the'])
+def test_an_interrupted_run_goes_on_where_it_was(run, many, monkeypatch, torn):
+    args, output = many
+    assert run(*args)[0] == 0
+    whole = output.read_bytes()
+    assert whole.count(b"\n") == 10
+    output.write_text("from another day")
+
+    left = iter(range(5))
+
+    def interrupted(*args):
+        if not any(True for _ in zip(range(1), left, strict=False)):
+            raise KeyboardInterrupt
+        print_json(*args)
+
+    monkeypatch.setattr("neo_jax.cli.generate.print_json", interrupted)
+    status, _, err = run(*args)
+    assert status == 130
+    partial = partial_file(output)
+    last = err.splitlines()[-1]
+    assert last == (
+        f"neo-jax: interrupted; 2 prompts are kept in {partial}; the same command goes on there"
+    )
+    assert output.read_text() == "from another day"
+    assert partial.read_bytes() == b"".join(whole.splitlines(True)[:4])  # whole prompts
+    with partial.open("ab") as file:
+        file.write(whole.splitlines(True)[4] + torn)
+    monkeypatch.undo()
+
+    asked = []
+    samples = neo_jax.LanguageModel.samples
+
+    def noting(lm, prompts, *args, **options):
+        asked.append(prompts)
+        return samples(lm, prompts, *args, **options)
+
+    monkeypatch.setattr(neo_jax.LanguageModel, "samples", noting)
+    # Another run leaves it alone.
+    assert run(*args, "--seed", 1)[0] == 0
+    assert output.read_bytes() != whole
+    assert run(*args)[0] == 0
+    assert [len(prompts) for prompts in asked] == [5, 3]
+    found, expected = lines(output.read_text()), lines(whole.decode())
+    for line in expected:
+        line["logprobs"] = pytest.approx(line["logprobs"], abs=1e-5)
+    assert found == expected
+    assert sorted(path.name for path in output.parent.iterdir()) == ["prompts.txt", output.name]
+
+
+def test_stops_and_penalties(succeed, model, lm):
+    options = {"temperature": 1.0, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 4}
+    options |= {"no_repeat_ngram_size": 2, "min_new_tokens": 12}
+    args = [str(a) for k, v in options.items() for a in ("--" + k.replace("_", "-"), v)]
+    args = ["generate", "The fox", *model, *args, "--max-new-tokens", 12]
+    plain = lm.generate("The fox", 12, **options)
+    assert succeed(*args) == f"The fox{plain}\n"
+    stops = [plain[8:10], "never there"]
+    expected = lm.generate("The fox", 12, stop=stops, **options)
+    assert plain.startswith(expected) and len(expected) < len(plain)  # noqa: PT018
+    assert succeed(*args, "--stop", stops[0], "--stop", stops[1]) == f"The fox{expected}\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_prompt_beyond_the_context_is_cut_if_asked(run, model, lm, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    prompt = "The fox and the dog, " * 8
+    status, out, err = run("generate", prompt, *model, *OPTIONS, "--on-overflow", "truncate")
+    assert status == 0
+    assert err == "1 of 1 prompts cut to their newest 52 tokens\n"
+    newest = lm.encode(prompt)[-52:]
+    assert out == f"{prompt}{lm.generate([newest], 12, temperature=0)[0]}\n"
 
 
 def test_prompts_of_a_text_file(succeed, model, lm, tmp_path):

@@ -1,14 +1,18 @@
 """neo_jax/decode/batching.py: texts of a batch whose rows are refilled, by those of one batch."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from neo_jax.config import ModelConfig
-from neo_jax.decode import engine
+from neo_jax.decode import batching, engine
 from neo_jax.decode.batching import Request, complete, in_order
 from neo_jax.decode.sampling import SamplingOptions, stack_settings
+from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params
+from neo_jax.sharding import make_sharding
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -69,26 +73,118 @@ def alone(params, requests):
     return [text.ids[:new] for text, new in zip(texts, NEW, strict=True)]
 
 
-def texts_of(params, requests, rows, model=MODEL):
-    done = list(in_order(complete(model, params, requests, rows)))
+def texts_of(params, requests, model=MODEL):
+    """By a batch of three rows: one number, so that tests share their programs."""
+    done = list(in_order(complete(model, params, requests, 3)))
     assert len(done) == len(requests)
     return done
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4])
-def test_texts_are_those_of_one_plain_batch(params, requests, alone, rows):
-    for (text,), expected, request in zip(
-        texts_of(params, requests, rows), alone, requests, strict=True
-    ):
+def test_texts_are_those_of_one_plain_batch(params, requests, alone):
+    for (text,), expected, request in zip(texts_of(params, requests), alone, requests, strict=True):
         assert text.ids[: len(expected)] == expected
         assert len(text.ids) == len(text.logprobs) == request.max_new_tokens
         assert text.finish_reason == "length"
 
 
 def test_an_order_changes_no_text(params, requests):
-    expected = texts_of(params, requests, 3)
+    expected = texts_of(params, requests)
     order = np.random.default_rng(1).permutation(len(requests))
-    shuffled = texts_of(params, [requests[i] for i in order], 4)
+    shuffled = texts_of(params, [requests[i] for i in order])
     for i, (text,) in zip(order, shuffled, strict=True):
         assert text.ids == expected[i][0].ids
         np.testing.assert_allclose(text.logprobs, expected[i][0].logprobs, rtol=0, atol=1e-5)
+
+
+def test_fifty_prompts_compile_few_programs(params):
+    """As many as the module says, with 5 buckets of prompts and 3 of room."""
+    programs = {
+        engine.prefill: 5, engine.insert: 15, engine.run: 3, engine.resize: 6, engine.blank: 5,
+    }  # fmt: skip
+    for program in programs:
+        program.clear_cache()
+    lengths = np.random.default_rng(2).permutation(np.arange(1, 151, 3))
+    new = np.random.default_rng(3).integers(1, 8, 50)
+    assert len(texts_of(params, make_requests(lengths.tolist(), new.tolist()))) == 50
+    for program, most in programs.items():
+        assert 1 <= program._cache_size() <= most, program
+
+
+def test_a_prompt_is_read_once_for_all_of_its_samples(params, monkeypatch):
+    read = []
+    prefill = engine.prefill
+
+    def noting(model, room, params, tokens, lengths, *rest):
+        read.extend(lengths.tolist())
+        return prefill(model, room, params, tokens, lengths, *rest)
+
+    monkeypatch.setattr(engine, "prefill", noting)
+    drawn = [SamplingOptions(temperature=1.0, top_p=1.0, seed=seed) for seed in range(5)]
+    prompt = list(range(1, 10))
+    samples, one = texts_of(
+        params, [Request(prompt, 30, drawn), Request([7] * 12, 30, [OPTIONS[0]])]
+    )
+    assert [length for length in read if length > 1] == [9, 12]
+    assert len({tuple(text.ids) for text in samples}) == 5
+    settings = stack_settings(drawn)
+    expected = engine.generate(MODEL, params, [prompt] * 5, 30, settings)
+    assert [text.ids for text in samples] == [text.ids for text in expected]
+    assert len(one) == 1
+
+
+def test_a_watch_stops_its_text_alone(params, requests):
+    expected = texts_of(params, requests[:4])
+    told = []
+
+    def watch(ids):
+        told.extend(ids)
+        return 11 if len(told) >= 11 else None
+
+    watched = [dataclasses.replace(requests[0], watches=[watch]), *requests[1:4]]
+    (first,), *others = texts_of(params, watched)
+    assert (first.ids, first.finish_reason) == (expected[0][0].ids[:11], "stop")
+    assert first.logprobs == pytest.approx(expected[0][0].logprobs[:11], abs=1e-5)
+    assert told == expected[0][0].ids[: len(told)]
+    assert len(told) <= 11 + batching.WATCHED_STEPS
+    assert [text.ids for (text,) in others] == [text.ids for (text,) in expected[1:]]
+
+
+def test_the_end_of_text_makes_place_for_the_next(params):
+    """A row whose text ends waits for no other: all steps but the last ones write three texts."""
+    requests = make_requests([9] * 6, [40] * 6)
+    whole = [text.ids for (text,) in texts_of(params, requests)]
+    eos = whole[1][5]
+    model = Neo(dataclasses.replace(CONFIG, eos_token_id=eos))
+    for (text,), ids in zip(texts_of(params, requests, model=model), whole, strict=True):
+        cut = ids.index(eos) if eos in ids else len(ids)
+        assert text.ids == ids[:cut]
+        assert text.finish_reason == ("eos" if eos in ids else "length")
+
+
+def test_a_mesh_changes_no_text(params, requests):
+    sharding = make_sharding("data=2,model=2", devices=jax.devices()[:4])
+    some = [requests[0], requests[7], requests[10]]
+    expected = texts_of(params, some)
+    found = texts_of(params, some, model=Neo(CONFIG, sharding=sharding))
+    assert [text.ids for (text,) in found] == [text.ids for (text,) in expected]
+
+
+def test_results_come_in_order_as_early_as_they_can():
+    finished = iter([(1, "b"), (0, "a"), (3, "d"), (2, "c")])
+    results = in_order(finished)
+    assert next(results) == "a"
+    assert next(finished) == (3, "d")
+    assert list(in_order([(2, "c"), (1, "b"), (0, "a")])) == ["a", "b", "c"]
+
+
+def test_prompts_are_taken_by_length_within_a_window():
+    requests = [Request([1] * length, 1, [OPTIONS[0]]) for length in (5, 2, 9, 1, 3)]
+    assert list(batching._turns(requests, 3)) == [1, 0, 2, 3, 4]
+    assert list(batching._turns(requests, 99)) == [3, 1, 4, 0, 2]
+
+
+def test_nothing_is_asked_and_nothing_can_be_done(params):
+    assert list(complete(MODEL, params, [], 3)) == []
+    bad = [Request([1], 5, [OPTIONS[0]]), Request([1] * 158, 5, [OPTIONS[0]])]
+    with pytest.raises(NeoError, match="a prompt of 158 tokens and 5 new ones exceed"):
+        complete(MODEL, {}, bad, 3)

@@ -120,6 +120,19 @@ def test_greedy_text_is_that_of_transformers(reference, greedy):
         assert completion.finish_reason == "length"
 
 
+def test_penalized_greedy_text_is_that_of_transformers(reference, params, greedy):
+    asked = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    settings = settings_of(dataclasses.replace(GREEDY, **asked), len(PROMPTS))
+    found = generate(params, PROMPTS, settings)
+    for prompt, completion, plain in zip(PROMPTS, found, greedy, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, **asked
+        )
+        assert theirs[0].tolist() == prompt + completion.ids
+        assert completion.ids != plain.ids
+
+
 # Against plain forward passes of the same model.
 
 

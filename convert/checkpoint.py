@@ -1,0 +1,196 @@
+"""A checkpoint of any format to a folder of Hugging Face's, with proof that nothing changed."""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from neo_jax import hub
+from neo_jax.config import ModelConfig
+from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.errors import NeoError
+from neo_jax.model import Neo
+from neo_jax.names import tensors
+from neo_jax.paths import is_remote, make_path
+from neo_jax.pretrained import load_params, read_config, stored_leaves
+from neo_jax.saving import Leaf, write_model
+from neo_jax.training.export import find_checkpoint, read_model, read_params
+from neo_jax.transfer import float_dtype
+
+Leaves = dict[tuple[str, ...], Leaf]
+
+
+class Source(NamedTuple):
+    """An open checkpoint."""
+
+    name: str
+    config: ModelConfig
+    leaves: Leaves
+    tokenizer: Any  # or None
+
+
+class Verified(NamedTuple):
+    """What was found in reading back what was written."""
+
+    tensors: int
+    parameters: int
+    num_bytes: int
+    largest_difference: float  # between a stored number and its source: rounding
+    logits: str  # how they compare with those of transformers
+
+
+@contextlib.contextmanager
+def open_source(name: str, revision: str | None = None, tokenizer: str = "") -> Iterator[Source]:
+    """Opens a checkpoint: a folder of any format, a hub name, or a run of `neo-jax train`.
+
+    Raises:
+      NeoError: it cannot be found or read.
+    """
+    folder = make_path(name) if is_remote(name) else Path(name).expanduser()
+    found = find_checkpoint(folder) if folder.is_dir() else None
+    if found is not None and not (folder / "config.json").is_file():
+        config, data = read_model(found)
+        arrays = flatten_dict(read_params(found, config))
+        leaves = {path: Leaf(leaf.dtype, lambda leaf=leaf: leaf) for path, leaf in arrays.items()}
+        yield Source(str(found), config, leaves, _tokenizer(tokenizer, Path(data)))
+        return
+    folder = hub.resolve(name, revision=revision)
+    config = read_config(folder)
+    with stored_leaves(folder, config) as leaves:
+        yield Source(str(folder), config, leaves, _tokenizer(tokenizer, folder))
+
+
+def _tokenizer(named: str, folder: Path) -> Any:
+    if named:
+        return load_tokenizer(make_path(named))
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def convert(source: Source, output: str, dtype: str = "", max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Writes a folder that `neo_jax.load`, `train --pretrained` and transformers read.
+
+    Args:
+      source: what `open_source` gave.
+      output: the folder; must be new or empty.
+      dtype: a floating-point type to store; empty keeps those of the source.
+      max_shard_bytes: above this size the weights go to several files.
+
+    Raises:
+      NeoError: the folder holds files, or cannot be written.
+    """
+    folder = make_path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise NeoError(f"{output} is there already; choose a new folder, or remove that one.")
+    write_model(folder, source.config, _cast(source, dtype), source.tokenizer, max_shard_bytes)
+    theirs = make_path(source.name) / "generation_config.json"
+    if theirs.is_file():
+        (folder / theirs.name).write_bytes(theirs.read_bytes())
+    return folder
+
+
+def _cast(source: Source, dtype: str) -> Leaves:
+    if not dtype:
+        return source.leaves
+    kind = float_dtype(dtype)
+    return {path: Leaf(kind, leaf.read) for path, leaf in source.leaves.items()}
+
+
+def verify(source: Source, folder: Path, dtype: str = "") -> Verified:
+    """Reads back every tensor, one at a time, and where transformers is installed compares logits.
+
+    Raises:
+      NeoError: anything differs.
+    """
+    if read_config(folder) != source.config:
+        raise NeoError(f"{folder}: config.json reads as another model; do not use this folder.")
+    largest, num_bytes = 0.0, 0
+    with stored_leaves(folder, source.config) as written:
+        for path, leaf in _cast(source, dtype).items():
+            theirs, ours = leaf.read(), written[path].read()
+            theirs = theirs[: ours.shape[0]]
+            expected = theirs.astype(leaf.dtype)
+            if ours.dtype != leaf.dtype or ours.tobytes() != expected.tobytes():
+                raise NeoError(
+                    f"{folder}: {'/'.join(path)} is not what its source holds; do not use this "
+                    "folder, and look at the disk."
+                )
+            num_bytes += ours.nbytes
+            if leaf.dtype != theirs.dtype:
+                change = np.abs(ours.astype(np.float32) - theirs.astype(np.float32))
+                largest = max(largest, float(np.nanmax(change, initial=0)))
+    count = len({row.hf_name for row in tensors(source.config)})
+    return Verified(count, source.config.num_params, num_bytes, largest, _logits(folder))
+
+
+def _logits(folder: Path) -> str:
+    """Compares logits with those of transformers; returns how far they are apart, in words."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        return "not compared: torch and transformers are not installed"
+    if is_remote(folder):
+        return "not compared: the folder is in the cloud"
+    config = read_config(folder)
+    needed, free = 24 * config.num_params, _free_memory()
+    if needed > free:
+        return f"not compared: it takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+    length = min(config.max_length, 2 * config.window_size + 9)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
+    single, exact = _theirs(folder, tokens)
+    params = load_params(folder, config, dtype="float32")
+    apply = jax.jit(lambda params, tokens: Neo(config).apply({"params": params}, tokens).logits)
+    ours = np.asarray(apply(params, jnp.asarray(tokens)), np.float64)
+    error, noise = np.abs(ours - exact).max(), np.abs(single - exact).max()
+    scale = exact.std()
+    if not error <= 2 * noise + 2e-6 * scale:
+        raise NeoError(
+            f"{folder}: logits of {length} tokens differ from those of transformers by "
+            f"{error / scale:.2g} of their deviation, its own noise is {noise / scale:.2g}; do "
+            "not use this folder, and report the model."
+        )
+    return (
+        f"{length} tokens: {error / scale:.2g} of their deviation from float64, transformers "
+        f"itself {noise / scale:.2g}"
+    )
+
+
+def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits of transformers in float32 and in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.gpt_neo import modeling_gpt_neo
+
+    class Float64:
+        """torch, but float32 is float64: GPT-Neo's code casts queries and keys to float32."""
+
+        float32 = torch.float64
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise NeoError(f"{folder}: transformers misses or does not know {wrong[0]}; report this.")
+    ids = torch.tensor(tokens)
+    with torch.no_grad():
+        single = model.eval()(ids).logits.double().numpy()
+        with mock.patch.object(modeling_gpt_neo, "torch", Float64()):
+            exact = model.double()(ids).logits.numpy()
+    return single, exact
+
+
+def _free_memory() -> int:
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize  # no Linux: try

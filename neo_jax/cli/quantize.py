@@ -1,0 +1,33 @@
+"""neo-jax quantize: a checkpoint of int8 weights."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from tyro.conf import Positional
+
+from neo_jax.cli import UsageError, parse
+from neo_jax.paths import check_writable, make_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Writes a checkpoint with int8 weights, which every verb but train and convert takes."""
+
+    source: Positional[str] = ""  # a folder, also gs://, a hub name, or an adapter
+    output: Positional[str] = ""  # the folder to write
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    options = parse(Options, "quantize", args)
+    if not options.source or not options.output:
+        raise UsageError(
+            "name a model and the folder to write, as in: neo-jax quantize gpt-neo-1.3b small"
+        )
+    check_writable(make_path(options.output))
+    from neo_jax.int8_checkpoint import save_int8
+    from neo_jax.language_model import load
+
+    lm = load(options.source, quantize="int8", dtype="float32")
+    save_int8(options.output, lm.config, lm.params, tokenizer=lm.tokenizer)
+    print(options.output)
