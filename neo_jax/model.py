@@ -75,6 +75,7 @@ class Attention(nn.Module):
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
         mask = Mask(positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
+        self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
         out_proj = _linear(self, "out_proj", heads, (axes.EMBED,))
         return out_proj("btnh,dnh->btd", y.swapaxes(1, 2)), cache
@@ -293,6 +294,7 @@ def logical_axes(model: Neo) -> Params:
 
 
 def _init(model: Neo, key: Array) -> Params:
-    # A single token does not lie on a mesh; where parameters lie is for the caller to say.
+    # A single token lies on no mesh, and a kernel may be one of devices that are not here.
+    alone = model.clone(sharding=None, kernel="auto")
     method = Neo.encode if model.config.tied_head else Neo.__call__
-    return model.clone(sharding=None).init(key, jnp.zeros((1, 1), jnp.int32), method=method)
+    return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)

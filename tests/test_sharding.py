@@ -255,8 +255,8 @@ def expected(tiny):
             {
                 "wte/embedding": (64, 8),
                 "h_1/attn/q_proj/kernel": (1, 16, 8),
-                "h_1/attn/out_proj/kernel": (1, 16, 8),
-                "h_1/mlp/c_fc/kernel": (8, 64),
+                "h_1/attn/out_proj/kernel": (8, 1, 16),
+                "h_1/mlp/c_fc/kernel": (64, 8),
                 "h_1/mlp/c_fc/bias": (64,),
                 "ln_f/scale": (8,),
             },

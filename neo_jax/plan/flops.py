@@ -5,10 +5,13 @@ trace nor in the program, and follow by arithmetic.
 """
 
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+from jax.extend.core import Literal
 
 from neo_jax.config import ModelConfig
 from neo_jax.plan.hlo import Instruction, elements, sizes
@@ -20,9 +23,12 @@ Shape = tuple[int, ...]
 def traced_flops(traced: Any, config: ModelConfig) -> float:
     """Returns the FLOPs of all products of a `jax.stages.Traced`, on all devices together.
 
-    A loop whose length depends on data counts once, of a condition's branches the largest.
+    A loop whose length depends on data counts once, of a condition's branches the largest. What
+    nothing needs does not count, as the gradient of a frozen parameter.
     """
-    return _flops(traced.jaxpr.jaxpr, functools.partial(_attention_flops, config))
+    jaxpr = traced.jaxpr.jaxpr
+    needed = [True] * len(jaxpr.outvars)
+    return _flops(jaxpr, needed, functools.partial(_attention_flops, config))
 
 
 def splash_flops(config: ModelConfig) -> Callable[[Instruction, tuple[Shape, ...]], float]:
@@ -57,29 +63,44 @@ def _attention_flops(
     return products * 2 * math.prod(rows) * pairs * head_dim
 
 
-def _flops(jaxpr: Any, kernel: Callable[..., float]) -> float:
+def _flops(jaxpr: Any, needed: Sequence[bool], kernel: Callable[..., float]) -> float:
+    """Counts what leads to those results of a jaxpr that are needed."""
     total = 0.0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (summed, _), _ = params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            result = math.prod(eqn.outvars[0].aval.shape)
-            total += 2 * result * math.prod(left[axis] for axis in summed)
-        elif name == "pallas_call":
-            shapes = (
-                tuple(v.aval.shape for v in eqn.invars), [v.aval.shape for v in eqn.outvars]
-            )  # fmt: skip
-            total += kernel(str(params["name"]), *shapes)
-        elif name == "cond":
-            total += max(_flops(branch.jaxpr, kernel) for branch in params["branches"])
-        else:
-            inside = sum(_flops(inner, kernel) for inner in _inner(params))
-            times = params["length"] if name == "scan" else 1
-            mesh, manual = params.get("mesh"), params.get("newly_manual_axes", ())
-            shards = math.prod(mesh.shape[axis] for axis in manual) if name == "shard_map" else 1
-            total += times * shards * inside
+    used = _variables(itertools.compress(jaxpr.outvars, needed))
+    for eqn in reversed(jaxpr.eqns):
+        results = [var in used for var in eqn.outvars]
+        if any(results) or eqn.effects:
+            used |= _variables(eqn.invars)
+            total += _flops_of(eqn, results, kernel)
     return total
+
+
+def _variables(atoms: Iterable[Any]) -> set[Any]:
+    return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def _flops_of(eqn: Any, needed: Sequence[bool], kernel: Callable[..., float]) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (summed, _), _ = params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        result = math.prod(eqn.outvars[0].aval.shape)
+        return 2 * result * math.prod(left[axis] for axis in summed)
+    if name == "pallas_call":
+        operands = tuple(var.aval.shape for var in eqn.invars)
+        return kernel(str(params["name"]), operands, [var.aval.shape for var in eqn.outvars])
+    if name == "cond":
+        return max(_flops(branch.jaxpr, needed, kernel) for branch in params["branches"])
+    if name == "scan":  # what one trip gives another needs
+        needed = [True] * params["num_carry"] + list(needed[params["num_carry"] :])
+    total = 0.0
+    for inner in _inner(params):
+        same = name != "while" and len(inner.outvars) == len(needed)
+        total += _flops(inner, needed if same else [True] * len(inner.outvars), kernel)
+    times = params["length"] if name == "scan" else 1
+    mesh, manual = params.get("mesh"), params.get("newly_manual_axes", ())
+    shards = math.prod(mesh.shape[axis] for axis in manual) if name == "shard_map" else 1
+    return times * shards * total
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -121,7 +121,9 @@ def _traffic(program: Program, run: Run) -> float:
         target, source = elements(each.shape)[:2]
         return _in_memory(target) + _in_memory(source)
     operands = [lines[name].shape for name in each.operands]
-    if each.opcode == "fusion":
+    if each.opcode == "async-start":  # as a fusion, whose result is behind its operands
+        each = each._replace(shape=elements(each.shape)[1])
+    if each.opcode in ("fusion", "async-start"):
         return _fusion_traffic(program, called("calls", each), each, operands)
     return _in_memory(each.shape) + sum(map(_in_memory, operands))
 

@@ -9,6 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from neo_jax.config import ModelConfig
+from neo_jax.layers import einsum
 from neo_jax.plan.flops import splash_flops, traced_flops
 from neo_jax.plan.hlo import parse
 from neo_jax.plan.topology import find_topology
@@ -58,3 +59,18 @@ def test_loops_branches_and_shards():
     sharded = jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     traced = jax.jit(sharded).trace(jnp.zeros((8 * 16, 16)))
     assert traced_flops(traced, CONFIG) == 8 * (5 + 2) * 2 * 16**3
+
+
+def test_what_nothing_needs_does_not_count():
+    """Frozen weights get no gradient, though the backward pass of a product gives it."""
+    weight = jnp.zeros((32, 48))
+
+    def loss(x):
+        def layer(x, w):
+            return einsum("btd,de->bte", x, w, jnp.float32), None
+
+        x, _ = jax.lax.scan(layer, x, weight[None, :, :32])
+        return jnp.sin(einsum("btd,df->btf", x, weight, jnp.float32)).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(jnp.zeros((2, 8, 32)))
+    assert traced_flops(traced, CONFIG) == 2 * 2 * 16 * 32 * (32 + 48)

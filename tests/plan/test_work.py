@@ -81,3 +81,21 @@ def test_a_loop_of_unknown_length():
     assert work(parse(text), open_trips=3).flops == 4 * 2 * 64**3
     with pytest.raises(ValueError, match="in a loop of unknown length"):
         work(parse(text))
+
+
+ASYNCHRONOUS = """
+%slice (p: bf16[1024,768]) -> bf16[256,768] {
+  %p = bf16[1024,768]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %part = bf16[256,768]{1,0:T(8,128)(2,1)S(1)} slice(%p), slice={[256:512], [0:768]}
+}
+
+ENTRY %main (x: bf16[1024,768]) -> bf16[256,768] {
+  %x = bf16[1024,768]{1,0:T(8,128)(2,1)} parameter(0)
+  %start = ((bf16[1024,768]{1,0:T(8,128)(2,1)}), bf16[256,768]{1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}) async-start(%x), calls=%slice
+  ROOT %done = bf16[256,768]{1,0:T(8,128)(2,1)S(1)} async-done(%start)
+}
+"""  # fmt: skip  # noqa: E501
+
+
+def test_a_slice_that_is_fetched_early_is_no_more_than_a_slice():
+    assert work(parse(ASYNCHRONOUS)).memory_bytes == 256 * 768 * 2
