@@ -131,7 +131,8 @@ def test_another_dtype_in_several_files(succeed, tmp_path, tokenizer_folders):
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
 
 
