@@ -94,7 +94,7 @@ def make_models(layers: int, batch_size: int):
         leaf = params
         for key in tensor.path:
             leaf = leaf[key]
-        weights[tensor.hf_name] = torch.from_numpy(np.array(tensor.to_hf(np.asarray(leaf))))
+        weights[tensor.hf_name] = torch.from_numpy(np.array(tensor.to("hf", np.asarray(leaf))))
     reference.load_state_dict(weights, strict=False)
     reference.tie_weights()
     reference.generation_config.eos_token_id = None
