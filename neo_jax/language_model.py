@@ -1,7 +1,6 @@
 """`neo_jax.load(...)`: a model, its parameters and its tokenizer in one hand."""
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, generation, hub, names
+from neo_jax import adapters, generation, hub, inside, names
 from neo_jax.attention import Kernel
-from neo_jax.axes import Array, Params
+from neo_jax.axes import Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from neo_jax.decode import engine
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED, Draft
-from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.generation import Overflow, Prompt, Sample, fit, make_method, read_options, reseeded
 from neo_jax.int8 import Int8
@@ -30,7 +27,7 @@ from neo_jax.loading import read_model
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
-from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
+from neo_jax.sharding import Sharding, laid_out, make_sharding
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
@@ -230,18 +227,24 @@ class LanguageModel:
           texts: texts or ids, each within the context.
           layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
         """
-        if not -self.config.num_layers - 1 <= layer <= self.config.num_layers:
-            raise NeoError(f"layer {layer} is not one of 0 to {self.config.num_layers}, or -1.")
         _check_list(texts)
-        features = []
-        for ids in map(self.encode, texts):
-            engine.check_tokens(self.model, ids)
-            width = engine.bucket(len(ids), engine.MIN_PREFILL, self.config.max_length)
-            padded = np.zeros((padded_rows(self.model.sharding, 1), width), np.int32)
-            padded[0, : len(ids)] = ids
-            states = _hidden_state(self.model, layer, self.params, padded)
-            features.append(to_host(states[0, : len(ids)]))
-        return features
+        encoded = map(self.encode, texts)
+        return [inside.hidden_states(self.model, self.params, ids, layer) for ids in encoded]
+
+    def attention(self, text: Prompt, layer: int) -> np.ndarray:
+        """Returns what the heads of a layer attend to, float32 [N, T, T].
+
+        Entry [n, t, s] is the share that the value of token s has in what head n gives for token
+        t: 0 where t does not see s; over s they sum to 1.
+
+        Args:
+          text: a text or ids, within the context.
+          layer: from 0; `config.layer_types[layer]` says whether it is global or local.
+
+        Raises:
+          NeoError: no such layer, or more tokens than the context holds.
+        """
+        return inside.attention(self.model, self.params, self.encode(text), layer)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -365,8 +368,3 @@ def compute_dtype(name: str) -> np.dtype:
 def _check_list(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str):  # a sequence too, of characters
         raise NeoError("this takes several: give a list of prompts, as in ['one text'].")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _hidden_state(model: Neo, layer: int, params: Params, tokens: Array) -> Array:
-    return model.apply({"params": params}, tokens).hidden_states[layer]
