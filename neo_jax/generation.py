@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from neo_jax.axes import Params
 from neo_jax.data.tokenizer import StreamDecoder, Tokenizer
 from neo_jax.decode import engine
 from neo_jax.decode.batching import Request, complete, in_order
+from neo_jax.decode.beam import BeamOptions
+from neo_jax.decode.methods import BeamSearch, Method, Speculation
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.errors import NeoError
+from neo_jax.decode.speculative import Draft
+from neo_jax.errors import NeoError, suggest
 from neo_jax.model import Neo
 
 Prompt = str | Sequence[int]
@@ -28,6 +31,15 @@ class Sample:
     ids: list[int]  # the new tokens; the last may reach into a stop string, where the text ends
     logprobs: list[float]  # the model's log p of each, in nats, before temperature and truncation
     finish_reason: str  # "eos", "stop" or "length"
+    score: float | None = None  # in beam search: what texts are compared by
+    drafted: int | None = None  # in speculative decoding: tokens of the draft that were judged
+    accepted: int | None = None  # and those of them that were taken
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields by name, without those at the end that are None."""
+        optional = ("score", "drafted", "accepted")
+        fields = dataclasses.asdict(self)
+        return {n: value for n, value in fields.items() if not (n in optional and value is None)}
 
 
 class StopText:
@@ -98,6 +110,51 @@ def fit(model: Neo, ids: list[int], max_new_tokens: int, on_overflow: Overflow) 
     return ids
 
 
+def read_options(options: dict[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
+    """Sorts the options of `LanguageModel.generate` by name.
+
+    Returns:
+      Those of sampling, and arguments of `LanguageModel.samples`.
+
+    Raises:
+      NeoError: an unknown option, or a value that is out of its range.
+    """
+    kinds = [
+        [field.name for field in dataclasses.fields(kind)]
+        for kind in (SamplingOptions, BeamOptions)
+    ]
+    others = ["stop", "batch_size", "on_overflow", "draft", "num_drafted"]
+    known = [name for names in (*kinds, others) for name in names]
+    for name in options:
+        if name not in known:
+            raise NeoError(f"unknown option '{name}'.{suggest(name, known)}")
+    sampling, beams = ({n: options[n] for n in names if n in options} for names in kinds)
+    arguments = {name: options[name] for name in others if name in options}
+    if beams:
+        arguments["beams"] = BeamOptions(**beams)
+    return SamplingOptions(**sampling), arguments
+
+
+def reseeded(options: SamplingOptions, sample: int) -> SamplingOptions:
+    """Returns the options of a prompt's sample of this index."""
+    return dataclasses.replace(options, seed=(options.seed + sample) % 2**32)
+
+
+def make_method(beams: BeamOptions, draft: Draft | str | None, num_drafted: int) -> Method:
+    """Returns how ids are continued.
+
+    Raises:
+      NeoError: of a draft, a text that is not "prompt"; or both beams and a draft.
+    """
+    if isinstance(draft, str) and draft != "prompt":
+        raise NeoError(f"draft '{draft}' is neither a loaded model nor 'prompt'.")
+    if draft is None:
+        return complete if beams.num_beams == 1 else BeamSearch(beams)
+    if beams.num_beams > 1:
+        raise NeoError("a draft does not help beam search; leave out one of the two.")
+    return Speculation(None if isinstance(draft, str) else draft, num_drafted)
+
+
 def samples(
     model: Neo,
     params: Params,
@@ -109,6 +166,7 @@ def samples(
     stop: Sequence[str],
     batch_size: int,
     on_finish: Callable[[list[Sample]], None] | None = None,
+    method: Method = complete,
 ) -> Iterator[Sample]:
     """Yields the samples of each prompt, in the order of the prompts.
 
@@ -123,6 +181,7 @@ def samples(
       stop: strings before which a text ends; they need a tokenizer.
       batch_size: texts that are written at one time.
       on_finish: called with the samples of each prompt as soon as all are there.
+      method: how ids are continued.
     """
     texts: list[list[StopText]] = [
         [StopText(tokenizer, prompt, stop) for _ in options] if tokenizer and stop else []
@@ -134,7 +193,7 @@ def samples(
     ]
 
     def finished() -> Iterator[tuple[int, list[Sample]]]:
-        for index, done in complete(model, params, requests, batch_size):
+        for index, done in method(model, params, requests, batch_size):
             made = []
             for i, new in enumerate(done):
                 text = texts[index][i] if texts[index] else None

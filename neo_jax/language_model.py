@@ -1,7 +1,6 @@
 """`neo_jax.load(...)`: a model, its parameters and its tokenizer in one hand."""
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,22 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, generation, hub, names
+from neo_jax import adapters, generation, hub, inside, names
 from neo_jax.attention import Kernel
-from neo_jax.axes import Array, Params
+from neo_jax.axes import Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from neo_jax.decode import engine
+from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
-from neo_jax.distributed import to_host
+from neo_jax.decode.speculative import NUM_DRAFTED, Draft
 from neo_jax.errors import NeoError, suggest
-from neo_jax.generation import Overflow, Prompt, Sample, fit
+from neo_jax.generation import Overflow, Prompt, Sample, fit, make_method, read_options, reseeded
 from neo_jax.int8 import Int8
 from neo_jax.loading import read_model
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
-from neo_jax.sharding import Sharding, laid_out, make_sharding, padded_rows
+from neo_jax.sharding import Sharding, laid_out, make_sharding
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
@@ -96,16 +95,17 @@ class LanguageModel:
           prompts: a text, or a list of texts or lists of ids.
           max_new_tokens: where to stop at the latest.
           **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p,
-            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed; and what
-            `samples` takes: stop, batch_size, on_overflow.
+            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed; those of
+            `BeamOptions`: num_beams, length_penalty, early_stopping; and what `samples` takes:
+            stop, batch_size, on_overflow, draft, num_drafted.
 
         Raises:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else list(prompts)
-        others = {name: options.pop(name) for name in _OPTIONS_OF_SAMPLES if name in options}
-        made = self.samples(many, max_new_tokens, sampling=_options(options), **others)
+        sampling, others = read_options(options)
+        made = self.samples(many, max_new_tokens, sampling=sampling, **others)
         texts = [sample.text or "" for sample in made]
         return texts[0] if isinstance(prompts, str) else texts
 
@@ -124,6 +124,9 @@ class LanguageModel:
         batch_size: int = BATCH_SIZE,
         on_overflow: Overflow = "error",
         on_finish: Callable[[list[Sample]], None] | None = None,
+        beams: BeamOptions = BeamOptions(),  # noqa: B008
+        draft: "LanguageModel | str | None" = None,
+        num_drafted: int = NUM_DRAFTED,
     ) -> Iterator[Sample]:
         """Like `generate`, with everything that is known of each completion.
 
@@ -141,6 +144,10 @@ class LanguageModel:
           on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
             room for the new ones, "error" refuses it.
           on_finish: called with the samples of each prompt as soon as they are there.
+          beams: with more than one, the samples are the best texts that are found, best first.
+          draft: a smaller model of the same tokens, or "prompt", whose proposals are judged
+            together; the texts are distributed as without it.
+          num_drafted: tokens that it proposes at a time.
 
         Raises:
           NeoError: before anything runs, as `generate`; also of counts below 1.
@@ -159,11 +166,16 @@ class LanguageModel:
             self.tokenizer,
             prompts,
             [fit(self.model, self.encode(p), max_new_tokens, on_overflow) for p in prompts],
-            [[_reseeded(options, i) for i in range(num_samples)] for options in several],
+            [[reseeded(options, i) for i in range(num_samples)] for options in several],
             max_new_tokens,
             [stop] if isinstance(stop, str) and stop else stop,
             batch_size,
             on_finish,
+            make_method(
+                beams,
+                Draft(draft.model, draft.params) if isinstance(draft, LanguageModel) else draft,
+                num_drafted,
+            ),
         )
 
     def stream(
@@ -175,8 +187,10 @@ class LanguageModel:
         on_overflow: Overflow = "error",
         **options: Any,
     ) -> Iterator[str]:
-        """Yields the new text in whole characters as it comes; options as in `generate`."""
-        sampling = _options(options)
+        """Yields the new text in whole characters as it comes; sampled as in `generate`."""
+        sampling, others = read_options(options)
+        if others:
+            raise NeoError(f"a stream has no option '{next(iter(others))}'; take `generate`.")
         return generation.stream(
             self.model,
             self.params,
@@ -213,18 +227,24 @@ class LanguageModel:
           texts: texts or ids, each within the context.
           layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
         """
-        if not -self.config.num_layers - 1 <= layer <= self.config.num_layers:
-            raise NeoError(f"layer {layer} is not one of 0 to {self.config.num_layers}, or -1.")
         _check_list(texts)
-        features = []
-        for ids in map(self.encode, texts):
-            engine.check_tokens(self.model, ids)
-            width = engine.bucket(len(ids), engine.MIN_PREFILL, self.config.max_length)
-            padded = np.zeros((padded_rows(self.model.sharding, 1), width), np.int32)
-            padded[0, : len(ids)] = ids
-            states = _hidden_state(self.model, layer, self.params, padded)
-            features.append(to_host(states[0, : len(ids)]))
-        return features
+        encoded = map(self.encode, texts)
+        return [inside.hidden_states(self.model, self.params, ids, layer) for ids in encoded]
+
+    def attention(self, text: Prompt, layer: int) -> np.ndarray:
+        """Returns what the heads of a layer attend to, float32 [N, T, T].
+
+        Entry [n, t, s] is the share that the value of token s has in what head n gives for token
+        t: 0 where t does not see s; over s they sum to 1.
+
+        Args:
+          text: a text or ids, within the context.
+          layer: from 0; `config.layer_types[layer]` says whether it is global or local.
+
+        Raises:
+          NeoError: no such layer, or more tokens than the context holds.
+        """
+        return inside.attention(self.model, self.params, self.encode(text), layer)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -348,23 +368,3 @@ def compute_dtype(name: str) -> np.dtype:
 def _check_list(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str):  # a sequence too, of characters
         raise NeoError("this takes several: give a list of prompts, as in ['one text'].")
-
-
-_OPTIONS_OF_SAMPLES = ("stop", "batch_size", "on_overflow")
-
-
-def _reseeded(options: SamplingOptions, sample: int) -> SamplingOptions:
-    return dataclasses.replace(options, seed=(options.seed + sample) % 2**32)
-
-
-def _options(options: dict[str, Any]) -> SamplingOptions:
-    known = [field.name for field in dataclasses.fields(SamplingOptions)]
-    for name in options:
-        if name not in known:
-            raise NeoError(f"unknown option '{name}'.{suggest(name, known)}")
-    return SamplingOptions(**options)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _hidden_state(model: Neo, layer: int, params: Params, tokens: Array) -> Array:
-    return model.apply({"params": params}, tokens).hidden_states[layer]

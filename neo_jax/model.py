@@ -75,6 +75,7 @@ class Attention(nn.Module):
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
         mask = Mask(positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
+        self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
         out_proj = _linear(self, "out_proj", heads, (axes.EMBED,))
         return out_proj("btnh,nhd->btd", y.swapaxes(1, 2)), cache

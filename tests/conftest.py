@@ -17,7 +17,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Must precede the first import of the modules that it checks.
 _MODULES = [
-    "neo_jax.attention", "neo_jax.cache", "neo_jax.decode.engine", "neo_jax.layers",
+    "neo_jax.attention", "neo_jax.cache", "neo_jax.decode.beam", "neo_jax.decode.engine",
+    "neo_jax.decode.speculative", "neo_jax.layers",
     "neo_jax.model", "neo_jax.training.loss",
 ]  # fmt: skip
 jaxtyping.install_import_hook(_MODULES, "beartype.beartype")

@@ -1,5 +1,6 @@
 """neo_jax/language_model.py: what `neo_jax.load` gives, with and without a tokenizer."""
 
+import copy
 import dataclasses
 import math
 
@@ -148,6 +149,31 @@ def test_scores_come_one_at_a_time_and_take_a_stride(lm, text):
 
 
 # Features.
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["global", "local"])
+def test_attention_is_that_of_transformers(checkpoints, models, layer):
+    folder, lm = checkpoints["bytes"], models["bytes"]
+    ids = np.random.default_rng(0).integers(0, 327, 41).tolist()  # five windows and one
+    reference = GPTNeoForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    single, double = [
+        run(torch.tensor([ids]), output_attentions=True).attentions[layer][0].detach().numpy()
+        for run in (copy.deepcopy(reference), reference.double())
+    ]
+    ours = lm.attention(ids, layer)
+    assert ours.dtype == np.float32
+    assert np.abs(ours - double).max() <= 2 * np.abs(single - double).max() + 2e-6
+    visible = (ours > 0).sum(-1)
+    assert visible.max() == (8 if lm.config.layer_types[layer] == "local" else 41)
+    np.testing.assert_allclose(ours.sum(-1), 1, atol=1e-6)
+
+
+def test_attention_on_a_mesh_and_what_it_refuses(checkpoints, models):
+    split = neo_jax.load(checkpoints["bytes"], mesh="data=2,fsdp=2,model=2")
+    expected = models["bytes"].attention(PROMPTS[0], 1)
+    np.testing.assert_allclose(split.attention(PROMPTS[0], 1), expected, atol=1e-5)  # as features
+    assert refused(split.attention, "text", 2) == "layer 2 is not one of 0 to 1."
+    assert "65 tokens exceed the context of 64" in refused(split.attention, [1] * 65, 0)
 
 
 def test_features_are_the_hidden_states_of_transformers(checkpoints, models):

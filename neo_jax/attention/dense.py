@@ -23,15 +23,22 @@ def dense(
 
     A query that sees nothing gets the mean of all values, a finite number that nobody reads.
     """
+    taken = weights(q, k, mask)
+    if isinstance(v, Int8):
+        return _product("bnts,bnsh->bnth", taken * v.scale[:, :, None], v.values)
+    return _product("bnts,bnsh->bnth", taken.astype(v.dtype), v)
+
+
+def weights(
+    q: Float[Array, "B N T H"], k: Float[Array, "B N S H"] | Int8, mask: Mask
+) -> Float[Array, "B N T S"]:
+    """Returns softmax(q k^T) over the visible keys: how much each query takes of each value."""
     if isinstance(k, Int8):
         logits = _product("bnth,bnsh->bnts", q, k.values) * k.scale[:, :, None]
     else:
         logits = _product("bnth,bnsh->bnts", q, k)
     logits = jnp.where(mask.visible()[:, None], logits, HIDDEN)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if isinstance(v, Int8):
-        return _product("bnts,bnsh->bnth", weights * v.scale[:, :, None], v.values)
-    return _product("bnts,bnsh->bnth", weights.astype(v.dtype), v)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:

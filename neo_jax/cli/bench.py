@@ -68,6 +68,8 @@ def _request(options: Options) -> "Request":
     from neo_jax.sharding import make_sharding
 
     chosen = options.model
+    if chosen.quantize != "none" or chosen.cache_dtype != "auto":
+        raise UsageError("bench measures models of floats, without --quantize and --cache-dtype.")
     config, drawn = _config(chosen)
     context = config.max_length
     usual = {min(_LENGTH, context), min(_LENGTH, context) if options.quick else context}

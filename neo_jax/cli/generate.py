@@ -14,7 +14,9 @@ from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import ModelOptions, check_output, print_json, read_prompts
 from neo_jax.cli.samples import sample_lines
+from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.speculative import NUM_DRAFTED
 from neo_jax.distributed import is_leader
 from neo_jax.generation import fit
 from neo_jax.paths import is_remote
@@ -34,12 +36,17 @@ class Options:
     json: bool = False  # print samples as JSON lines
     max_new_tokens: int = 64  # where to stop at the latest
     stop: UseAppendAction[tuple[str, ...]] = ()  # ends a text before this string; may be repeated
-    num_samples: int = 1  # for each prompt; sample i has the seed plus i
+    num_samples: int = 1  # for each prompt; sample i has the seed plus i, or is the i-th best beam
+    # a smaller model of the same tokens whose proposals are judged together; or prompt, which
+    # looks them up in the text: quicker, with the same distribution
+    draft_model: str = ""
+    num_drafted: int = NUM_DRAFTED  # tokens that a draft proposes at a time
     batch_size: int = 16  # texts that are written together; one that is done makes place
     # a prompt that leaves no room in the context: refused, or cut to its newest tokens
     on_overflow: Literal["error", "truncate"] = "error"
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
+    beams: OmitArgPrefixes[BeamOptions] = dataclasses.field(default_factory=BeamOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
 
@@ -62,6 +69,10 @@ def main(args: Sequence[str]) -> None:
 
 def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
     lm = options.model.load()
+    draft: LanguageModel | str | None = options.draft_model or None
+    if draft and draft != "prompt":
+        model = dataclasses.replace(options.model, model=options.draft_model, revision="")
+        draft = model.load()
     # All at once: no text is written before the last prompt is known to fit.
     cut = 0
     for prompt in prompts:
@@ -71,11 +82,15 @@ def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
         room = lm.config.max_length - options.max_new_tokens
         print(f"{cut} of {len(prompts)} prompts cut to their newest {room} tokens", file=sys.stderr)
     plain = not (options.json or options.output)
-    one = len(prompts) == options.num_samples == jax.process_count() == 1
+    one = (
+        not draft
+        and options.beams.num_beams == 1
+        and len(prompts) == options.num_samples == jax.process_count() == 1
+    )
     if plain and one and sys.stdout.isatty():
         _stream(lm, options)
     else:
-        _write(lm, prompts, options, plain)
+        _write(lm, draft, prompts, options, plain)
 
 
 def _stream(lm: "LanguageModel", options: Options) -> None:
@@ -91,7 +106,13 @@ def _stream(lm: "LanguageModel", options: Options) -> None:
     print()
 
 
-def _write(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options, plain: bool) -> None:
+def _write(
+    lm: "LanguageModel",
+    draft: "LanguageModel | str | None",
+    prompts: Sequence["Prompt"],
+    options: Options,
+    plain: bool,
+) -> None:
     run = _what_decides(lm, prompts, options)
     with sample_lines(options.output, run, options.num_samples) as (file, done):
         show = bool(options.output) and is_leader()
@@ -105,13 +126,22 @@ def _write(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options, p
                 batch_size=options.batch_size,
                 on_overflow=options.on_overflow,
                 on_finish=advance,
+                beams=options.beams,
+                draft=draft,
+                num_drafted=options.num_drafted,
             )
+            drafted = accepted = 0
             for sample in samples:
+                drafted += sample.drafted or 0
+                accepted += sample.accepted or 0
                 if plain:
                     new = sample.ids if sample.text is None else sample.text
                     print(f"{sample.prompt}{new}", file=file, flush=True)
                 else:
-                    print_json(dataclasses.asdict(sample), file)
+                    print_json(sample.fields(), file)
+            if drafted and is_leader():
+                share = f"{accepted / drafted:.0%}"
+                print(f"{accepted} of {drafted} drafted tokens taken, {share}", file=sys.stderr)
 
 
 def _what_decides(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options) -> Any:

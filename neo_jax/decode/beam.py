@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
-from neo_jax.decode.engine import DecodeState
+from neo_jax.decode.engine import DecodeState, completion
 from neo_jax.decode.sampling import Settings, processed
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
@@ -135,12 +136,9 @@ def _beams(model: Neo, prompt: Sequence[int], found: Texts, row: int, count: int
         score = float(found.scores[row, beam])
         if score == -math.inf:  # what the penalties left ended before there were so many
             break
-        new = slice(len(prompt), int(found.lengths[row, beam]))
-        ids = found.tokens[row, beam, new].tolist()
-        ended = ids[-1] == model.config.eos_token_id
-        keep = len(ids) - 1 if ended else len(ids)
-        logprobs = found.logprobs[row, beam, new].tolist()
-        beams.append(Beam(ids[:keep], logprobs[:keep], "eos" if ended else "length", score))
+        length, eos = int(found.lengths[row, beam]), model.config.eos_token_id
+        tokens, logprobs = (np.asarray(x[row, beam]) for x in (found.tokens, found.logprobs))
+        beams.append(Beam(*completion(tokens, logprobs, length, len(prompt), eos), score))
     return beams
 
 

@@ -23,7 +23,7 @@ from neo_jax import cache as caching
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.cache import SLACK, Cache
 from neo_jax.decode import engine
-from neo_jax.decode.engine import Completion, DecodeState
+from neo_jax.decode.engine import Completion, DecodeState, completion
 from neo_jax.decode.sampling import History, Settings, logprobs_of, processed
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
@@ -31,6 +31,9 @@ from neo_jax.model import Neo
 
 MAX_DRAFTED = SLACK
 """Tokens of a draft: a pass appends one more, and caches have slack for that."""
+
+NUM_DRAFTED = 5
+"""Of these, unless told."""
 
 LONGEST_MATCH = 3
 """Newest tokens that look-up compares; where fewer have occurred before, those count."""
@@ -56,16 +59,11 @@ class SpeculativeState(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """How drafts fared."""
+    """How the drafts of one text fared."""
 
-    passes: int  # of the model, summed over rows
+    passes: int  # of the model
     judged: int  # drafted tokens up to the first in each pass that was not accepted
     accepted: int
-
-    @property
-    def rate(self) -> float:
-        """The share of judged tokens that were accepted; NaN where there were none."""
-        return self.accepted / self.judged if self.judged else float("nan")
 
 
 class _Proposal(NamedTuple):
@@ -118,7 +116,7 @@ def generate(
     max_new_tokens: int,
     settings: Settings,
     num_drafted: int,
-) -> tuple[list[Completion], Acceptance]:
+) -> tuple[list[Completion], list[Acceptance]]:
     """Completes prompts as `engine.generate` does, in fewer passes over the model's weights.
 
     Args:
@@ -130,33 +128,26 @@ def generate(
       settings: of each prompt.
       num_drafted: tokens that are proposed at a time.
 
+    Returns:
+      The completions, and how drafts fared in each.
+
     Raises:
       NeoError: see `check_draft` and `start`.
     """
     check_draft(model, draft, num_drafted)
     if not prompts:
-        return [], Acceptance(0, 0, 0)
+        return [], []
     state = start(model, params, draft, prompts, max_new_tokens, settings)
     state = run(model, draft and draft.model, num_drafted, params, draft and draft.params, state)
-    counts = (state.passes, state.judged, state.accepted)
-    fared = Acceptance(*(int(to_host(count)[: len(prompts)].sum()) for count in counts))
-    return _completions(model, state.text, prompts), fared
-
-
-def _completions(
-    model: Neo, text: DecodeState, prompts: Sequence[Sequence[int]]
-) -> list[Completion]:
+    text = state.text
     tokens, logprobs, lengths = map(to_host, (text.tokens, text.logprobs, text.lengths))
-    completions = []
-    for row, prompt in enumerate(prompts):
-        new = slice(len(prompt), int(lengths[row]))
-        ids = tokens[row, new].tolist()
-        ended = ids[-1] == model.config.eos_token_id
-        keep = len(ids) - 1 if ended else len(ids)
-        completions.append(
-            Completion(ids[:keep], logprobs[row, new].tolist()[:keep], "eos" if ended else "length")
-        )
-    return completions
+    counts = zip(*map(to_host, (state.passes, state.judged, state.accepted)), strict=True)
+    eos = model.config.eos_token_id
+    completions = [
+        completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
+        for row, prompt in enumerate(prompts)
+    ]
+    return completions, [Acceptance(*map(int, row)) for row in counts][: len(prompts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)

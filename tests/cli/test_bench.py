@@ -56,6 +56,7 @@ def test_errors_are_one_line(fail, checkpoints, tmp_path):
     bare = ("bench", "--model", checkpoints["bare"])
     assert "16 to 64 tokens" in fail(*bare, "--length", "65", status=2)
     assert "at least 1" in fail(*bare, "--batch", "0", status=2)
+    assert "models of floats" in fail(*bare, "--quantize", "int8", status=2)
     assert "split nothing" in fail(*bare, "--mesh", "context=8")
     assert "no published model" in fail("bench", "--model", "gpt-neo-1b")
     assert "cannot write" in fail(*bare, "--picture", tmp_path / "no" / "a.png")
