@@ -10,10 +10,11 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, generation, hub, inside
+from neo_jax import adapters, generation, hub, inside, names
 from neo_jax.attention import Kernel
-from neo_jax.axes import Params
+from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.decode.beam import BeamOptions
@@ -25,7 +26,7 @@ from neo_jax.loading import read_model
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
-from neo_jax.sharding import Sharding, make_sharding
+from neo_jax.sharding import Sharding, laid_out, make_sharding
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
@@ -311,10 +312,24 @@ def load(
         raise NeoError(f"no cache is of '{cache_dtype}'.{suggest(cache_dtype, CACHE_DTYPES)}")
     cached = None if cache_dtype == "auto" else jnp.dtype(cache_dtype)
     config, params = read_model(folder, base, compute, sharding, quantize)
+    params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
     return LanguageModel(model, params, tokenizer, folder)
+
+
+def lay_out(config: ModelConfig, params: Params) -> Params:
+    """Gives parameters the order of axes in which their devices read them best; consumes them."""
+
+    def put(array: Array, tensor: names.Tensor) -> Array:
+        place = laid_out(array.sharding, tensor.axes[: array.ndim])
+        return array if place is array.sharding else jax.device_put(array, place, donate=True)
+
+    leaves = flatten_dict(params)
+    for tensor in names.tensors(config):
+        leaves[tensor.path] = jax.tree.map(lambda x, t=tensor: put(x, t), leaves[tensor.path])
+    return unflatten_dict(leaves)
 
 
 def enable_compilation_cache() -> None:

@@ -15,7 +15,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.plan.topology import find_topology
-from neo_jax.sharding import make_sharding
+from neo_jax.sharding import laid_out, make_sharding
 
 
 class Step(NamedTuple):
@@ -42,7 +42,7 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
         lambda leaf, axes: jax.ShapeDtypeStruct(
             leaf.shape,
             jnp.bfloat16,
-            sharding=sharding.named(axes, leaf.shape),
+            sharding=laid_out(sharding.named(axes, leaf.shape), axes),
         ),
         shapes,
         logical_axes(model),

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
+from jax.experimental.layout import Format, Layout
 from transformers import GPTNeoForCausalLM
 
 import neo_jax
@@ -16,6 +18,7 @@ from neo_jax.data.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.scoring import token_logprobs
+from neo_jax.sharding import make_sharding
 
 PROMPTS = ["The quick brown", "Call me", "naïve café in 日"]
 NEW = 20
@@ -275,6 +278,32 @@ def test_dtypes(checkpoints, models):
     assert half.embed(PROMPTS)[0].dtype == np.float32
     message = refused(neo_jax.load, checkpoints["bytes"], dtype="float16")
     assert message == "dtype 'float16' is not one of auto, float32, bfloat16."
+
+
+@pytest.mark.parametrize("mesh", ["", "fsdp=2,model=2"])
+def test_axes_in_another_order_change_nothing(checkpoints, models, monkeypatch, mesh):
+    """As on a TPU, where heads and head_dim are not read well as the last axes."""
+
+    def turned(place, axes):
+        return Format(Layout((1, 0, 2)), place) if axes == ("embed", "heads", "head_dim") else place
+
+    monkeypatch.setattr(language_model, "laid_out", turned)
+    sharding = make_sharding(mesh, devices=jax.devices()[:4]) if mesh else None
+    lm = neo_jax.load(checkpoints["bytes"], sharding=sharding)
+    orders = {
+        "/".join(path): leaf.format.layout.major_to_minor
+        for path, leaf in flatten_dict(lm.params).items()
+    }
+    turned = {path for path, order in orders.items() if order != tuple(range(len(order)))}
+    layers = range(lm.config.num_layers)
+    assert turned == {f"h_{i}/attn/out_proj/kernel" for i in layers}
+    prompt = list(range(1, 40))
+    expected = models["bytes"].score([prompt])[0].logprobs
+    np.testing.assert_allclose(lm.score([prompt])[0].logprobs, expected, rtol=0, atol=2e-5)
+    options = {"max_new_tokens": 12, "temperature": 0.0}
+    assert lm.generate(["The quick"], **options) == models["bytes"].generate(
+        ["The quick"], **options
+    )
 
 
 @pytest.mark.parametrize(("kernel", "where"), [("splash", "runs on TPUs"), ("cudnn", "NVIDIA")])

@@ -15,7 +15,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.quantize import Quantization, quantized_shapes
-from neo_jax.sharding import Sharding, tree_shardings
+from neo_jax.sharding import Sharding, laid_out, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import abstract_inputs, abstract_state, make_step
@@ -120,10 +120,14 @@ def _prefill_arguments(
         params = quantized_shapes(model.config, model.dtype, model.sharding)
     else:
         shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        axes = logical_axes(model)
         params = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=place),
+            lambda leaf, place, axes: jax.ShapeDtypeStruct(
+                leaf.shape, model.dtype, sharding=laid_out(place, axes)
+            ),
             shapes,
-            tree_shardings(model.sharding, logical_axes(model), shapes),
+            tree_shardings(model.sharding, axes, shapes),
+            axes,
         )
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)

@@ -7,10 +7,13 @@ import jax
 import pytest
 from decode_programs import compile_step
 from hlo import Program
+from jax.experimental.layout import Format, Layout
 
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.plan.topology import find_topology
+from neo_jax.sharding import laid_out, make_sharding
 
 pytestmark = pytest.mark.tpu_compiler
 
@@ -48,6 +51,20 @@ def test_on_a_tpu_a_step_reads_weights_and_cache_once(name, topology, batch):
     assert step.copies == []
     assert step.temporaries <= 0.05 * step.cache
     assert 0.8 <= step.traffic / (step.weights + step.cache) <= 1.3
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_only_kernels_of_heads_are_laid_out_in_another_order(topology):
+    devices = find_topology(topology).devices
+    sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
+    axes = ("embed", "heads", "head_dim")
+    place = sharding.named(axes, (2048, 16, 128))
+    assert laid_out(place, axes) == Format(Layout((1, 0, 2)), place)
+    for others in (("heads", "head_dim", "embed"), ("mlp", "embed"), ("vocab", "embed")):
+        place = sharding.named(others, (64, 128, 2048)[: len(others)])
+        assert laid_out(place, others) is place
+    here = make_sharding("model=8", "tensor").named(axes, (2048, 16, 128))
+    assert laid_out(here, axes) is here
 
 
 PROGRAM = """HloModule step
