@@ -76,7 +76,7 @@ def test_where_it_would_lie_on_devices_that_are_not_here(succeed):
     assert fields["rules"]["vocab"] == ["model"]
     out = succeed(*args)
     assert "rules  batch:data+fsdp, embed:fsdp, heads:model, mlp:model, vocab:model" in out
-    assert "h_*/mlp/c_fc/kernel       32 x embed 2560/fsdp x mlp 10240/model" in out
+    assert "h_*/mlp/c_fc/kernel       32 x mlp 10240/model x embed 2560/fsdp" in out
     assert " embed │ 0 32  │ 1 33  │ 2 34  │ 3 35  │" in out
 
 

@@ -46,7 +46,7 @@ def search(params, options, sampling=GREEDY, prompts=PROMPTS, num_return=None, m
 @pytest.fixture(scope="module")
 def params():
     """Wider weights than at the start of training, and texts that end early and late."""
-    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(4))
+    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
     scales = {"kernel": 2, "wpe": 8, "wte": 1.5}
     return jax.tree.map_with_path(
         lambda path, leaf: scales.get(path[0].key, scales.get(path[-1].key, 1)) * leaf, drawn
@@ -208,7 +208,6 @@ def test_a_mesh_changes_no_beam(params, found):
         ({"num_beams": 25}, 1, "25 beams are too many for 48 tokens"),
         ({"num_beams": 0}, 1, "num_beams must be at least 1, not 0"),
         ({"length_penalty": math.inf}, 1, "length_penalty must be finite, not inf"),
-        ({"early_stopping": "often"}, 1, "early_stopping must be True, False or 'never', not 'of"),
     ],
 )
 def test_searches_that_cannot_be(options, num_return, message):

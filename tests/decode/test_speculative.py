@@ -55,7 +55,7 @@ def draw_params(model, seed):
 
 @pytest.fixture(scope="module")
 def params():
-    return draw_params(MODEL, 2)
+    return draw_params(MODEL, 7)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_greedy_text_is_that_without_a_draft(params, greedy, noise, expected, nu
     assert len({token for completion in greedy for token in completion.ids}) >= 40
     texts, fared = generate(params, noisy(params, noise), settings_of(GREEDY), num_drafted)
     assert_equal(texts, greedy)
-    assert rate(fared) == pytest.approx(expected, abs=0.05)
+    assert rate(fared) == pytest.approx(expected, abs=0.03)
     tokens = NEW * len(PROMPTS)
     if noise:  # what is cut at the end was accepted
         assert tokens - len(PROMPTS) <= fared.accepted + fared.passes <= tokens + len(PROMPTS)
@@ -140,9 +140,10 @@ def test_what_is_looked_up(tokens, proposed):
         np.testing.assert_array_equal(found.weights.argmax(-1), [proposed])
 
 
-def test_ends_of_text_penalties_and_limits(params):
+def test_ends_of_text_penalties_and_limits(params, greedy):
     """Rows that stop at different places, in the middle of what was accepted."""
     plain = SamplingOptions(temperature=0.0)
+    model = Neo(dataclasses.replace(CONFIG, eos_token_id=greedy[1].ids[40]))
     options = [
         plain,
         dataclasses.replace(plain, min_new_tokens=50),
@@ -150,11 +151,11 @@ def test_ends_of_text_penalties_and_limits(params):
         dataclasses.replace(plain, no_repeat_ngram_size=2),
     ]
     prompts, settings = [PROMPTS[1]] * 4, stack_settings(options)
-    expected = engine.generate(MODEL, params, prompts, NEW, settings)
+    expected = engine.generate(model, params, prompts, NEW, settings)
     assert len({tuple(completion.ids) for completion in expected}) == 4
     assert "eos" in {completion.finish_reason for completion in expected}
     for draft in (noisy(params, 0.006), None):
-        texts, fared = generate(params, draft, settings, prompts=prompts)
+        texts, fared = generate(params, draft, settings, prompts=prompts, model=model)
         assert_equal(texts, expected)
         assert fared.accepted <= fared.judged <= 4 * NEW
     assert speculative.generate(MODEL, params, None, [], 9, settings_of(GREEDY, 0), 4) == ([], [])
@@ -241,7 +242,7 @@ def p_value(counts, probabilities):
 @pytest.mark.parametrize("drafted_by", ["model", "look-up"])
 def test_sampled_texts_have_the_distribution_of_the_model(drafted_by):
     """8192 texts of three tokens, seeds 0 to 8191, two drafted tokens a pass; p above 0.01."""
-    params, other = draw_params(SMALL, 0), draw_params(SMALLER, 1)
+    params, other = draw_params(SMALL, 0), draw_params(SMALLER, 2)
     prompt = [1, 2, 3, 1, 2]
     draft = Draft(SMALLER, other) if drafted_by == "model" else None
     settings = make_settings(DRAWN, range(SAMPLES))
