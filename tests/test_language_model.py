@@ -74,7 +74,7 @@ def test_the_new_text_is_what_the_prompt_and_the_ids_decode_to(lm):
         assert start.rstrip("\ufffd") + sample.text == whole
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1}, {"top_p": 1.0, "seed": 2}])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 2}, {"top_p": 1.0, "seed": 2}])
 def test_a_stream_joined_is_what_generate_gives(lm, options):
     for prompt in (*PROMPTS, lm.encode(PROMPTS[1])):
         pieces = list(lm.stream(prompt, NEW, **options))
