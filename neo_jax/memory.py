@@ -17,7 +17,10 @@ def device_bytes(leaf: Any, tiled: bool) -> int:
     """
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     itemsize = leaf.dtype.itemsize
-    return tiled_bytes(shape, itemsize) if tiled else math.prod(shape) * itemsize
+    if not tiled:
+        return math.prod(shape) * itemsize
+    layout = leaf.format.layout
+    return tiled_bytes(shape, itemsize, layout and layout.major_to_minor)
 
 
 def tree_bytes(tree: Any, tiled: bool) -> int:
@@ -25,13 +28,14 @@ def tree_bytes(tree: Any, tiled: bool) -> int:
     return sum(device_bytes(leaf, tiled) for leaf in jax.tree.leaves(tree))
 
 
-def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
+def tiled_bytes(shape: Sequence[int], itemsize: int, order: Sequence[int] | None = None) -> int:
     """Returns the bytes of an array in a TPU's memory.
 
-    Its last two axes, in the order that wastes least, are cut into tiles of 8 x 128 entries, or of
-    fewer rows where that is enough; entries of less than four bytes are packed by rows. A vector is
-    cut into tiles of up to 1024 entries. What does not fill its tiles is padding: 768 floats take
-    1024. (Read off what the compiler says of its arguments; a test compares them.)
+    Its last two axes, in the order given or else that which wastes least, are cut into tiles of
+    8 x 128 entries, or of fewer rows where that is enough; entries of less than four bytes are
+    packed by rows. A vector is cut into tiles of up to 1024 entries. What does not fill its tiles
+    is padding: 768 floats take 1024. (Read off what the compiler says of its arguments; a test
+    compares them.)
     """
     packed = max(1, 4 // itemsize)  # rows that share a word
     if len(shape) < 2:
@@ -43,7 +47,7 @@ def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
         tile = min(8, max(packed, _power_of_two(rows)))
         return _round_up(rows, tile) * _round_up(columns, 128)
 
-    pairs = itertools.permutations(range(len(shape)), 2)
+    pairs = [tuple(order[-2:])] if order else itertools.permutations(range(len(shape)), 2)
     size = math.prod(shape)
     least = min(
         size // (shape[rows] * shape[columns]) * padded(shape[rows], shape[columns])

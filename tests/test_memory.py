@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.layout import Format, Layout
 
 from neo_jax.memory import device_bytes, tiled_bytes, tree_bytes
 from neo_jax.plan.topology import find_topology
@@ -42,6 +43,15 @@ def test_tiles_are_those_of_the_compiler(dtype):
     program = jax.jit(lambda *arrays: sum(x.astype(jnp.float32).sum() for x in arrays))
     told = program.lower(*arrays).compile().memory_analysis().argument_size_in_bytes
     assert tree_bytes(arrays, tiled=True) == told
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0), (0, 1, 2)])
+def test_an_order_that_was_asked_for_may_waste(order):
+    place = jax.sharding.SingleDeviceSharding(find_topology("v5e:1x1").devices[0])
+    shape = (768, 3, 64)
+    array = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=Format(Layout(order), place))
+    told = jax.jit(lambda x: x.sum()).lower(array).compile().memory_analysis()
+    assert device_bytes(array, tiled=True) == told.argument_size_in_bytes
 
 
 def test_a_device_holds_its_part():
