@@ -144,11 +144,21 @@ class _Product:
 
     def forward(self, x: Array, weight: Array) -> Array:
         weight = self.shares.gather(weight.astype(self.dtype))
-        rows, equation = _rows(x), "bti,oi->bto"
-        if x.shape[1] == 1:  # XLA's CPU backend would keep a transposed copy of bfloat16 weights
-            rows, equation = rows[:, 0], "bi,oi->bo"
-        y = self._einsum(equation, rows, self._matrix(weight))
+        if x.shape[1] == 1:
+            y = self._appended(_rows(x)[:, 0], self._matrix(weight))
+        else:
+            y = self._einsum("bti,oi->bto", _rows(x), self._matrix(weight))
         return y.reshape((*x.shape[:2], *weight.shape[: -self.num_inputs]))
+
+    def _appended(self, rows: Array, matrix: Array) -> Array:
+        """The product of a token of each row, as decoding has it.
+
+        In this form XLA's CPU backend reads bfloat16 weights as they are. With another axis it
+        keeps a transposed copy of all, and for a single row one in float32.
+        """
+        alone = len(rows) == 1 and self.dtype == jnp.bfloat16
+        rows = jnp.concatenate([rows, rows]) if alone else rows
+        return self._einsum("bi,oi->bo", rows, matrix)[: 1 if alone else None]
 
     def backward(self, x: Array, weight: Array, grad: Array) -> tuple[Array, Array]:
         matrix = self._matrix(self.shares.gather(weight.astype(self.dtype)))
