@@ -12,7 +12,9 @@ from neo_jax.cli import VERBS
 
 # What `neo-jax VERB --help` must name.
 OPTIONS = {
-    "convert": ["the .json config", "the .py file"],
+    "bench": ["--model", "--batch", "--length", "--steps", "--quick", "--json", "--picture"],
+    "convert": ["--revision", "--dtype", "--tokenizer", "--max-shard-gb", "--no-verify"],
+    "quantize": ["the folder to write"],
     "generate": [
         "--model", "--prompts-file", "--output", "--json", "--max-new-tokens", "--num-samples",
         "--temperature", "--top-k", "--top-p", "--seed", "--mesh", "--rules", "--dtype",

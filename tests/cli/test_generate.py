@@ -51,7 +51,7 @@ def test_json_tells_all_of_a_sample(succeed, model, lm):
     fields = lines(succeed("generate", "The fox", *model, *OPTIONS, "--json"))
     sample = lm.sample(["The fox"], 12, sampling=GREEDY)[0]
     assert list(fields[0]) == FIELDS
-    assert fields == [{**vars(sample), "logprobs": pytest.approx(sample.logprobs, abs=1e-5)}]
+    assert fields == [{**sample.fields(), "logprobs": pytest.approx(sample.logprobs, abs=1e-5)}]
 
 
 def test_several_samples_follow_each_other(succeed, model, lm):
