@@ -11,12 +11,14 @@ from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
-from neo_jax.cli.options import ModelOptions, print_json
-from neo_jax.errors import NeoError
+from neo_jax.cli.options import ModelOptions, check_picture, print_json, write_picture
+from neo_jax.errors import NeoError, suggest
 
 if TYPE_CHECKING:
     from neo_jax.evaluation.texts import Total
     from neo_jax.language_model import LanguageModel
+
+_SUITES = ("model-card",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Options:
     wikitext: bool = False  # --text names WikiText's raw files, to detokenize as the harness does
     stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
     tasks: str = ""  # tasks and groups of the harness, as in lambada_openai,piqa
+    suite: str = ""  # model-card: the benchmarks of GPT-Neo's, beside what was published
+    data: tuple[str, ...] = ()  # files of the suite's benchmarks, as in lambada=test.jsonl
+    picture: str = ""  # a PNG of the suite's results
     include_path: str = ""  # a folder of further task files
     num_fewshot: int = -1  # examples before each question; -1 is as the task says
     limit: float = 0  # examples of each task, or a share of them where below 1; 0 is all
@@ -46,20 +51,37 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "eval", args)
-    if bool(options.text) == bool(options.tasks):
-        raise UsageError("give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa")
+    if sum(map(bool, (options.text, options.tasks, options.suite))) != 1:
+        raise UsageError(
+            "give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa; or "
+            "--suite model-card"
+        )
+    _check_suite(options)
     for name in ("stride", "limit", "batch_size"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must be 0 or more.")
     if options.wikitext and not options.text:
         raise UsageError("--wikitext goes with --text; among --tasks it is wikitext.")
-    if options.tasks:
+    if not options.text:
         check_harness()
+    check_picture(options.picture)
     with options.cluster.joined(options.model.is_split):
         if options.text:
             _texts(options)
+        elif options.suite:
+            _suite(options)
         else:
             _tasks(options)
+
+
+def _check_suite(options: Options) -> None:
+    if options.suite and options.suite not in _SUITES:
+        raise UsageError(f"no suite is called '{options.suite}'.{suggest(options.suite, _SUITES)}")
+    for name in ("data", "picture"):
+        if getattr(options, name) and not options.suite:
+            raise UsageError(f"--{name} goes with --suite model-card.")
+    if options.suite and options.gen_kwargs:
+        raise UsageError("--gen-kwargs goes with --tasks; nothing of the suite is generated.")
 
 
 def check_harness() -> None:
@@ -153,14 +175,47 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 def _tasks(options: Options) -> None:
     from neo_jax.evaluation import tasks
-    from neo_jax.evaluation.harness import NeoLM
 
     manager = tasks.open_tasks([options.include_path] if options.include_path else [])
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     names = tasks.find_tasks(names, manager)
-    model = NeoLM(
-        options.model.load(), cache=options.cache, batch_size=options.batch_size or "auto"
-    )
+    results = _run(options, options.model.load(), names, manager)
+    if options.json:
+        _print_results(results)
+    else:
+        print(tasks.table(results))
+
+
+def _suite(options: Options) -> None:
+    from neo_jax.evaluation import card, published, suite, tasks
+
+    files = suite.read_data(options.data)
+    manager = tasks.open_tasks([options.include_path] if options.include_path else [])
+    loaded, left_out = suite.load_tasks(manager, files)
+    for name, why in left_out.items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
+    lm = options.model.load()
+    results = _run(options, lm, list(loaded.values()), manager)
+    beside = published.find_published(lm.config)
+    rows = card.rows(results, beside)
+    if options.json:
+        _print_results({**results, "model_card": card.describe(rows, beside, left_out)})
+    else:
+        print_columns(card.table(rows, beside))
+        print(card.footer(beside))
+    if options.picture:
+        title = (options.model.model or "bundled").rstrip("/").rpartition("/")[2]
+        write_picture(options.picture, card.draw(rows, beside, title))
+
+
+def _run(
+    options: Options, lm: "LanguageModel", names: Sequence[Any], manager: Any
+) -> dict[str, Any]:
+    """Returns the harness's results, of tasks or of their names."""
+    from neo_jax.evaluation import tasks
+    from neo_jax.evaluation.harness import NeoLM
+
+    model = NeoLM(lm, cache=options.cache, batch_size=options.batch_size or "auto")
     results = tasks.run(
         model,
         names,
@@ -171,10 +226,11 @@ def _tasks(options: Options) -> None:
         output=options.output,
     )
     results.pop("samples", None)
-    if options.json:
-        from lm_eval.utils import handle_non_serializable
+    return results
 
-        json.dump(results, sys.stdout, ensure_ascii=False, default=handle_non_serializable)
-        print()
-    else:
-        print(tasks.table(results))
+
+def _print_results(results: dict[str, Any]) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    json.dump(results, sys.stdout, ensure_ascii=False, default=handle_non_serializable)
+    print()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
+from lm_eval.api.task import Task
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -72,7 +73,7 @@ def find_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
 
 def run(
     model: NeoLM,
-    names: Sequence[str],
+    names: Sequence[str | Task],
     manager: TaskManager,
     *,
     num_fewshot: int | None = None,
@@ -84,7 +85,7 @@ def run(
 
     Args:
       model: the model.
-      names: what to run, as `find_tasks` returns it.
+      names: what to run, as `find_tasks` returns it, or tasks that are loaded.
       manager: the tasks that there are.
       num_fewshot: examples before each question; None is as the task says.
       limit: examples of each task, or a share of them where below 1.

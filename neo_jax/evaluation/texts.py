@@ -43,7 +43,7 @@ def read_documents(paths: Sequence[str], is_wikitext: bool = False) -> Iterator[
     """
     some = False
     pages = (
-        ((path, page, wikitext.detokenize(page)) for path in paths for page in _pages(path))
+        ((path, page, wikitext.detokenize(page)) for path in paths for page in read_pages(path))
         if is_wikitext
         else ((subset, text, text) for subset, text in _texts(paths))
     )
@@ -60,7 +60,12 @@ def count_words(text: str) -> int:
     return len(re.split(r"\s+", text))
 
 
-def _pages(path: str) -> Iterator[str]:
+def read_pages(path: str) -> Iterator[str]:
+    """Returns the pages of one of WikiText's raw files.
+
+    Raises:
+      NeoError: a file that cannot be read, or is not UTF-8.
+    """
     with open_unpacked(make_path(path)) as file:
         try:
             text = file.read().decode("utf-8")

@@ -22,6 +22,7 @@ OPTIONS = {
     "score": ["--input", "--output", "--stride", "--model", "--mesh", "--dtype"],
     "eval": [
         "--text", "--wikitext", "--stride", "--tasks", "--include-path", "--num-fewshot", "--limit",
+        "--suite", "--data", "--picture",
         "--output", "--cache", "--json", "--model", "--mesh",
     ],
     "info": ["--model", "--revision", "--json"],
