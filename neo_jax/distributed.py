@@ -151,11 +151,11 @@ def to_host(array: Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def from_leader(number: int) -> int:
-    """Returns what process 0 says, to all; all processes must call this."""
+def from_leader(array: np.ndarray) -> np.ndarray:
+    """Returns what process 0 says, to all; all processes must call this with one shape."""
     if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def barrier(name: str) -> None:

@@ -165,7 +165,7 @@ def samples(
     max_new_tokens: int,
     stop: Sequence[str],
     batch_size: int,
-    on_finish: Callable[[list[Sample]], None] | None = None,
+    on_finish: Callable[[int, list[Sample]], None] | None = None,
     method: Method = complete,
 ) -> Iterator[Sample]:
     """Yields the samples of each prompt, in the order of the prompts.
@@ -180,7 +180,7 @@ def samples(
       max_new_tokens: where to stop at the latest.
       stop: strings before which a text ends; they need a tokenizer.
       batch_size: texts that are written at one time.
-      on_finish: called with the samples of each prompt as soon as all are there.
+      on_finish: called with the index of each prompt and its samples as soon as all are there.
       method: how ids are continued.
     """
     texts: list[list[StopText]] = [
@@ -205,7 +205,7 @@ def samples(
                 made.append(Sample(prompts[index], text.text if text else None, *new))
             texts[index] = []
             if on_finish:
-                on_finish(made)
+                on_finish(index, made)
             yield index, made
 
     for made in in_order(finished()):

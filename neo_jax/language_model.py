@@ -122,7 +122,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         batch_size: int = BATCH_SIZE,
         on_overflow: Overflow = "error",
-        on_finish: Callable[[list[Sample]], None] | None = None,
+        on_finish: Callable[[int, list[Sample]], None] | None = None,
         beams: BeamOptions = BeamOptions(),  # noqa: B008
         draft: "LanguageModel | str | None" = None,
         num_drafted: int = NUM_DRAFTED,
@@ -142,7 +142,8 @@ class LanguageModel:
             the next.
           on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
             room for the new ones, "error" refuses it.
-          on_finish: called with the samples of each prompt as soon as they are there.
+          on_finish: called with the index of each prompt and its samples as soon as these are
+            there, in any order.
           beams: with more than one, the samples are the best texts that are found, best first.
           draft: a smaller model of the same tokens, or "prompt", whose proposals are judged
             together; the texts are distributed as without it.

@@ -150,7 +150,7 @@ def test_models_are_saved_and_loaded_as_here(
         f"{bucket}/model/{path.name}": path.read_bytes() for path in tmp_path.iterdir()
     }
     assert read_config(place) == config
-    assert stored_dtypes(place) == [dtype]
+    assert stored_dtypes(place, config) == [dtype]
     assert has_tokenizer(place)
     assert_identical(load_params(place, config), load_params(tmp_path, config))
 

@@ -12,17 +12,26 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
-from neo_jax.cli.options import ModelOptions, check_output, print_json, read_prompts
-from neo_jax.cli.samples import sample_lines
+from neo_jax.cli.options import (
+    ModelOptions,
+    check_output,
+    output_lines,
+    print_json,
+    read_prompts,
+)
+from neo_jax.cli.samples import keeps, kept_samples
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED
 from neo_jax.distributed import is_leader
+from neo_jax.errors import NeoError
 from neo_jax.generation import fit
 from neo_jax.paths import is_remote
 
 if TYPE_CHECKING:
     from neo_jax.language_model import LanguageModel, Prompt, Sample
+
+    OnFinish = Callable[[int, list[Sample]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +64,14 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, "generate", args)
     if bool(options.prompt) == bool(options.prompts_file):
         raise UsageError("give either a prompt or --prompts-file, as in: neo-jax generate 'Hello'")
-    if options.num_samples < 1 or options.batch_size < 1:
-        raise UsageError("--num-samples and --batch-size must be at least 1.")
+    if options.num_samples < 1 or options.batch_size < 1 or options.num_drafted < 1:
+        raise UsageError("--num-samples, --batch-size and --num-drafted must be at least 1.")
     prompts: list[Prompt] = (
         list(read_prompts(options.prompts_file, "prompt"))
         if options.prompts_file
         else [options.prompt]
     )
-    check_output(options.output)
+    check_output(options.output, options.prompts_file)
     with options.cluster.joined(options.model.is_split):
         _generate(prompts, options)
 
@@ -75,9 +84,13 @@ def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
         draft = model.load()
     # All at once: no text is written before the last prompt is known to fit.
     cut = 0
-    for prompt in prompts:
-        ids = lm.encode(prompt)
-        cut += len(fit(lm.model, ids, options.max_new_tokens, options.on_overflow)) < len(ids)
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids = lm.encode(prompt)
+            cut += len(fit(lm.model, ids, options.max_new_tokens, options.on_overflow)) < len(ids)
+        except NeoError as error:
+            where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
+            raise NeoError(f"{where}{error}") from error
     if cut and is_leader():
         room = lm.config.max_length - options.max_new_tokens
         print(f"{cut} of {len(prompts)} prompts cut to their newest {room} tokens", file=sys.stderr)
@@ -113,35 +126,67 @@ def _write(
     options: Options,
     plain: bool,
 ) -> None:
-    run = _what_decides(lm, prompts, options)
-    with sample_lines(options.output, run, options.num_samples) as (file, done):
-        show = bool(options.output) and is_leader()
-        with _progress(done, len(prompts), show) as advance:
-            samples = lm.samples(
-                prompts[done:],
-                options.max_new_tokens,
-                options.num_samples,
-                options.sampling,
-                stop=options.stop,
-                batch_size=options.batch_size,
-                on_overflow=options.on_overflow,
-                on_finish=advance,
-                beams=options.beams,
-                draft=draft,
-                num_drafted=options.num_drafted,
-            )
-            drafted = accepted = 0
-            for sample in samples:
-                drafted += sample.drafted or 0
-                accepted += sample.accepted or 0
-                if plain:
-                    new = sample.ids if sample.text is None else sample.text
-                    print(f"{sample.prompt}{new}", file=file, flush=True)
-                else:
-                    print_json(sample.fields(), file)
-            if drafted and is_leader():
-                share = f"{accepted / drafted:.0%}"
-                print(f"{accepted} of {drafted} drafted tokens taken, {share}", file=sys.stderr)
+    drafted = accepted = 0
+
+    def samples(prompts: Sequence["Prompt"], on_finish: "OnFinish") -> Iterator["Sample"]:
+        def count(index: int, done: list["Sample"]) -> None:
+            nonlocal drafted, accepted
+            drafted += sum(sample.drafted or 0 for sample in done)
+            accepted += sum(sample.accepted or 0 for sample in done)
+            on_finish(index, done)
+
+        return lm.samples(
+            prompts,
+            options.max_new_tokens,
+            options.num_samples,
+            options.sampling,
+            stop=options.stop,
+            batch_size=options.batch_size,
+            on_overflow=options.on_overflow,
+            on_finish=count,
+            beams=options.beams,
+            draft=draft,
+            num_drafted=options.num_drafted,
+        )
+
+    if keeps(options.output):
+        _keep(samples, prompts, options.output, _what_decides(lm, prompts, options))
+    else:
+        _print(samples(prompts, lambda index, done: None), options.output, plain)
+    if drafted and is_leader():
+        share = f"{accepted / drafted:.0%}"
+        print(f"{accepted} of {drafted} drafted tokens taken, {share}", file=sys.stderr)
+
+
+def _print(samples: Iterator["Sample"], output: str, plain: bool) -> None:
+    """Writes samples one after another, in the order of the prompts."""
+    with output_lines(output) as file:
+        for sample in samples:
+            if plain:
+                new = sample.ids if sample.text is None else sample.text
+                print(f"{sample.prompt}{new}", file=file, flush=True)
+            else:
+                print_json(sample.fields(), file)
+
+
+def _keep(
+    samples: Callable[[Sequence["Prompt"], "OnFinish"], Iterator["Sample"]],
+    prompts: Sequence["Prompt"],
+    output: str,
+    run: Any,
+) -> None:
+    """Writes samples to a file, and goes on with those that are kept of the same run."""
+    with kept_samples(output, run, len(prompts)) as kept:
+        there = set(kept.done)
+        left = [i for i in range(len(prompts)) if i not in there]
+        with _progress(len(there), len(prompts), is_leader()) as advance:
+
+            def finish(index: int, done: list["Sample"]) -> None:
+                kept.add(left[index], [sample.fields() for sample in done])
+                advance(done)
+
+            for _ in samples([prompts[i] for i in left], finish):
+                pass  # it is kept
 
 
 def _what_decides(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options) -> Any:

@@ -83,12 +83,18 @@ def _prompt(fields: dict[str, Any], key: str, where: str) -> str | list[int]:
     raise NeoError(f'{where}: expected {{"{key}": "text"}} or {{"ids": [1, 2, 3]}}.')
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, source: str = "") -> None:
     """Tries whether `output_lines` can write a file, and leaves it as it is.
 
+    Args:
+      path: of the file; "" is stdout.
+      source: the file that is read meanwhile.
+
     Raises:
-      NeoError: the file cannot be written.
+      NeoError: the file cannot be written, or is the one that is read.
     """
+    if path and source and os.path.realpath(path) == os.path.realpath(source):
+        raise NeoError(f"--output {path} is the file that is read; name another.")
     new = not os.path.lexists(path)
     if is_remote(path):
         check_writable(make_path(path).parent)

@@ -137,6 +137,8 @@ def _step(
     if isinstance(options, ConfigOptions):
         return steps.training_step(_with_model(options.config), sharding)
     model = _model(options.model)
+    if min(options.batch, options.length, options.accumulation - 1) < 0:
+        raise UsageError("--batch and --length must be 0 or more, --accumulation at least 1.")
     batch = options.batch or len(topology.devices) * options.accumulation
     length = options.length or model.max_length
     if options.step == "train":

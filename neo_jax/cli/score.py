@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
     if options.stride < 0:
         raise UsageError("--stride must be 0 (half the context) or more.")
     texts = read_prompts(options.input, "text")
-    check_output(options.output)
+    check_output(options.output, options.input)
     with options.cluster.joined(options.model.is_split):
         _score(texts, options)
 

@@ -25,6 +25,8 @@ from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 
+_MOST_PENALTY = 100.0  # of either sign: what lengths to its power do to scores, float32 holds
+
 
 @dataclasses.dataclass(frozen=True)
 class BeamOptions:
@@ -43,8 +45,11 @@ class BeamOptions:
     def __post_init__(self) -> None:
         if self.num_beams < 1:
             raise NeoError(f"num_beams must be at least 1, not {self.num_beams}.")
-        if not math.isfinite(self.length_penalty):
-            raise NeoError(f"length_penalty must be finite, not {self.length_penalty}.")
+        if not abs(self.length_penalty) <= _MOST_PENALTY:
+            raise NeoError(
+                f"length_penalty must lie between -{_MOST_PENALTY} and {_MOST_PENALTY}, not be "
+                f"{self.length_penalty}."
+            )
         if self.early_stopping not in (True, False, "never"):
             raise NeoError(
                 f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."

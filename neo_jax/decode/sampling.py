@@ -9,7 +9,6 @@ temperature, top-k, top-p (Holtzman et al., 2020) and min-p (Nguyen et al., 2024
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, UInt
 from neo_jax.errors import NeoError
+
+_LARGEST = 1e6  # of what divides logits: float32 holds what comes of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +40,25 @@ class SamplingOptions:
     seed: int = 0  # the same prompt, options and seed give the same text
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise NeoError(f"temperature must be 0 or more, and finite, not {self.temperature}.")
-        if self.top_k < 0:
-            raise NeoError(f"top_k must be 0 (off) or more, not {self.top_k}.")
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise NeoError(
+                    f"{name} must be a whole number from 0 (off) to 2**31 - 1, "
+                    f"not {getattr(self, name)}."
+                )
+        if not 0 <= self.temperature <= _LARGEST:
+            raise NeoError(
+                f"temperature must lie between 0 and {_LARGEST:g}, not be {self.temperature}."
+            )
         if not 0 < self.top_p <= 1:
             raise NeoError(f"top_p must lie in (0, 1], not {self.top_p}; 1 is off.")
         if not 0 <= self.min_p <= 1:
             raise NeoError(f"min_p must lie in [0, 1], not {self.min_p}; 0 is off.")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 0 < self.repetition_penalty <= _LARGEST:
             raise NeoError(
-                f"repetition_penalty must be above 0, and finite, not {self.repetition_penalty}; "
-                "1 is off."
+                f"repetition_penalty must be above 0 and at most {_LARGEST:g}, not "
+                f"{self.repetition_penalty}; 1 is off."
             )
-        for name in ("no_repeat_ngram_size", "min_new_tokens"):
-            if getattr(self, name) < 0:
-                raise NeoError(f"{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise NeoError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed}.")
 

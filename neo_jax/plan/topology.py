@@ -39,6 +39,9 @@ class Topology:
         return self.devices[0].platform == "cpu"
 
 
+_NUMBER = "[1-9][0-9]{0,4}"
+
+
 def find_topology(name: str) -> Topology:
     """Returns the devices of a topology.
 
@@ -50,8 +53,8 @@ def find_topology(name: str) -> Topology:
       NeoError: there is no such topology, libtpu is missing, or JAX was started with fewer CPU
         devices.
     """
-    match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
-    if not match:
+    match = re.fullmatch(rf"(?:({_NUMBER})\*)?(\w+):({_NUMBER}(?:x{_NUMBER})*)", name)
+    if not match or (match[2] == "cpu" and not match[3].isdecimal()):
         raise NeoError(f"'{name}' is not a topology; write for example {_EXAMPLES}.")
     slices, kind, shape = match.groups()
     devices = _cpu_devices(int(shape)) if kind == "cpu" else _tpu_devices(slices, kind, shape)

@@ -114,7 +114,10 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         (["generate", "hi", "--temperature", "warm"], "--temperature: could not convert"),
         (["generate", "hi", "--max-new-tokens", "1.5"], "--max-new-tokens"),
         (["generate", "hi", "--top-p", "0"], "top_p must lie in (0, 1], not 0.0"),
-        (["generate", "hi", "--temperature", "-1"], "0 or more, and finite, not -1.0"),
+        (
+            ["generate", "hi", "--temperature", "-1"],
+            "must lie between 0 and 1e+06, not be -1.0",
+        ),
         (["generate", "hi", "--seed", "-1"], "seed must be a whole number from 0"),
         (["generate", "hi", "--dtype", "float16"], "('auto', 'float32', 'bfloat16')"),
         (["generate", "hi", "there"], "Unrecognized options: there"),

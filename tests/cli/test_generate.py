@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import neo_jax
-from neo_jax.cli.options import print_json
+from neo_jax.cli.samples import Kept
 from neo_jax.decode.sampling import SamplingOptions
 
 FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
@@ -103,7 +103,19 @@ def many(tmp_path, model):
     return [*args, "--max-new-tokens", 12, "--batch-size", 3], output
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"prompt": "the'])
+def interrupt_after(prompts):
+    """Keeps samples of so many prompts, and is interrupted."""
+    left, add = iter(range(prompts)), Kept.add
+
+    def interrupted(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        add(*args)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("torn", [b"", b'[4, {"prompt": "the'])
 def test_an_interrupted_run_goes_on_where_it_was(run, many, monkeypatch, torn):
     args, output = many
     assert run(*args)[0] == 0
@@ -111,14 +123,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, many, monkeypatch, torn):
     assert whole.count(b"\n") == 10
     output.write_text("from another day")
 
-    left = iter(range(5))
-
-    def interrupted(*args):
-        if not any(True for _ in zip(range(1), left, strict=False)):
-            raise KeyboardInterrupt
-        print_json(*args)
-
-    monkeypatch.setattr("neo_jax.cli.generate.print_json", interrupted)
+    monkeypatch.setattr(Kept, "add", interrupt_after(2))
     status, _, err = run(*args)
     assert status == 130
     partial = partial_file(output)
@@ -127,9 +132,11 @@ def test_an_interrupted_run_goes_on_where_it_was(run, many, monkeypatch, torn):
         f"neo-jax: interrupted; 2 prompts are kept in {partial}; the same command goes on there"
     )
     assert output.read_text() == "from another day"
-    assert partial.read_bytes() == b"".join(whole.splitlines(True)[:4])  # whole prompts
+    kept = [json.loads(line) for line in partial.read_bytes().splitlines()]
+    for prompt, *samples in kept:
+        assert samples == lines(whole.decode())[2 * prompt : 2 * prompt + 2]
     with partial.open("ab") as file:
-        file.write(whole.splitlines(True)[4] + torn)
+        file.write(torn)
     monkeypatch.undo()
 
     asked = []
@@ -150,6 +157,39 @@ def test_an_interrupted_run_goes_on_where_it_was(run, many, monkeypatch, torn):
         line["logprobs"] = pytest.approx(line["logprobs"], abs=1e-5)
     assert found == expected
     assert sorted(path.name for path in output.parent.iterdir()) == ["prompts.txt", output.name]
+
+
+def test_nothing_kept_is_not_spoken_of(run, many, monkeypatch):
+    args, output = many
+
+    monkeypatch.setattr(Kept, "add", interrupt_after(0))
+    status, _, err = run(*args)
+    assert (status, err.splitlines()[-1]) == (130, "neo-jax: interrupted")
+    assert [path.name for path in output.parent.iterdir()] == ["prompts.txt"]
+
+
+def test_a_damaged_file_of_kept_samples_is_named(run, fail, many, monkeypatch):
+    args, output = many
+    monkeypatch.setattr(Kept, "add", interrupt_after(1))
+    assert run(*args)[0] == 130
+    partial = partial_file(output)
+    partial.write_text('[9, {"prompt": "none"}]\n')
+    assert fail(*args) == f"cannot go on with {partial}: there is no prompt 9; remove it."
+
+
+def test_a_prompt_of_a_file_that_does_not_fit_is_named(fail, many, tmp_path):
+    args, _ = many
+    (tmp_path / "prompts.txt").write_text("The fox\n" + "the dog " * 60 + "\n")
+    message = fail(*args)
+    assert message.startswith(f"{tmp_path / 'prompts.txt'}, prompt 2: ")
+    assert "exceed the context of 64" in message
+
+
+def test_the_file_of_prompts_is_not_written_over(fail, many, tmp_path):
+    args, output = many
+    args = [tmp_path / "prompts.txt" if arg == output else arg for arg in args]
+    assert fail(*args).endswith("is the file that is read; name another.")
+    assert (tmp_path / "prompts.txt").read_text().startswith("The fox\n")
 
 
 def test_stops_and_penalties(succeed, model, lm):

@@ -207,7 +207,11 @@ def test_a_mesh_changes_no_beam(params, found):
         ({"num_beams": 4}, 0, "0 texts of 4 beams"),
         ({"num_beams": 25}, 1, "25 beams are too many for 48 tokens"),
         ({"num_beams": 0}, 1, "num_beams must be at least 1, not 0"),
-        ({"length_penalty": math.inf}, 1, "length_penalty must be finite, not inf"),
+        (
+            {"length_penalty": math.inf},
+            1,
+            "must lie between -100.0 and 100.0, not be inf",
+        ),
     ],
 )
 def test_searches_that_cannot_be(options, num_return, message):

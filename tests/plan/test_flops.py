@@ -63,14 +63,14 @@ def test_loops_branches_and_shards():
 
 def test_what_nothing_needs_does_not_count():
     """Frozen weights get no gradient, though the backward pass of a product gives it."""
-    weight = jnp.zeros((32, 48))
+    weight = jnp.zeros((48, 32))
 
     def loss(x):
         def layer(x, w):
-            return einsum("btd,de->bte", x, w, jnp.float32), None
+            return einsum("btd,ed->bte", x, w, jnp.float32), None
 
-        x, _ = jax.lax.scan(layer, x, weight[None, :, :32])
-        return jnp.sin(einsum("btd,df->btf", x, weight, jnp.float32)).sum()
+        x, _ = jax.lax.scan(layer, x, weight[None, :32])
+        return jnp.sin(einsum("btd,fd->btf", x, weight, jnp.float32)).sum()
 
     traced = jax.jit(jax.grad(loss)).trace(jnp.zeros((2, 8, 32)))
     assert traced_flops(traced, CONFIG) == 2 * 2 * 16 * 32 * (32 + 48)

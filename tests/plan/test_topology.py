@@ -40,6 +40,10 @@ def test_slices_are_told_apart():
     [
         ("v5e", "'v5e' is not a topology; write for example v5e:4x4"),
         ("v5e:4x", "is not a topology"),
+        ("v5e:0x4", "is not a topology"),
+        ("0*v5e:4x4", "is not a topology"),
+        ("cpu:0", "is not a topology"),
+        ("cpu:4x4", "is not a topology"),
         ("v5ee:4x4", "no TPU is called 'v5ee'. Did you mean 'v5e'?"),
         ("v5e:3x3", "there is no topology v5e:3x3"),
         ("v5e:4", "there is no topology v5e:4 "),
