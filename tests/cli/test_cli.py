@@ -124,8 +124,14 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         (["generate"], "give either a prompt or --prompts-file"),
         (["generate", ""], "give either a prompt or --prompts-file"),
         (["generate", "hi", "--prompts-file", "a.txt"], "give either a prompt or --prompts-file"),
-        (["generate", "hi", "--num-samples", "0"], "--num-samples and --batch-size must be"),
-        (["generate", "hi", "--batch-size", "0"], "--num-samples and --batch-size must be"),
+        (
+            ["generate", "hi", "--num-samples", "0"],
+            "--num-samples, --batch-size and --num-drafted must be",
+        ),
+        (
+            ["generate", "hi", "--batch-size", "0"],
+            "--num-samples, --batch-size and --num-drafted must be",
+        ),
         (["score"], "--input"),
         (["score", "--input", "a.txt", "--stride", "-1"], "--stride must be 0"),
         (["info", "--jsn"], "--json"),
