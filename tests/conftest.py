@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -39,6 +40,15 @@ def pytest_collection_modifyitems(items):
 def _no_user_cache(monkeypatch, tmp_path_factory):
     """Keeps compiled programs of tests out of the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Forgets compiled programs before they are too many: each takes a dozen memory maps."""
+    yield
+    maps = Path("/proc/self/maps")  # of which Linux allows a process 65,530; beyond, LLVM aborts
+    if maps.exists() and len(maps.read_text().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
