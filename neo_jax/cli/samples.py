@@ -65,7 +65,8 @@ def kept_samples(path: str, run: Any, num_prompts: int) -> Iterator[Kept]:
     except OSError as error:
         raise NeoError(f"cannot write {partial}: {reason(error)}.") from error
     except KeyboardInterrupt:
-        kept = len(_lines(partial, num_prompts))
+        # Of several processes only the first may cut the file: it may still be writing.
+        kept = len(_lines(partial, num_prompts)) if is_leader() else 0
         if not kept:
             raise
         raise KeyboardInterrupt(

@@ -1,12 +1,13 @@
 """neo-jax generate."""
 
+import hashlib
 import json
 import sys
 
 import pytest
 
 import neo_jax
-from neo_jax.cli.samples import Kept
+from neo_jax.cli.samples import Kept, kept_samples
 from neo_jax.decode.sampling import SamplingOptions
 
 FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
@@ -166,6 +167,23 @@ def test_nothing_kept_is_not_spoken_of(run, many, monkeypatch):
     status, _, err = run(*args)
     assert (status, err.splitlines()[-1]) == (130, "neo-jax: interrupted")
     assert [path.name for path in output.parent.iterdir()] == ["prompts.txt"]
+
+
+def test_other_processes_leave_the_file_to_the_first(monkeypatch, tmp_path):
+    monkeypatch.setattr("neo_jax.cli.samples.is_leader", lambda: False)
+    name = hashlib.sha256(json.dumps("run").encode()).hexdigest()[:8]
+    partial = tmp_path / f"samples.jsonl.partial-{name}"
+
+    def interrupted():
+        with kept_samples(str(tmp_path / "samples.jsonl"), "run", 2) as kept:
+            kept.add(0, [{}])
+            partial.write_text('[0, {}]\n[1, {"being": "writ')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        interrupted()
+    assert not raised.value.args
+    assert partial.read_text() == '[0, {}]\n[1, {"being": "writ'
 
 
 def test_a_damaged_file_of_kept_samples_is_named(run, fail, many, monkeypatch):
