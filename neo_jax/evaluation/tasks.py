@@ -25,7 +25,8 @@ class _Tasks(TaskManager):
 
     def load(self, task_list: Any) -> Any:
         try:
-            return super().load(task_list)
+            with _quiet():
+                return super().load(task_list)
         except NeoError:
             raise
         except Exception as error:  # a hub, a file, a YAML, a function in it: anything may fail
