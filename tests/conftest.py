@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import os
 from pathlib import Path
 
 import jax
@@ -34,6 +35,12 @@ from neo_jax.pretrained import save_pretrained  # noqa: E402
 def pytest_collection_modifyitems(items):
     """Leaves what loads a TPU's compiler to the end: jax.profiler crashes beside it."""
     items.sort(key=lambda item: item.get_closest_marker("tpu_compiler") is not None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What `-n auto` means: a process may take some 5 GB, and compiling keeps two cores busy."""
+    return max(2, (os.cpu_count() or 1) // 2)
 
 
 @pytest.fixture(autouse=True)
