@@ -182,7 +182,6 @@ def test_configs_that_are_wrong(fail, config_file, change, message):
         (["train", "bundeld"], "no config is called 'bundeld'. Did you mean 'bundled'?"),
         (["train", "nowhere.py"], "nowhere.py does not exist; name a .py file"),
         (["train", "tiny.py"], "holds no data set; make one: neo-jax prepare FILE..."),
-        (["train", "tiny.py", "--mesh", "fsdp=3"], "3"),
         (["prepare", "nowhere.txt", "--output", "out", "--train-tokenizer", "300"],
          "nowhere.txt does not exist"),
         (["prepare", "text.jsonl", "--output", "out", "--tokenizer", "nowhere"],
