@@ -1,6 +1,7 @@
 """Finding a checkpoint: a folder, a name on the Hugging Face hub, or the bundled model."""
 
 import importlib.resources
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -24,11 +25,15 @@ BUNDLED = "bundled"
 """The name of the model that comes with the package, where one is asked for."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_HUB_FILES = [
-    "config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json",
+_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "*.model",
-]  # fmt: skip
+)  # fmt: skip
+_SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+_FLAX = ("flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json")
+_TENSORFLOW = ("checkpoint", "*.index", "*.data-*-of-*")
 
 
 def resolve(
@@ -77,18 +82,24 @@ def _hub_name(name: str) -> str:
 
 
 def _download(name: str, revision: str | None, token: str | None) -> Path:
-    """Returns the folder of a snapshot in the hub's cache; the hub library reports progress."""
+    """Returns the folder of a snapshot in the hub's cache; the hub library reports progress.
+
+    Of the formats of its weights, which repositories may hold side by side, only the best comes.
+    """
     import huggingface_hub  # slow to import, and needed for nothing else
     from huggingface_hub import errors
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            allow_patterns=_HUB_FILES,
-            ignore_patterns=["*/*"],  # sub-folders hold other formats and training checkpoints
-        )
+        for weights in _formats():
+            folder = huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                allow_patterns=[*_FILES, *weights],
+                ignore_patterns=["*/*"],  # sub-folders hold other formats and training checkpoints
+            )
+            if any(next(Path(folder).glob(pattern), None) for pattern in weights):
+                break
     except errors.GatedRepoError as error:
         raise NeoError(
             f"'{name}' is gated: accept its licence at https://huggingface.co/{name}, then pass "
@@ -117,3 +128,10 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
             f"could not download '{name}' ({reason}); try again, or name a folder."
         ) from error
     return Path(folder)
+
+
+def _formats() -> list[tuple[str, ...]]:
+    """Returns the names of files with weights, a format after another, the best first."""
+    if importlib.util.find_spec("torch"):
+        return [_SAFETENSORS, _TORCH, _FLAX, _TENSORFLOW]
+    return [_SAFETENSORS, _FLAX, _TORCH, _TENSORFLOW]

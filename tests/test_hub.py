@@ -20,9 +20,15 @@ def one_line(error):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Replaces the download; returns its calls, and a function that makes it fail."""
+def hub(monkeypatch, tmp_path_factory):
+    """Replaces the download; returns its calls, and a function that makes it fail.
+
+    The repository has the weights that a whole model needs once.
+    """
     calls = []
+    snapshot = tmp_path_factory.mktemp("cache") / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "model.safetensors").write_bytes(b"")
 
     def fail(error):
         def download(name, **options):
@@ -32,7 +38,7 @@ def hub(monkeypatch):
 
     def download(name, **options):
         calls.append((name, options))
-        return "/cache/snapshot"
+        return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return calls, fail
@@ -79,12 +85,12 @@ def test_no_name_is_the_bundled_model(tmp_path, monkeypatch):
 )
 def test_other_names_are_downloaded(tmp_path, monkeypatch, hub, name, repository):
     monkeypatch.chdir(tmp_path)
-    assert resolve(name, revision="v1", token="t") == Path("/cache/snapshot")
+    assert resolve(name, revision="v1", token="t").name == "snapshot"
     ((asked, options),) = hub[0]
     assert asked == repository
     assert (options["revision"], options["token"]) == ("v1", "t")
     files = [
-        "config.json", "model.safetensors",
+        "config.json", "generation_config.json", "model.safetensors",
         "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model",
         "pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors", "README.md",
@@ -94,7 +100,42 @@ def test_other_names_are_downloaded(tmp_path, monkeypatch, hub, name, repository
         allow_patterns=options["allow_patterns"],
         ignore_patterns=options["ignore_patterns"],
     )
-    assert list(wanted) == files[:8]
+    assert list(wanted) == files[:9]
+
+
+SMALL = {"config.json", "generation_config.json", "vocab.json", "merges.txt"}
+SAFETENSORS = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+TORCH = {"pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"}
+FLAX = {"flax_model-00001-of-00002.msgpack", "flax_model.msgpack.index.json"}
+TENSORFLOW = {"checkpoint", "model.ckpt-9.index", "model.ckpt-9.data-00000-of-00001"}
+OTHERS = {"training_args.bin", "optimizer.bin", "tf_model.h5", "onnx/model.safetensors", "a.md"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "torch", "chosen"),
+    [
+        (SAFETENSORS | TORCH | FLAX, True, SAFETENSORS),
+        (TORCH | FLAX, True, TORCH),
+        (TORCH | FLAX, False, FLAX),
+        ({"pytorch_model.bin", "flax_model.msgpack"}, True, {"pytorch_model.bin"}),
+        ({"pytorch_model.bin"}, False, {"pytorch_model.bin"}),  # load tells what to install
+        ({"flax_model.msgpack"}, True, {"flax_model.msgpack"}),
+        (TENSORFLOW, True, TENSORFLOW),
+        ({"adapter_model.safetensors"}, True, {"adapter_model.safetensors"}),
+        (set(), True, set()),
+    ],
+)
+def test_one_format_of_the_weights_is_downloaded(tmp_path, monkeypatch, weights, torch, chosen):
+    def download(name, **options):
+        patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
+        for file in huggingface_hub.utils.filter_repo_objects(SMALL | weights | OTHERS, **patterns):
+            (tmp_path / file).write_text("")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub_module.importlib.util, "find_spec", lambda name: torch)
+    assert resolve("org/name") == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == SMALL | chosen
 
 
 @pytest.mark.parametrize("name", ["gpt-neo-125", "/no/such/folder", "a/b/c", "", "org/na me", "x/"])
@@ -147,7 +188,8 @@ def test_offline_without_a_copy(hub, monkeypatch):
     assert "HF_HUB_OFFLINE is set: unset it" in failed_resolve()
 
 
-def test_offline_with_a_copy_uses_it_without_the_network(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"])
+def test_offline_with_a_copy_uses_it_without_the_network(tmp_path, monkeypatch, file):
     """Runs the hub library itself on a cache as it lays one out."""
     cache = tmp_path / "models--org--name"
     snapshot = cache / "snapshots" / ("0" * 40)
@@ -155,6 +197,7 @@ def test_offline_with_a_copy_uses_it_without_the_network(tmp_path, monkeypatch):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
     (snapshot / "config.json").write_text("{}")
+    (snapshot / file).write_bytes(b"")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert resolve("org/name") == snapshot
