@@ -1,6 +1,8 @@
-"""A checkpoint of any format to a folder of Hugging Face's, with proof that nothing changed."""
+"""A checkpoint of any format to a folder of Hugging Face's or a run, with proof of no change."""
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from neo_jax import hub
 from neo_jax.config import ModelConfig
@@ -22,8 +24,14 @@ from neo_jax.names import tensors
 from neo_jax.paths import is_remote, make_path
 from neo_jax.pretrained import load_params, read_config, stored_leaves
 from neo_jax.saving import Leaf, write_model
+from neo_jax.stacked import stack, unstack
+from neo_jax.training.checkpoint import Checkpoints
+from neo_jax.training.config import TrainConfig
 from neo_jax.training.export import find_checkpoint, read_model, read_params
-from neo_jax.transfer import float_dtype
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.start import find_pretrained
+from neo_jax.training.state import abstract_state, state_of
+from neo_jax.transfer import copy, float_dtype
 
 Leaves = dict[tuple[str, ...], Leaf]
 
@@ -86,13 +94,65 @@ def convert(source: Source, output: str, dtype: str = "", max_shard_bytes: int =
     Raises:
       NeoError: the folder holds files, or cannot be written.
     """
-    folder = make_path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise NeoError(f"{output} is there already; choose a new folder, or remove that one.")
+    folder = _new(output)
     write_model(folder, source.config, _cast(source, dtype), source.tokenizer, max_shard_bytes)
     theirs = make_path(source.name) / "generation_config.json"
     if theirs.is_file():
         (folder / theirs.name).write_bytes(theirs.read_bytes())
+    return folder
+
+
+def convert_to_run(source: Source, output: str, config: TrainConfig) -> Path:
+    """Writes the folder of a run that is to take its first step: `train` goes on from it.
+
+    The state is held whole, in float32, on one device: with AdamW 12 bytes a parameter.
+
+    Args:
+      source: what `open_source` gave.
+      output: the folder; must be new or empty.
+      config: of the run; its mesh and its data are for `train` to find.
+
+    Returns:
+      The folder.
+
+    Raises:
+      NeoError: the config trains adapters or another model, or the folder holds files or cannot be
+        written.
+    """
+    if config.lora.rank:
+        raise NeoError(
+            "a run that trains adapters keeps them alone; convert to a folder, and name it in the "
+            "config's pretrained."
+        )
+    config = find_pretrained(config)[0]
+    differences = [
+        f"{field.name} {getattr(config.model, field.name)!r}, not {theirs!r}"
+        for field in dataclasses.fields(ModelConfig)
+        if getattr(config.model, field.name) != (theirs := getattr(source.config, field.name))
+    ]
+    if differences:
+        raise NeoError(
+            f"the config trains another model than {source.name} holds ({'; '.join(differences)}); "
+            "change its field model."
+        )
+    folder = _new(output)
+    arrays = {
+        row.path: copy(source.leaves[row.path].read()[: row.shape[0]], np.dtype("f4"), row.shape)
+        for row in tensors(config.model)
+    }
+    params = stack(unflatten_dict(arrays), config.model)
+    del arrays
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    start = jax.jit(functools.partial(state_of, optimizer=optimizer), donate_argnums=0)
+    with Checkpoints(folder / "checkpoints", config.keep) as checkpoints:
+        checkpoints.save(start(params), dataclasses.replace(config, output=output))
+    return folder
+
+
+def _new(output: str) -> Path:
+    folder = make_path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise NeoError(f"{output} is there already; choose a new folder, or remove that one.")
     return folder
 
 
@@ -111,23 +171,49 @@ def verify(source: Source, folder: Path, dtype: str = "") -> Verified:
     """
     if read_config(folder) != source.config:
         raise NeoError(f"{folder}: config.json reads as another model; do not use this folder.")
-    largest, num_bytes = 0.0, 0
     with stored_leaves(folder, source.config) as written:
-        for path, leaf in _cast(source, dtype).items():
-            theirs, ours = leaf.read(), written[path].read()
-            theirs = theirs[: ours.shape[0]]
-            expected = theirs.astype(leaf.dtype)
-            if ours.dtype != leaf.dtype or ours.tobytes() != expected.tobytes():
-                raise NeoError(
-                    f"{folder}: {'/'.join(path)} is not what its source holds; do not use this "
-                    "folder, and look at the disk."
-                )
-            num_bytes += ours.nbytes
-            if leaf.dtype != theirs.dtype:
-                change = np.abs(ours.astype(np.float32) - theirs.astype(np.float32))
-                largest = max(largest, float(np.nanmax(change, initial=0)))
+        found = _compare(source, folder, dtype, written)
+    return found._replace(logits=_logits(folder))
+
+
+def verify_run(source: Source, folder: Path, config: TrainConfig) -> Verified:
+    """Reads back what `convert_to_run` wrote, as `train` will, and compares every tensor.
+
+    Raises:
+      NeoError: anything differs.
+    """
+    config = find_pretrained(config)[0]
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    with Checkpoints(folder / "checkpoints", config.keep) as checkpoints:
+        state = checkpoints.restore_latest(abstract_state(Neo(config.model), optimizer), config)
+    assert state is not None  # it was written
+    arrays = flatten_dict(unstack(state.params, config.model))
+    leaves = {
+        path: Leaf(leaf.dtype, functools.partial(np.asarray, leaf)) for path, leaf in arrays.items()
+    }
+    found = _compare(source, folder, "float32", leaves)
+    return found._replace(logits="not compared: transformers reads no runs")
+
+
+def _compare(source: Source, folder: Path, dtype: str, written: Leaves) -> Verified:
+    """Compares what was written with what the source holds."""
+    largest, num_bytes = 0.0, 0
+    for path, leaf in _cast(source, dtype).items():
+        theirs, ours = leaf.read(), written[path].read()
+        rows = min(len(theirs), len(ours))  # one of them may be padded, with zeros
+        theirs, ours, padding = theirs[:rows], ours[:rows], ours[rows:]
+        expected = theirs.astype(leaf.dtype)
+        if ours.dtype != leaf.dtype or ours.tobytes() != expected.tobytes() or padding.any():
+            raise NeoError(
+                f"{folder}: {'/'.join(path)} is not what its source holds; do not use this "
+                "folder, and look at the disk."
+            )
+        num_bytes += ours.nbytes
+        if leaf.dtype != theirs.dtype:
+            change = np.abs(ours.astype(np.float32) - theirs.astype(np.float32))
+            largest = max(largest, float(np.nanmax(change, initial=0)))
     count = len({row.hf_name for row in tensors(source.config)})
-    return Verified(count, source.config.num_params, num_bytes, largest, _logits(folder))
+    return Verified(count, source.config.num_params, num_bytes, largest, logits="")
 
 
 def _logits(folder: Path) -> str:

@@ -297,7 +297,7 @@ def load(
         after another as they are read; an adapter is merged first, for which the whole model is
         held as it is stored.
       cache_dtype: of the keys and values of a text in the making: "float32", "bfloat16", "int8", or
-        "auto" for `dtype`.
+        "auto" for `dtype`, on CPUs for float32, in which they compute with it.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
@@ -309,9 +309,7 @@ def load(
     compute = compute_dtype(dtype)
     if quantize not in QUANTIZATIONS:
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
-    if cache_dtype not in CACHE_DTYPES:
-        raise NeoError(f"no cache is of '{cache_dtype}'.{suggest(cache_dtype, CACHE_DTYPES)}")
-    cached = None if cache_dtype == "auto" else jnp.dtype(cache_dtype)
+    cached = cached_dtype(cache_dtype, jax.default_backend())
     config, params = read_model(folder, base, compute, sharding, quantize)
     params = lay_out(config, params)
     home = folder if has_tokenizer(folder) else base
@@ -362,6 +360,19 @@ def compute_dtype(name: str) -> np.dtype:
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
         raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
+    return jnp.dtype(name)
+
+
+def cached_dtype(name: str, platform: str) -> np.dtype | None:
+    """Returns the dtype of keys and values that `load` means by a name; None for that of products.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
+    if name not in CACHE_DTYPES:
+        raise NeoError(f"no cache is of '{name}'.{suggest(name, CACHE_DTYPES)}")
+    if name == "auto":
+        return jnp.dtype(jnp.float32) if platform == "cpu" else None
     return jnp.dtype(name)
 
 

@@ -156,9 +156,21 @@ class _Product:
         In this form XLA's CPU backend reads bfloat16 weights as they are. With another axis it
         keeps a transposed copy of all, and for a single row one in float32.
         """
-        alone = len(rows) == 1 and self.dtype == jnp.bfloat16
-        rows = jnp.concatenate([rows, rows]) if alone else rows
-        return self._einsum("bi,oi->bo", rows, matrix)[: 1 if alone else None]
+        if len(rows) == 1 and self.dtype == jnp.bfloat16:
+            return self._einsum("bi,oi->bo", jnp.concatenate([rows, rows]), matrix)[:1]
+        if len(rows) == 1 or self.dtype == jnp.bfloat16:
+            return self._einsum("bi,oi->bo", rows, matrix)
+        plain = functools.partial(self._einsum, "bi,oi->bo")
+        return jax.lax.platform_dependent(rows, matrix, cpu=self._turned, default=plain)
+
+    def _turned(self, rows: Array, matrix: Array) -> Array:
+        """The same with the weights on the left, an eighth faster on CPUs.
+
+        Their backend copies the right operand into another order before it multiplies. Without the
+        barrier XLA would turn the product back.
+        """
+        y = self._einsum("oi,bi->ob", matrix, rows)
+        return jax.lax.optimization_barrier(y).T
 
     def backward(self, x: Array, weight: Array, grad: Array) -> tuple[Array, Array]:
         matrix = self._matrix(self.shares.gather(weight.astype(self.dtype)))

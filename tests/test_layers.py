@@ -81,6 +81,18 @@ def test_bfloat16_rounds_the_operands_and_nothing_else(case):
     assert_product(grad_weight, to_weight, rounded(x), rounded(grad))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_a_token_of_each_row(rng, equation, rows, dtype):
+    """As in decoding, where CPUs take other forms of the product."""
+    x, weight, _ = parts(equation)
+    x = rng.normal(size=(rows, 1, *shape(x)[2:])).astype(dtype)
+    weight = rng.normal(size=shape(weight)).astype(dtype)
+    y = jax.jit(lambda x, weight: einsum(equation, x, weight, dtype))(x, weight)
+    assert_product(y, equation, x, weight)
+
+
 def test_gradients_are_those_of_autodiff(case):
     equation, x, weight, grad = case
     _, pull = jax.vjp(

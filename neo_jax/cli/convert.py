@@ -10,14 +10,15 @@ from tyro.conf import Positional
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import check_output, output_lines, print_json, print_table
-from neo_jax.cli.train import beside
+from neo_jax.cli.train import beside, load_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Converts a checkpoint of GPT-Neo or GPT-2, of any format, to Hugging Face's, and checks it.
 
-    Or a .json config of EleutherAI/gpt-neo to a .py config for neo-jax train.
+    Or to the folder of a run that is to take its first step; or a .json config of
+    EleutherAI/gpt-neo to a .py config for neo-jax train.
     """
 
     # a folder with safetensors, pytorch_model.bin, flax_model.msgpack or a checkpoint of
@@ -28,6 +29,8 @@ class Options:
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # to store
     tokenizer: str = ""  # a folder with tokenizer files, where the source has none
     max_shard_gb: float = 5.0  # above this size the weights go to several files
+    # a config, as train takes it, of a run to begin with these weights: output is its folder
+    train: str = ""
     verify: bool = True  # read all back and compare, logits with transformers too
     json: bool = False  # print JSON
 
@@ -43,19 +46,17 @@ def main(args: Sequence[str]) -> None:
             "name a checkpoint and the folder to write, or a .json config and the .py file to "
             "write, as in: neo-jax convert theirs ours"
         )
+    if options.train and (options.dtype != "keep" or options.tokenizer):
+        raise UsageError("a run holds float32, and its data have the tokenizer: leave these out.")
     checkpoint = _module("checkpoint")
-    dtype = "" if options.dtype == "keep" else options.dtype
     revision = options.revision or None
     with checkpoint.open_source(options.source, revision, options.tokenizer) as source:
-        folder = checkpoint.convert(
-            source, options.output, dtype, int(options.max_shard_gb * 10**9)
-        )
-        found = checkpoint.verify(source, folder, dtype) if options.verify else None
+        folder, found = _write(checkpoint, source, options)
         fields = {
             "source": source.name,
             "output": str(folder),
             "family": source.config.family,
-            "tokenizer": source.tokenizer is not None,
+            "tokenizer": source.tokenizer is not None and not options.train,
             **(found._asdict() if found else {"verified": "no, as --no-verify asks"}),
         }
     if options.json:
@@ -65,6 +66,17 @@ def main(args: Sequence[str]) -> None:
     print_table(
         [(key.replace("_", " "), formats.get(type(v), str)(v)) for key, v in fields.items()]
     )
+
+
+def _write(checkpoint: Any, source: Any, options: Options) -> tuple[Any, Any]:
+    """Returns the folder that was written, and what was found in reading it back, or None."""
+    if options.train:
+        config = load_config(options.train)
+        folder = checkpoint.convert_to_run(source, options.output, config)
+        return folder, checkpoint.verify_run(source, folder, config) if options.verify else None
+    dtype = "" if options.dtype == "keep" else options.dtype
+    folder = checkpoint.convert(source, options.output, dtype, int(options.max_shard_gb * 10**9))
+    return folder, checkpoint.verify(source, folder, dtype) if options.verify else None
 
 
 def _convert_config(options: Options) -> None:

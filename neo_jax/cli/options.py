@@ -27,7 +27,7 @@ class ModelOptions:
     revision: str = ""  # of a hub repository: a branch, tag or commit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
     quantize: Literal["none", "int8"] = "none"  # int8: weights in a quarter of float32's bytes
-    # of keys and values of a text in the making; auto: as dtype
+    # of keys and values of a text in the making; auto: float32 on CPUs, else as dtype
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
     mesh: str = ""  # devices, as in fsdp=4,model=2; -1 takes what is left

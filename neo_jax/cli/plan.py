@@ -47,7 +47,8 @@ class StepOptions:
     length: int = 0  # tokens of each, or slots of its cache; 0 is the model's whole context
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantize: Literal["none", "int8"] = "none"  # weights of prefill and decoding
-    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of decoding; auto: dtype
+    # of decoding's keys and values; auto: as dtype, on CPUs float32
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kernel: Kernel = "auto"  # attention
     remat: Remat = "full"  # of training: computed again in the backward pass: none, products, full
     accumulation: int = 1  # of training: parts of a batch, one after another
@@ -128,6 +129,7 @@ def _step(
     """Returns the step that is asked for, on a mesh."""
     import jax.numpy as jnp
 
+    from neo_jax.language_model import cached_dtype
     from neo_jax.model import Neo
     from neo_jax.plan import steps
     from neo_jax.sharding import make_sharding
@@ -160,7 +162,7 @@ def _step(
     if length > model.max_length:
         raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
     kind = steps.prefill_step if options.step == "prefill" else steps.decode_step
-    cached = None if options.cache_dtype == "auto" else jnp.dtype(options.cache_dtype)
+    cached = cached_dtype(options.cache_dtype, topology.devices[0].platform)
     dtype = jnp.dtype(options.dtype)
     neo = Neo(model, dtype, options.kernel, sharding, cache_dtype=cached)
     return kind(neo, batch, length, options.quantize)

@@ -25,6 +25,7 @@ from neo_jax import names
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.language_model import cached_dtype
 from neo_jax.model import Neo, init_params
 
 CASES = {  # batch, tokens of the prompt, new tokens
@@ -110,7 +111,10 @@ def make_sides(dtypes):
         reference.tie_weights()
         reference.generation_config.eos_token_id = None
         cast = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), params)
-        sides["ours", dtype] = make_ours(Neo(config, jnp.dtype(dtype)), cast)
+        sides["ours", dtype] = make_ours(
+            Neo(config, jnp.dtype(dtype), cache_dtype=cached_dtype("auto", jax.default_backend())),
+            cast,
+        )
         sides["theirs", dtype] = make_theirs(reference.eval().to(getattr(torch, dtype)))
     prompts = np.random.default_rng(1).integers(0, 50257, (2, 32))
     same = np.mean(

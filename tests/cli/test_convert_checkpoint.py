@@ -15,9 +15,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from neo_jax.cli.train import load_config
 from neo_jax.config import ModelConfig
+from neo_jax.model import Neo
 from neo_jax.names import tensors
 from neo_jax.pretrained import load_params, save_pretrained
+from neo_jax.stacked import unstack
+from neo_jax.training.checkpoint import Checkpoints
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.start import first_state
+from neo_jax.training.state import abstract_state, init_state
 
 GPT_NEO = ModelConfig(
     num_layers=3, embed_dim=24, num_heads=3, vocab_size=97, max_length=48, window_size=8,
@@ -180,13 +188,6 @@ def test_a_pickle_that_runs_code_is_refused(fail, tmp_path, monkeypatch):
 
 
 def test_the_checkpoint_of_a_run(succeed, tmp_path):
-    from neo_jax.model import Neo
-    from neo_jax.stacked import unstack
-    from neo_jax.training.checkpoint import Checkpoints
-    from neo_jax.training.config import TrainConfig
-    from neo_jax.training.optimizer import make_optimizer
-    from neo_jax.training.state import init_state
-
     config = TrainConfig(data="none", output="", steps=1, batch_size=1, model=GPT_NEO)
     state = init_state(Neo(GPT_NEO), make_optimizer(config.optimizer, 1), 0)
     expected = jax.tree.map(np.asarray, unstack(state.params, GPT_NEO))
@@ -200,6 +201,70 @@ def test_the_checkpoint_of_a_run(succeed, tmp_path):
             np.testing.assert_array_equal(leaf, flatten_dict(expected)[path])
     fields = json.loads(succeed("info", tmp_path / "run", "--json"))
     assert fields["dtype"] == "float32"
+
+
+CONFIG = """
+from neo_jax.config import ModelConfig
+from neo_jax.training.config import OptimizerConfig, TrainConfig
+
+config = TrainConfig(
+    data="nowhere", output="nowhere", steps=3, batch_size=2, model={model!r}, dtype="float32",
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+)
+"""
+
+
+def test_a_run_that_begins_with_these_weights(succeed, tmp_path):
+    """Its state is that of `train --pretrained`, bit by bit; all else follows from the config."""
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float16), random_params(GPT2))
+    theirs = write(tmp_path / "theirs", GPT2, params, "bin")
+    file, run = tmp_path / "config.py", tmp_path / "run"
+    file.write_text(CONFIG.format(model=GPT2))
+    fields = json.loads(succeed("convert", theirs, run, "--train", file, "--json"))
+    assert fields["tensors"] == len(stored(GPT2, params, "hf"))
+    assert fields["parameters"] == GPT2.num_params
+    assert (fields["num_bytes"], fields["largest_difference"]) == (4 * GPT2.num_params, 0)
+    config, model = load_config(str(file)), Neo(GPT2)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        found = checkpoints.restore_latest(abstract_state(model, optimizer), config)
+    expected = first_state(config, model, optimizer, theirs)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert found.step == 0
+    fields = json.loads(succeed("convert", run, tmp_path / "back", "--json"))
+    assert (fields["parameters"], fields["largest_difference"]) == (GPT2.num_params, 0)
+
+
+def test_runs_that_cannot_be_begun(fail, tmp_path):
+    theirs = write(tmp_path / "theirs", GPT_NEO, random_params(GPT_NEO), "safetensors")
+    file, run = tmp_path / "config.py", tmp_path / "run"
+    file.write_text(CONFIG.format(model=GPT2))
+    text = fail("convert", theirs, run, "--train", file)
+    assert "num_layers 2, not 3;" in text
+    assert "change its field model" in text
+    assert "holds float32" in fail(
+        "convert", theirs, run, "--train", file, "--dtype", "float16", status=2
+    )
+    assert not run.exists()
+    file.write_text(CONFIG.format(model=GPT_NEO))
+    run.mkdir()
+    (run / "file").write_text("")
+    assert "is there already" in fail("convert", theirs, run, "--train", file)
+
+
+def test_damage_in_a_run_is_found(fail, tmp_path, monkeypatch):
+    def save(self, state, config, save=Checkpoints.save):
+        params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1), state.params)
+        save(self, state._replace(params=params), config)
+
+    theirs = write(tmp_path / "theirs", GPT_NEO, random_params(GPT_NEO), "safetensors")
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(model=GPT_NEO))
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert "is not what its source holds" in fail(
+        "convert", theirs, tmp_path / "run", "--train", file
+    )
 
 
 def test_from_a_checkout_as_a_module(tmp_path):

@@ -14,6 +14,7 @@ import neo_jax
 from neo_jax.cache import SLACK, num_bytes, num_slots
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, logprobs_of, make_settings
+from neo_jax.language_model import cached_dtype
 from neo_jax.model import Neo
 
 HELD_OUT = Path(__file__).parents[1] / "text" / "held_out.jsonl.xz"
@@ -35,6 +36,15 @@ def test_the_cache_is_of_the_dtype_and_takes_what_is_said(checkpoints, dtype):
         slots = num_slots(lm.config, i, room)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
         assert size == 2 * num_bytes(lm.config, slots, jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+def test_cpus_keep_float32_unless_told(checkpoints, platform):
+    assert cached_dtype("auto", platform) == (jnp.float32 if platform == "cpu" else None)
+    assert cached_dtype("bfloat16", platform) == jnp.bfloat16
+    lm = neo_jax.load(checkpoints["bytes"], dtype="bfloat16")
+    state = engine.start(lm.model, lm.params, [[5, 6]], 2, make_settings(GREEDY, [0]))
+    assert state.cache[0].k.dtype == jnp.float32  # these are CPUs
 
 
 def test_bits_a_byte_through_an_int8_cache():

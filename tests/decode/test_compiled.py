@@ -34,15 +34,16 @@ def test_no_step_copies_a_cache(tiny, batch):
     assert not large & {re.sub(r"^\w+\[|\]$", "", shape).replace(",", "x") for shape in copied}
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_on_a_cpu_a_loop_keeps_no_other_form_of_bfloat16_kernels(tiny, batch):
-    """Neither transposed nor in float32, which would be three times the memory of the model."""
-    model = tiny[0].clone(dtype=jnp.bfloat16)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny[1])
+def test_on_a_cpu_a_loop_keeps_no_other_form_of_kernels(tiny, batch, dtype, name):
+    """Neither transposed nor in float32, which would be three times a bfloat16 model's memory."""
+    model = tiny[0].clone(dtype=dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny[1])
     settings = make_settings(SamplingOptions(), [0] * batch)
     state = engine.start(model, params, [[1, 2, 3]] * batch, 40, settings)
     program = engine.run.lower(model, params, state, 1).compile().as_text()
-    assert "bf16[32,128]" in program  # as c_proj is given
+    assert f"{name}[32,128]" in program  # as c_proj is given
     made = r"= \w+\[(?:32,128|128,32)\]\S* (?!parameter|get-tuple-element|bitcast)[\w\-]+\("
     forms = {line.strip() for line in program.splitlines() if re.search(made, line)}
     table = {line for line in forms if "convert" in line}  # of tokens, once, to look rows up
