@@ -19,7 +19,7 @@ def as_typed(message: str, args: Sequence[str]) -> str:
       message: speaks of fields.
       args: the options that were given.
     """
-    flags = {}
+    flags: dict[str, str] = {}
     for arg in args:
         flag = arg.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
@@ -46,7 +46,7 @@ def one_line(box: str, verb: str, args: Sequence[str]) -> str:
     text = _undrawn(box)
     see = f"see neo-jax {verb} --help"
     if found := re.match(r"Error parsing (--\S+): (.*)", text):
-        return _bad_value(*found.groups(), see)
+        return _bad_value(found[1], found[2], see)
     if found := re.match(r"Error parsing [\w.]+: (.*)", text):  # what a dataclass says
         return f"{found[1]}."
     if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected .*\((.*)\)", text):

@@ -189,7 +189,7 @@ def test_configs_that_are_wrong(fail, config_file, change, message):
         (["prepare", "text.jsonl", "--output", "out", "--train-tokenizer", "99999"],
          "the text is too small for 99999 pieces; ask for at most"),
         (["prepare", "text.jsonl", "--output", "out", "--train-tokenizer", "300", "--held-out",
-          "1"], "held_out is a share of the documents from 0 to below 1, not 1.0"),
+          "1"], "--held-out is a share of the documents from 0 to below 1, not 1.0"),
         (["prepare", "latin.txt", "--output", "out", "--train-tokenizer", "300"],
          "latin.txt is not UTF-8: byte 3 is 0xe9; convert it, for example with iconv"),
         (["prepare", "tiny.py", "--output", "out", "--train-tokenizer", "300"],
