@@ -187,8 +187,9 @@ def make_sharding(
       mesh: sizes of mesh axes, "data=2,fsdp=4"; one size may be -1 and takes what is left.
       rules: a name of `STRATEGIES`, or logical axis to mesh axes, "batch:data,embed:fsdp+model".
         Rules that do not name the batch split it over data and fsdp; "batch:" leaves it whole.
-      devices: what to lay the mesh over; all devices by default. A number stands for that many
-        that are not there: such a strategy can be traced and looked at, but not run.
+      devices: what to lay the mesh over, all of them; by default all that are here, of which one
+        process alone leaves out what a mesh of fixed sizes does not ask for. A number stands for
+        that many that are not there: such a strategy can be traced and looked at, but not run.
       default: the strategy of a mesh without rules, as far as it has the axes.
 
     Raises:
@@ -203,19 +204,21 @@ def make_sharding(
         if rules not in STRATEGIES:
             raise NeoError("--rules needs a mesh; add for example --mesh fsdp=-1.")
         mesh = STRATEGIES[rules][0]
+    some = devices is None and jax.process_count() == 1
     if devices is None:
         devices = jax.devices()
-    sizes = _parse_mesh(mesh, devices if isinstance(devices, int) else len(devices))
+    sizes = _parse_mesh(mesh, devices if isinstance(devices, int) else len(devices), some)
     table = _table(rules, sizes, default)
     _check_all_used(mesh, rules, table, sizes)
     shape, names = tuple(sizes.values()), tuple(sizes)
     auto = (AxisType.Auto,) * len(sizes)
     if isinstance(devices, int):
         return Sharding(AbstractMesh(shape, names, axis_types=auto), table)
-    return Sharding(Mesh(arrange(sizes, devices), names, axis_types=auto), table)
+    chosen = devices[: math.prod(shape)]
+    return Sharding(Mesh(arrange(sizes, chosen), names, axis_types=auto), table)
 
 
-def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+def _parse_mesh(text: str, num_devices: int, some: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for entry in text.split(","):
         name, _, size = entry.strip().partition("=")
@@ -231,6 +234,8 @@ def _parse_mesh(text: str, num_devices: int) -> dict[str, int]:
         raise NeoError(f"mesh '{text}' has more than one -1; give all sizes but one.")
     if -1 in sizes.values():
         sizes = {name: num_devices // fixed if n == -1 else n for name, n in sizes.items()}
+    elif some and fixed < num_devices:
+        return sizes
     if math.prod(sizes.values()) != num_devices:
         raise NeoError(
             f"mesh '{text}' asks for {math.prod(sizes.values()) or fixed} devices, "

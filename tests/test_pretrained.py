@@ -39,7 +39,8 @@ INDEX = "model.safetensors.index.json"
 def random_params(config, dtype=np.float32):
     rng = np.random.default_rng(0)
     params = {row.path: rng.normal(size=row.shape).astype(dtype) for row in tensors(config)}
-    params["wte", "embedding"][config.vocab_size :] = 0
+    for name in ("wte",) if config.tied_head else ("wte", "lm_head"):
+        params[name, "embedding"][config.vocab_size :] = 0
     return unflatten_dict(params)
 
 
@@ -181,32 +182,50 @@ def test_stale_buffers_with_the_prefix_are_ignored(tmp_path):
 # Our own round trip.
 
 
-@settings(max_examples=25, deadline=None)
+PATTERNS = [("global",), ("local",), ("global", "local"), ("local", "global", "global")]
+
+
+@settings(max_examples=40, deadline=None)
 @given(
+    gpt2=st.booleans(),
+    tied=st.booleans(),
+    pattern=st.sampled_from(PATTERNS),
     heads=st.integers(1, 3),
     head_dim=st.integers(1, 4),
     sizes=st.tuples(*[st.integers(1, 9)] * 3),
-    layers=st.integers(1, 3),
+    units=st.integers(1, 3),
     dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
     max_shard_bytes=st.integers(1, 2000),
 )
-def test_round_trip_of_any_shape(heads, head_dim, sizes, layers, dtype, max_shard_bytes):
+def test_round_trip_of_any_shape(
+    gpt2, tied, pattern, heads, head_dim, sizes, units, dtype, max_shard_bytes
+):
+    """Ours to files and back, and the files once more: the same numbers, the same bytes."""
     mlp, vocab, length = sizes
+    pattern = ("global",) if gpt2 else pattern
     config = ModelConfig(
-        num_layers=layers,
+        num_layers=units * len(pattern),
         embed_dim=heads * head_dim,
         num_heads=heads,
         mlp_dim=mlp,
         vocab_size=vocab,
         max_length=length,
-        attention_types=("global",),
+        attention_types=pattern,
+        qkv_bias=gpt2,
+        scale_attention=gpt2,
+        tied_head=tied or not gpt2,
     )
     params = random_params(config, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(folder, config, params, max_shard_bytes=max_shard_bytes)
-        assert read_config(folder) == config
-        assert_same(load_params(folder, config), params)
-        for path in Path(folder).glob("*.safetensors"):
+        first, second = Path(folder) / "first", Path(folder) / "second"
+        save_pretrained(first, config, params, max_shard_bytes=max_shard_bytes)
+        assert read_config(first) == config
+        loaded = load_params(first, config)
+        assert_same(loaded, params)
+        save_pretrained(second, config, loaded, max_shard_bytes=max_shard_bytes)
+        for path in first.iterdir():
+            assert (second / path.name).read_bytes() == path.read_bytes()
+        for path in first.glob("*.safetensors"):
             assert_well_formed(path)
 
 

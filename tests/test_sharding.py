@@ -43,6 +43,17 @@ def test_meshes(text, sizes):
     assert sharding == make_sharding(text)
 
 
+@pytest.mark.parametrize(("text", "size"), [("model=2", 2), ("data=3,fsdp=2", 6), ("fsdp=1", 1)])
+def test_a_smaller_mesh_of_fixed_sizes_takes_the_first_devices(monkeypatch, text, size):
+    assert make_sharding(text).mesh.devices.flatten().tolist() == jax.devices()[:size]
+    for devices in (jax.devices(), 8):  # told, it is to be all of them
+        with pytest.raises(NeoError, match=f"asks for {size} devices, but 8 are here"):
+            make_sharding(text, devices=devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(NeoError, match=f"asks for {size} devices, but 8 are here"):
+        make_sharding(text)
+
+
 @pytest.mark.parametrize(
     ("text", "rules"),
     [
@@ -122,7 +133,7 @@ def test_rules_replace_the_defaults():
         ("data=²", "", "mesh axis 'data=²' needs a size"),
         ("data=2,data=8", "", "'data=2,data=8' names the axis 'data' twice"),
         ("data=-1,fsdp=-1", "", "more than one -1"),
-        ("data=3", "", "asks for 3 devices, but 8 are here; one size may be -1"),
+        ("data=9", "", "asks for 9 devices, but 8 are here; one size may be -1"),
         ("data=3,fsdp=-1", "", "asks for 6 devices, but 8 are here"),
         ("data=16,fsdp=-1", "", "asks for 16 devices, but 8 are here"),
         ("data=8", "embd:data", r"unknown logical axis 'embd' in the rules\. Did you mean 'embed'"),

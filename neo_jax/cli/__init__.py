@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from neo_jax import __version__
+from neo_jax.cli.wording import as_typed, one_line
 from neo_jax.errors import NeoError, suggest
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(f"neo_jax.cli.{verb}").main(args[1:])
         return 0
     except EXPECTED as error:
-        return explain(error)
+        return explain(error, args[1:])
 
 
 class UsageError(NeoError):
@@ -58,14 +59,14 @@ EXPECTED = (NeoError, KeyboardInterrupt, BrokenPipeError)
 """What may end a command without being a fault of the program."""
 
 
-def explain(error: BaseException) -> int:
-    """Prints one line for an error of `EXPECTED`; returns the exit status."""
+def explain(error: BaseException, args: Sequence[str] = ()) -> int:
+    """Prints one line for an error of `EXPECTED`, of these options; returns the exit status."""
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     interrupted = isinstance(error, KeyboardInterrupt)
     words = [*(["interrupted"] if interrupted else []), *map(str, error.args)]
-    print(f"neo-jax: {'; '.join(words)}", file=sys.stderr, flush=True)
+    print(f"neo-jax: {as_typed('; '.join(words), args)}", file=sys.stderr, flush=True)
     if interrupted:
         return 130
     return 2 if isinstance(error, UsageError) else 1
@@ -85,7 +86,7 @@ def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
             return tyro.cli(kind, args=args, prog=f"neo-jax {verb}", **options)
     except SystemExit as exit_:
         if exit_.code:
-            raise UsageError(_one_line(errors.getvalue(), verb)) from None
+            raise UsageError(one_line(errors.getvalue(), verb, args)) from None
         raise
     except NeoError as error:  # from the dataclass: a value that cannot be
         raise UsageError(str(error)) from None
@@ -98,17 +99,3 @@ def _usage() -> str:
         f"{verbs}\n\n"
         "neo-jax VERB --help tells the options of a verb; neo-jax --version the version."
     )
-
-
-def _one_line(box: str, verb: str) -> str:
-    """Brings tyro's drawn error down to a line."""
-    words = []
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯─ ")
-        if not text.strip("-") or line.startswith("╭"):
-            continue
-        if text.startswith(("For full helptext", "Argument helptext")):
-            break
-        words.append(text)
-    text = " ".join(" ".join(words).split()).rstrip(".")
-    return f"{text}; see neo-jax {verb} --help."

@@ -86,7 +86,8 @@ def train(config: TrainConfig) -> TrainState:
             start_step=start,
             rows=place.rows,
         )
-        numbers = Report(config, start, dataset.bytes_per_token)
+        num_devices = sharding.mesh.size if sharding else 1
+        numbers = Report(config, start, dataset.bytes_per_token, num_devices)
         with numbers as report, Trace(config, start) as trace:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)), frozen)

@@ -35,15 +35,16 @@ def visible_keys(config: ModelConfig, length: int) -> float:
     return pairs
 
 
-def peak_flops(dtype: str) -> float:
-    """Returns the FLOP/s that all devices of all hosts can reach; NaN where it is not known.
+def peak_flops(dtype: str, num_devices: int) -> float:
+    """Returns the FLOP/s that devices can reach together; NaN where it is not known.
 
-    A CPU's is measured: the rate of a matrix product, which takes some tenths of a second.
+    A CPU's is measured: the rate of a matrix product, which takes some tenths of a second. Devices
+    of one process share that.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_flops(jnp.dtype(dtype)) * jax.process_count()
-    return chip(device.device_kind).peak_flops * jax.device_count()
+    return chip(device.device_kind).peak_flops * num_devices
 
 
 def _measured_flops(dtype: Any) -> float:

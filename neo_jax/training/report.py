@@ -39,13 +39,16 @@ class Evaluation(NamedTuple):
 class Report:
     """Follows a run. A context manager: the bar is drawn between entering and leaving."""
 
-    def __init__(self, config: TrainConfig, start_step: int, bytes_per_token: float):
+    def __init__(
+        self, config: TrainConfig, start_step: int, bytes_per_token: float, num_devices: int = 1
+    ):
         """Opens the files in the run's folder, to go on after `start_step`.
 
         Args:
           config: of the run.
           start_step: the step of the checkpoint that it goes on from, or 0.
           bytes_per_token: of the training text; NaN where there is none, as of completions.
+          num_devices: that the run has, of all processes.
 
         Raises:
           NeoError: a file cannot be written, or a package that the config asks for is not there.
@@ -65,7 +68,7 @@ class Report:
         self._bits_per_nat = 1 / math.log(2) / bytes_per_token  # bits a byte, that is
         frozen = config.lora.rank > 0
         self._flops = flops_per_token(config.model, config.sequence_length, frozen)
-        self._peak = peak_flops(config.dtype)
+        self._peak = peak_flops(config.dtype, num_devices)
         self._pending: tuple[int, Metrics] | None = None
         self._logged_step = start_step
         self._logged_time = 0.0

@@ -313,7 +313,7 @@ def test_an_output_is_tried_before_the_model_is_loaded(fail, tmp_path, monkeypat
     [
         (["generate", "hi", "--max-new-tokens", 64], "exceed the context of 64; shorten the"),
         (["generate", "hi " * 50], "tokens exceed the context of 64; shorten the text"),
-        (["generate", "hi", "--max-new-tokens", 0], "max_new_tokens must be at least 1, not 0"),
+        (["generate", "hi", "--max-new-tokens", 0], "--max-new-tokens must be at least 1, not 0"),
         (["generate", "caf\udce9"], "the lone surrogate '\\udce9'"),
         (["generate", "--prompts-file", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
         (["generate", "--prompts-file", "."], "cannot read .: Is a directory"),
@@ -322,7 +322,7 @@ def test_an_output_is_tried_before_the_model_is_loaded(fail, tmp_path, monkeypat
             ["generate", "hi", "--max-new-tokens", 3, "--output", "/nowhere/x.jsonl"],
             "cannot write /nowhere/x.jsonl: No such file or directory",
         ),
-        (["generate", "hi", "--mesh", "fsdp=3"], "mesh 'fsdp=3' asks for 3 devices, but 8 are"),
+        (["generate", "hi", "--mesh", "fsdp=9"], "mesh 'fsdp=9' asks for 9 devices, but 8 are"),
         (["generate", "hi", "--mesh", "fsdp"], "mesh axis 'fsdp' needs a size, as in 'fsdp=2'"),
         (["generate", "hi", "--mesh", "fspd=8"], "unknown mesh axis 'fspd' in 'fspd=8'. Did you"),
         (["generate", "hi", "--rules", "embed:fsdp"], "--rules needs a mesh"),

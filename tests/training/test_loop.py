@@ -340,7 +340,7 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
             {"mesh": "fsdp=8", "rules": "batch:fsdp,length:fsdp"},
             "mesh axis 'fsdp' of 8 devices would split both 'batch' of size 8 and 'length' of size",
         ),
-        ({"mesh": "fsdp=5"}, "mesh 'fsdp=5' asks for 5 devices, but 8 are here"),
+        ({"mesh": "fsdp=9"}, "mesh 'fsdp=9' asks for 9 devices, but 8 are here"),
         ({"mesh": "model=8"}, "axis 'heads' of size 2 does not divide over 8 devices of model"),
         ({"mesh": "fsdp=8", "rules": "embed:model"}, "names no axis of the mesh"),
         ({"steps": 0}, "steps must be at least 1, not 0"),

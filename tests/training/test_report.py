@@ -21,7 +21,7 @@ def clock(monkeypatch):
     """A clock that is set by hand, and a device of 1e9 FLOP/s."""
     now = [0.0]
     monkeypatch.setattr(report_module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(report_module, "peak_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(report_module, "peak_flops", lambda dtype, num_devices: 1e9)
     return now
 
 
