@@ -1,7 +1,12 @@
 """neo_jax/evaluation/harness.py: the same answers as the harness's own PyTorch model."""
 
+import contextlib
 import json
 import logging
+import os
+import signal
+import sqlite3
+import subprocess
 import sys
 
 import numpy as np
@@ -113,47 +118,71 @@ def test_batches_and_meshes_do_not_matter(ours, checkpoints, manager, mesh, batc
     assert bool(model.get_model_info()["model_mesh"]) == bool(mesh)
 
 
-def test_what_was_finished_is_not_computed_again(ours, lm, manager, tmp_path, monkeypatch):
-    """Ended in the middle, and begun again: the rest is computed, and only that."""
-    computed, most = [], 9
+# The command, in a process that is killed when nine requests are finished, without a last word.
+KILLED = """
+import os, signal, sys
+from neo_jax.cli import main
+from neo_jax.evaluation.answers import Answers
+
+add, finished = Answers.add, []
+
+def kill_after_nine(self, *args):
+    add(self, *args)
+    finished.append(args)
+    if len(finished) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Answers.add = kill_after_nine
+main(["eval", *sys.argv[1:]])
+"""
+
+
+def kept(cache):
+    """The finished requests on disk; one that is kept again gets another rowid."""
+    with contextlib.closing(sqlite3.connect(cache)) as database:
+        return set(database.execute("SELECT rowid, key, answer FROM answers"))
+
+
+def test_killed_and_begun_again(ours, lm, manager, tasks, tmp_path, monkeypatch):
+    """The rest is computed, only that, and the results are those of a run left alone."""
+    cache, names = tmp_path / "answers", ["choices", "whole"]
+    options = ["--tasks", ",".join(names), "--include-path", tasks, "--cache", cache]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *options, "--model", lm.folder],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)},
+        timeout=120,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL
+    before = kept(cache)
+    assert len(before) == 9
+    computed = []
     score, read = harness.score_continuations, harness.token_logprobs
 
-    def count(request):
-        if len(computed) == most:
-            raise KeyboardInterrupt
-        computed.append(request)
-
     def counted_score(model, params, requests, *args):
-        for i, answer in score(model, params, requests, *args):
-            count(requests[i])
-            yield i, answer
+        computed.extend(requests)
+        return score(model, params, requests, *args)
 
     def counted_read(model, params, texts, *args):
-        for text, row in zip(texts, read(model, params, texts, *args), strict=True):
-            count(text)
-            yield row
+        computed.extend(texts)
+        return read(model, params, texts, *args)
 
     monkeypatch.setattr(harness, "score_continuations", counted_score)
     monkeypatch.setattr(harness, "token_logprobs", counted_read)
-    names = ["choices", "whole"]
 
     def run():
-        model = NeoLM(lm, cache=str(tmp_path / "answers"))
-        results = running.run(model, names, manager)
-        return [answers(results, name) for name in names]
+        return running.run(NeoLM(lm, cache=str(cache)), names, manager)
 
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    before, most = list(computed), 1000
-    computed.clear()
-    found = run()
+    results = run()
+    found = [answers(results, name) for name in names]
     for name, values in zip(names, found, strict=True):
         np.testing.assert_allclose(values, answers(ours, name), rtol=0, atol=1e-4)
-    assert len(before) == 9
+        for metric, value in ours["results"][name].items():
+            if isinstance(value, float) and "stderr" not in metric:
+                assert results["results"][name][metric] == pytest.approx(value, rel=1e-6)
     assert len(computed) == sum(map(len, found)) - 9 > 9
-    assert not any(request in before for request in computed)
+    assert before < kept(cache)
     computed.clear()
-    assert run() == found
+    assert [answers(run(), name) for name in names] == found
     assert computed == []
 
 

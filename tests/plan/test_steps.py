@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from neo_jax.config import ModelConfig, preset
+from neo_jax.errors import NeoError
 from neo_jax.lora import LoraConfig
 from neo_jax.memory import tree_bytes
 from neo_jax.model import Neo
@@ -72,6 +73,31 @@ def test_arguments_of_decoding(kind):
     # Prefill needs of the last layer no more than its keys and values.
     unused = tree_bytes((params["h_1"], params["ln_f"]), tiled=True)
     assert missing == 0 if kind is decode_step else 0 < missing < unused
+
+
+GPT2 = ModelConfig(
+    num_layers=1, embed_dim=320, num_heads=5, vocab_size=1000, max_length=128,
+    attention_types=("global",), qkv_bias=True, scale_attention=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("topology", "kind"), [("v5e:2x2", "train"), ("cpu:4", "decode")])
+def test_heads_that_divide_over_no_axis_stay_whole(topology, kind):
+    """As the 25 of GPT-2 XL, whose biases are arguments too."""
+    topology = find_topology(topology)
+    rules = "embed:fsdp,mlp:model,vocab:model"
+    sharding = make_sharding("fsdp=2,model=2", rules, topology.devices)
+    if kind == "train":
+        step = training_step(dataclasses.replace(RUN, model=GPT2), sharding)
+    else:
+        step = decode_step(Neo(GPT2, jnp.bfloat16, sharding=sharding), 4, 128)
+    plan = make_plan(step, topology)
+    assert sum(plan.memory.parts.values()) == plan.memory.arguments
+    assert plan.fits
+    assert {row.axes for row in plan.traffic} >= {("fsdp",), ("model",)}
+    other = make_sharding("fsdp=2,model=2", "decode", topology.devices)
+    with pytest.raises(NeoError, match=r"'heads' of size 5 does not divide over 2 devices"):
+        decode_step(Neo(GPT2, jnp.bfloat16, sharding=other), 4, 128)
 
 
 @pytest.mark.parametrize("name", ["gpt-neo-125m", "gpt-neo-1.3b"])
