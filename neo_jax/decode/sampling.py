@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, UInt
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, check_numbers
 
 _LARGEST = 1e6  # of what divides logits: float32 holds what comes of it
 
@@ -40,6 +40,7 @@ class SamplingOptions:
     seed: int = 0  # the same prompt, options and seed give the same text
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise NeoError(
