@@ -31,7 +31,7 @@ def cut(text, stops):
     return text[: min(text.find(s) for s in stops if s in text[: min(ends)])] if ends else text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_text_ends_before_its_first_stop(tokenizer, text, data):
     """Whatever the tokens are that the stop lies across, and however many come at a time."""
