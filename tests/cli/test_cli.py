@@ -19,7 +19,7 @@ OPTIONS = {
         "--model", "--prompts-file", "--output", "--json", "--max-new-tokens", "--num-samples",
         "--temperature", "--top-k", "--top-p", "--seed", "--mesh", "--rules", "--dtype",
     ],
-    "score": ["--input", "--output", "--stride", "--model", "--mesh", "--dtype"],
+    "score": ["--input", "--output", "--json", "--stride", "--model", "--mesh", "--dtype"],
     "eval": [
         "--text", "--wikitext", "--stride", "--tasks", "--include-path", "--num-fewshot", "--limit",
         "--suite", "--data", "--picture",
