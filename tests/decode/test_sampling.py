@@ -121,6 +121,13 @@ ONE_AT_A_TIME = st.one_of(
 texts = st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=LENGTH), st.integers(1, LENGTH))
 
 
+def test_the_likeliest_is_the_first_of_the_largest(rng):
+    logits = rng.integers(-3, 3, (50, 9)).astype(np.float32)  # ties
+    logits[rng.random(logits.shape) < 0.3] = -np.inf
+    logits[0] = -np.inf
+    assert sampling.likeliest(jnp.asarray(logits)).tolist() == logits.argmax(axis=1).tolist()
+
+
 @settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32 - 1),
