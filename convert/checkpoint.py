@@ -260,9 +260,10 @@ def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-    )
+    with _no_progress_bar():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise NeoError(f"{folder}: transformers misses or does not know {wrong[0]}; report this.")
@@ -272,6 +273,20 @@ def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with mock.patch.object(modeling_gpt_neo, "torch", Float64()):
             exact = model.double()(ids).logits.numpy()
     return single, exact
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps transformers from drawing how it reads weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _free_memory() -> int:

@@ -98,6 +98,35 @@ def save_adapter(
         raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def describe_adapter(folder: Path) -> dict[str, Any]:
+    """Returns what an adapter is, by name, without reading its weights or its model.
+
+    Raises:
+      NeoError: see `load_adapter`.
+    """
+    rank, _ = _read_config(folder / CONFIG)
+    fields = read_json(folder / CONFIG)
+    targets = fields.get("target_modules") or ()
+    with contextlib.ExitStack() as files:
+        found = open_file(folder / WEIGHTS, files).values()
+        parameters = sum(math.prod(stored.shape) for stored in found)
+        dtypes = sorted({stored.dtype for stored in found})
+    return {
+        "adapter": str(folder),
+        "base_model": fields.get("base_model_name_or_path"),
+        "rank": rank,
+        "alpha": fields["lora_alpha"],
+        "targets": [targets] if isinstance(targets, str) else sorted(targets),
+        "parameters": parameters,
+        "dtype": "+".join(dtypes),
+    }
+
+
 def base_folder(folder: Path, *, token: str | None = None) -> Path:
     """Returns the folder of the model that an adapter is for; a model's is its own.
 
@@ -108,7 +137,7 @@ def base_folder(folder: Path, *, token: str | None = None) -> Path:
     Raises:
       NeoError: the adapter names no model, or one that cannot be found.
     """
-    if (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
+    if not is_adapter(folder):
         return folder
     fields = read_json(folder / CONFIG)
     name = fields.get("base_model_name_or_path")

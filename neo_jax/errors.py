@@ -1,11 +1,56 @@
 """The errors a user can cause. The command line prints them as one line, without a traceback."""
 
+import dataclasses
 import difflib
+import operator
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class NeoError(ValueError):
     """Something in the user's hands: a file, an option, a prompt. Its message says what to do."""
+
+
+_KINDS = {
+    int: (operator.index, "a whole number"),
+    float: (lambda value: value.__float__(), "a number"),
+}
+
+
+def checked(name: str, value: Any, kind: type) -> Any:
+    """Returns a number, a library's too, as Python's of this kind, int or float.
+
+    Raises:
+      NeoError: it is something else, True and texts included.
+    """
+    if type(value) is kind:
+        return value
+    convert, words = _KINDS[kind]
+    try:
+        if not isinstance(value, bool):
+            return convert(value)
+    except (TypeError, AttributeError):
+        pass
+    raise NeoError(f"{name} must be {words}, not {brief(value)}.")
+
+
+def check_numbers(options: Any) -> None:
+    """Makes the fields of a dataclass whose defaults are numbers numbers of the same kinds.
+
+    Raises:
+      NeoError: one is something else; the message names it.
+    """
+    for field in dataclasses.fields(options):
+        kind = type(field.default)
+        if kind in _KINDS:
+            value = checked(field.name, getattr(options, field.name), kind)
+            object.__setattr__(options, field.name, value)  # it may be frozen
+
+
+def brief(value: object) -> str:
+    """Returns a value as Python writes it, in a line of some words at most."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Prompts in, texts out: what surrounds the engine, which knows ids and nothing else."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 from neo_jax.axes import Params
 from neo_jax.data.tokenizer import StreamDecoder, Tokenizer
@@ -11,8 +11,9 @@ from neo_jax.decode.batching import Request, complete, in_order
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.methods import BeamSearch, Method, Speculation
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.decode.speculative import Draft
-from neo_jax.errors import NeoError, suggest
+from neo_jax.decode.speculative import NUM_DRAFTED, Draft
+from neo_jax.errors import NeoError, brief, check_numbers, suggest
+from neo_jax.memory import machine_bytes
 from neo_jax.model import Neo
 
 Prompt = str | Sequence[int]
@@ -20,6 +21,51 @@ Prompt = str | Sequence[int]
 
 Overflow = Literal["error", "truncate"]
 """What becomes of a prompt that does not fit the context: refused, or cut to its newest tokens."""
+
+
+BATCH_SIZE = 16
+"""Completions that are written at one time, unless told."""
+
+_SAMPLE_BYTES, _TOKEN_BYTES = 700, 70  # what Python takes for a sample, and for each of its tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """What a user says about texts, beside how their tokens are chosen.
+
+    Raises:
+      NeoError: a value of another kind or out of its range, or samples that memory cannot hold.
+    """
+
+    max_new_tokens: int = 64  # where to stop at the latest
+    num_samples: int = 1  # for each prompt
+    stop: str | Sequence[str] | None = ()  # strings before which a text ends; then a tuple of them
+    batch_size: int = BATCH_SIZE  # texts that are written at one time
+    on_overflow: Overflow = "error"
+    num_drafted: int = NUM_DRAFTED  # tokens that a draft proposes at a time
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("max_new_tokens", "num_samples", "batch_size", "num_drafted"):
+            if getattr(self, name) < 1:
+                raise NeoError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.on_overflow not in get_args(Overflow):
+            raise NeoError(
+                f"on_overflow must be 'error' or 'truncate', not {brief(self.on_overflow)}."
+            )
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops or (), Iterable) or not all(
+            isinstance(stop, str) for stop in stops or ()
+        ):
+            raise NeoError(f"stop must be a text or a list of texts, not {brief(self.stop)}.")
+        object.__setattr__(self, "stop", tuple(stops or ()) if self.stop else ())
+        needed = self.num_samples * (_SAMPLE_BYTES + _TOKEN_BYTES * self.max_new_tokens)
+        if needed > machine_bytes():
+            raise NeoError(
+                f"{self.num_samples} samples of a prompt, which are held until all are there, may "
+                f"take {needed / 1e9:,.0f} GB of this machine's {machine_bytes() / 1e9:.0f}; take "
+                "fewer at a time, each time with another seed."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +143,16 @@ class StopText:
         return self.stopped
 
 
-def fit(model: Neo, ids: list[int], max_new_tokens: int, on_overflow: Overflow) -> list[int]:
+def fit(model: Neo, ids: list[int], asked: TextOptions) -> list[int]:
     """Returns the tokens of a prompt that the model will read.
 
     Raises:
       NeoError: see `engine.check_prompts`.
     """
-    room = model.config.max_length - max_new_tokens
-    if on_overflow == "truncate" and room > 0:
+    room = model.config.max_length - asked.max_new_tokens
+    if asked.on_overflow == "truncate" and room > 0:
         ids = ids[-room:]
-    engine.check_prompts(model, [ids], max_new_tokens)
+    engine.check_prompts(model, [ids], asked.max_new_tokens)
     return ids
 
 
@@ -140,18 +186,62 @@ def reseeded(options: SamplingOptions, sample: int) -> SamplingOptions:
     return dataclasses.replace(options, seed=(options.seed + sample) % 2**32)
 
 
+def spread(
+    sampling: SamplingOptions | Sequence[SamplingOptions], num_prompts: int
+) -> Sequence[SamplingOptions]:
+    """Returns the options of each prompt, where those of all may be told at once.
+
+    Raises:
+      NeoError: they are something else, or as many as something else.
+    """
+    several = [sampling] * num_prompts if isinstance(sampling, SamplingOptions) else sampling
+    if not isinstance(several, Sequence) or not all(
+        isinstance(options, SamplingOptions) for options in several
+    ):
+        raise NeoError(f"sampling must be SamplingOptions, or a list, not {brief(sampling)}.")
+    if len(several) != num_prompts:
+        raise NeoError(f"{len(several)} sampling options do not match {num_prompts} prompts.")
+    return several
+
+
+def check_together(
+    sampling: Iterable[SamplingOptions], text: TextOptions, beams: BeamOptions, has_draft: bool
+) -> None:
+    """Checks that every option that says something other than its default has an effect.
+
+    Raises:
+      NeoError: one has none beside the others; the message names it.
+    """
+    plain = SamplingOptions()
+    if not isinstance(beams, BeamOptions):
+        raise NeoError(f"beams must be BeamOptions, not {brief(beams)}.")
+    if beams.num_beams > 1 and has_draft:
+        raise NeoError("a draft does not help beam search; leave out one of the two.")
+    for options in sampling if beams.num_beams > 1 else ():
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            value = getattr(options, name)
+            if value != getattr(plain, name) and (name, value) != ("temperature", 0):
+                raise NeoError(
+                    f"{name} has no effect on beam search, which draws nothing; leave it out, or "
+                    "num_beams."
+                )
+    for name in ("length_penalty", "early_stopping"):
+        if beams.num_beams == 1 and getattr(beams, name) != getattr(BeamOptions(), name):
+            raise NeoError(f"{name} has no effect without beams; raise num_beams, or leave it out.")
+    if text.num_drafted != NUM_DRAFTED and not has_draft:
+        raise NeoError("num_drafted has no effect without a draft; name one, or leave it out.")
+
+
 def make_method(beams: BeamOptions, draft: Draft | str | None, num_drafted: int) -> Method:
     """Returns how ids are continued.
 
     Raises:
-      NeoError: of a draft, a text that is not "prompt"; or both beams and a draft.
+      NeoError: the draft is neither a model nor "prompt".
     """
-    if isinstance(draft, str) and draft != "prompt":
-        raise NeoError(f"draft '{draft}' is neither a loaded model nor 'prompt'.")
     if draft is None:
         return complete if beams.num_beams == 1 else BeamSearch(beams)
-    if beams.num_beams > 1:
-        raise NeoError("a draft does not help beam search; leave out one of the two.")
+    if draft != "prompt" and not isinstance(draft, Draft):
+        raise NeoError(f"draft {brief(draft)} is neither a loaded model nor 'prompt'.")
     return Speculation(None if isinstance(draft, str) else draft, num_drafted)
 
 
@@ -161,10 +251,8 @@ def samples(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
     ids: Sequence[list[int]],
-    sampling: Sequence[Sequence[SamplingOptions]],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    batch_size: int,
+    sampling: Sequence[SamplingOptions],
+    asked: TextOptions,
     on_finish: Callable[[int, list[Sample]], None] | None = None,
     method: Method = complete,
 ) -> Iterator[Sample]:
@@ -176,24 +264,29 @@ def samples(
       tokenizer: decodes ids; None yields samples without text.
       prompts: as they were given.
       ids: of each prompt, as the model will read it.
-      sampling: for each prompt, the options of each of its samples.
-      max_new_tokens: where to stop at the latest.
-      stop: strings before which a text ends; they need a tokenizer.
-      batch_size: texts that are written at one time.
+      sampling: options for each prompt; each of its samples has a seed of its own.
+      asked: where texts end and how many there are; strings to stop at need a tokenizer.
       on_finish: called with the index of each prompt and its samples as soon as all are there.
       method: how ids are continued.
     """
+    count = range(asked.num_samples)
+    stop = asked.stop or ()
     texts: list[list[StopText]] = [
-        [StopText(tokenizer, prompt, stop) for _ in options] if tokenizer and stop else []
-        for prompt, options in zip(ids, sampling, strict=True)
+        [StopText(tokenizer, prompt, stop) for _ in count] if tokenizer and stop else []
+        for prompt in ids
     ]
     requests = [
-        Request(prompt, max_new_tokens, options, [text.push for text in watched])
+        Request(
+            prompt,
+            asked.max_new_tokens,
+            [reseeded(options, i) for i in count],
+            [text.push for text in watched],
+        )
         for prompt, options, watched in zip(ids, sampling, texts, strict=True)
     ]
 
     def finished() -> Iterator[tuple[int, list[Sample]]]:
-        for index, done in method(model, params, requests, batch_size):
+        for index, done in method(model, params, requests, asked.batch_size):
             made = []
             for i, new in enumerate(done):
                 text = texts[index][i] if texts[index] else None
@@ -218,14 +311,13 @@ def stream(
     tokenizer: Tokenizer,
     ids: list[int],
     sampling: SamplingOptions,
-    max_new_tokens: int,
-    stop: Sequence[str],
+    asked: TextOptions,
 ) -> Iterator[str]:
     """Yields the new text of one prompt as it comes, never a part of a stop string."""
-    text = StopText(tokenizer, ids, stop)
+    text = StopText(tokenizer, ids, asked.stop or ())
     shown = 0
     settings = make_settings(sampling, [sampling.seed])
-    for token in engine.stream(model, params, ids, max_new_tokens, settings):
+    for token in engine.stream(model, params, ids, asked.max_new_tokens, settings):
         text.push([token])
         if text.settled() > shown:
             yield text.text[shown : text.settled()]

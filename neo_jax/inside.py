@@ -11,7 +11,7 @@ from neo_jax.attention.dense import weights
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.engine import MIN_PREFILL, bucket, check_tokens
 from neo_jax.distributed import to_host
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, checked
 from neo_jax.model import Neo
 from neo_jax.sharding import padded_rows
 
@@ -28,7 +28,7 @@ def hidden_states(model: Neo, params: Params, ids: Sequence[int], layer: int) ->
     Raises:
       NeoError: no such layer, no such token, or more of them than the context holds.
     """
-    last = model.config.num_layers
+    layer, last = checked("layer", layer, int), model.config.num_layers
     if not -last - 1 <= layer <= last:
         raise NeoError(f"layer {layer} is not one of 0 to {last}, or -1.")
     states = _hidden_states(model, layer, params, _padded(model, ids))
@@ -50,6 +50,7 @@ def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.
     Raises:
       NeoError: as `hidden_states`.
     """
+    layer = checked("layer", layer, int)
     if not 0 <= layer < model.config.num_layers:
         raise NeoError(f"layer {layer} is not one of 0 to {model.config.num_layers - 1}.")
     maps = _attention(model, layer, params, _padded(model, ids))

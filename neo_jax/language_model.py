@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,8 +20,19 @@ from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED, Draft
-from neo_jax.errors import NeoError, suggest
-from neo_jax.generation import Overflow, Prompt, Sample, fit, make_method, read_options, reseeded
+from neo_jax.errors import NeoError, brief, checked, suggest
+from neo_jax.generation import (
+    BATCH_SIZE,
+    Overflow,
+    Prompt,
+    Sample,
+    TextOptions,
+    check_together,
+    fit,
+    make_method,
+    read_options,
+    spread,
+)
 from neo_jax.loading import read_model
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization
@@ -29,9 +40,6 @@ from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, laid_out, make_sharding
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
-
-BATCH_SIZE = 16
-"""Completions that are written at one time, unless told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +80,12 @@ class LanguageModel:
         Raises:
           NeoError: the checkpoint has no tokenizer files, or the prompt is empty or none.
         """
-        if not isinstance(prompt, str | Sequence | np.ndarray):
-            raise NeoError(f"{prompt!r} is not a prompt; give a text or a list of token ids.")
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | np.ndarray):
+            raise NeoError(f"{brief(prompt)} is not a prompt; give a text or a list of token ids.")
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt)
+        else:
+            ids = [checked("a token id", token, int) for token in prompt]
         if not ids:
             raise NeoError("the prompt is empty; give at least one token.")
         return ids
@@ -102,7 +113,7 @@ class LanguageModel:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
-        many = [prompts] if isinstance(prompts, str) else list(prompts)
+        many = [prompts] if isinstance(prompts, str) else _listed(prompts)
         sampling, others = read_options(options)
         made = self.samples(many, max_new_tokens, sampling=sampling, **others)
         texts = [sample.text or "" for sample in made]
@@ -119,7 +130,7 @@ class LanguageModel:
         num_samples: int = 1,
         sampling: SamplingOptions | Sequence[SamplingOptions] = SamplingOptions(),  # noqa: B008
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         batch_size: int = BATCH_SIZE,
         on_overflow: Overflow = "error",
         on_finish: Callable[[int, list[Sample]], None] | None = None,
@@ -152,29 +163,25 @@ class LanguageModel:
         Raises:
           NeoError: before anything runs, as `generate`; also of counts below 1.
         """
-        _check_list(prompts)
-        if num_samples < 1 or batch_size < 1:
-            raise NeoError("num_samples and batch_size must be at least 1.")
-        several = [sampling] * len(prompts) if isinstance(sampling, SamplingOptions) else sampling
-        if len(several) != len(prompts):
-            raise NeoError(f"{len(several)} sampling options do not match {len(prompts)} prompts.")
-        if stop:
+        prompts = _listed(prompts)
+        asked = TextOptions(max_new_tokens, num_samples, stop, batch_size, on_overflow, num_drafted)
+        several = spread(sampling, len(prompts))
+        check_together(several, asked, beams, draft is not None)
+        if asked.stop:
             self._tokenizer  # noqa: B018  (raises where there is none to read stops with)
         return generation.samples(
             self.model,
             self.params,
             self.tokenizer,
             prompts,
-            [fit(self.model, self.encode(p), max_new_tokens, on_overflow) for p in prompts],
-            [[reseeded(options, i) for i in range(num_samples)] for options in several],
-            max_new_tokens,
-            [stop] if isinstance(stop, str) and stop else stop,
-            batch_size,
+            [fit(self.model, self.encode(prompt), asked) for prompt in prompts],
+            several,
+            asked,
             on_finish,
             make_method(
                 beams,
                 Draft(draft.model, draft.params) if isinstance(draft, LanguageModel) else draft,
-                num_drafted,
+                asked.num_drafted,
             ),
         )
 
@@ -183,7 +190,7 @@ class LanguageModel:
         prompt: Prompt,
         max_new_tokens: int = 64,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         on_overflow: Overflow = "error",
         **options: Any,
     ) -> Iterator[str]:
@@ -191,14 +198,14 @@ class LanguageModel:
         sampling, others = read_options(options)
         if others:
             raise NeoError(f"a stream has no option '{next(iter(others))}'; take `generate`.")
+        asked = TextOptions(max_new_tokens, stop=stop, on_overflow=on_overflow)
         return generation.stream(
             self.model,
             self.params,
             self._tokenizer,
-            fit(self.model, self.encode(prompt), max_new_tokens, on_overflow),
+            fit(self.model, self.encode(prompt), asked),
             sampling,
-            max_new_tokens,
-            [stop] if isinstance(stop, str) and stop else stop,
+            asked,
         )
 
     def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
@@ -212,7 +219,7 @@ class LanguageModel:
 
     def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
         """Like `score`, one at a time as they are computed."""
-        _check_list(texts)
+        texts = _listed(texts)
         many = [self.encode(text) for text in texts]
         for text, ids, logprobs in zip(
             texts, many, token_logprobs(self.model, self.params, many, stride), strict=True
@@ -227,8 +234,7 @@ class LanguageModel:
           texts: texts or ids, each within the context.
           layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
         """
-        _check_list(texts)
-        encoded = map(self.encode, texts)
+        encoded = map(self.encode, _listed(texts))
         return [inside.hidden_states(self.model, self.params, ids, layer) for ids in encoded]
 
     def attention(self, text: Prompt, layer: int) -> np.ndarray:
@@ -376,6 +382,10 @@ def cached_dtype(name: str, platform: str) -> np.dtype | None:
     return jnp.dtype(name)
 
 
-def _check_list(prompts: Sequence[Prompt]) -> None:
-    if isinstance(prompts, str):  # a sequence too, of characters
-        raise NeoError("this takes several: give a list of prompts, as in ['one text'].")
+def _listed(prompts: Any) -> list[Prompt]:
+    # Texts are sequences too, of characters.
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise NeoError(
+            f"this takes several, not {brief(prompts)}: give a list of prompts, as in ['one text']."
+        )
+    return list(prompts)

@@ -29,6 +29,9 @@ PRODUCT = "product"
 """What `jax.checkpoint` policies call the results of `einsum`."""
 
 
+_FEW = 16  # tokens a row that one step of decoding may append
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -144,14 +147,15 @@ class _Product:
 
     def forward(self, x: Array, weight: Array) -> Array:
         weight = self.shares.gather(weight.astype(self.dtype))
-        if x.shape[1] == 1:
-            y = self._appended(_rows(x)[:, 0], self._matrix(weight))
+        matrix = self._matrix(weight)
+        if x.shape[1] <= (1 if self.dtype == jnp.float32 else _FEW):
+            y = self._appended(_rows(x).reshape((-1, matrix.shape[1])), matrix)
         else:
-            y = self._einsum("bti,oi->bto", _rows(x), self._matrix(weight))
+            y = self._einsum("bti,oi->bto", _rows(x), matrix)
         return y.reshape((*x.shape[:2], *weight.shape[: -self.num_inputs]))
 
     def _appended(self, rows: Array, matrix: Array) -> Array:
-        """The product of a token of each row, as decoding has it.
+        """The product of few tokens, as decoding has it: [rows, inputs] to [rows, outputs].
 
         In this form XLA's CPU backend reads bfloat16 weights as they are. With another axis it
         keeps a transposed copy of all, and for a single row one in float32.

@@ -1,11 +1,20 @@
-"""How many bytes of a device's memory an array takes."""
+"""How many bytes of a device's memory an array takes, and how many a machine has."""
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+
+def machine_bytes() -> float:
+    """Returns the bytes of this machine's memory; infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return math.inf
 
 
 def device_bytes(leaf: Any, tiled: bool) -> int:

@@ -22,7 +22,7 @@ from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode.engine import bucket
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.distributed import to_host
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, checked
 from neo_jax.model import Neo
 from neo_jax.sharding import padded_rows
 
@@ -145,7 +145,7 @@ def token_logprobs(
       NeoError: a text of no tokens, an id outside the vocabulary, or a stride beyond the context.
     """
     context = model.config.max_length
-    stride = stride or context // 2
+    stride = checked("stride", stride, int) or context // 2
     if not 0 < stride <= context:
         raise NeoError(f"the stride must lie between 1 and {context}, not {stride}.")
     _check(texts, model.config.vocab_size)

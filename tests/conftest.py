@@ -6,6 +6,7 @@ import itertools
 import os
 from pathlib import Path
 
+import hypothesis
 import jax
 import jaxtyping
 import numpy as np
@@ -16,6 +17,10 @@ from fake_gcs import serve
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# How long an example takes is a matter of what else the machine does, and of what is compiled.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.load_profile("default")
 
 # Must precede the first import of the modules that it checks.
 _MODULES = [

@@ -65,7 +65,7 @@ def histories(draw):
 
 
 @given(histories())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_extend_keeps_the_newest_and_every_window_is_whole(history):
     window, width, steps, pad_left = history
     slots = window + SLACK
@@ -84,7 +84,7 @@ def test_extend_keeps_the_newest_and_every_window_is_whole(history):
 
 
 @given(histories())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_writing_in_turn_is_writing_at_once(history):
     """What TPUs do, and what others do."""
     window, width, steps, pad_left = history
@@ -147,7 +147,7 @@ def test_rolling_back_a_draft_leaves_the_window_whole(draft):
     width=st.sampled_from([6, 21, 50]),
     data=st.data(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_from_sequence_equals_appending_one_by_one(length, width, data):
     """A global and a local layer, rows of any length, padding on the right."""
     width = min(length, width)

@@ -152,14 +152,14 @@ def test_a_pattern_is_kept_as_its_unit():
 
 
 @given(configs())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_round_trip(config):
     fields = json.loads(json.dumps(config.to_hf()))
     assert ModelConfig.from_hf(fields) == config
 
 
 @given(configs())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_transformers_reads_the_same_shape(config):
     if config.family == "gpt2":
         theirs = GPT2Config.from_dict(config.to_hf())

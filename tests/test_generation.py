@@ -1,5 +1,6 @@
 """neo_jax/generation.py: where texts end, and which prompts fit."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ def cut(text, stops):
     return text[: min(text.find(s) for s in stops if s in text[: min(ends)])] if ends else text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_text_ends_before_its_first_stop(tokenizer, text, data):
     """Whatever the tokens are that the stop lies across, and however many come at a time."""
@@ -123,13 +124,29 @@ def test_a_prompt_beyond_the_context_is_cut_to_its_newest_tokens(lm):
     ("options", "message"),
     [
         ({"stop": ["x", ""]}, "a stop string is empty"),
-        ({"num_samples": 0}, "num_samples and batch_size must be at least 1"),
-        ({"batch_size": 0}, "num_samples and batch_size must be at least 1"),
+        ({"stop": [1]}, r"stop must be a text or a list of texts, not \[1\]"),
+        ({"stop": 1}, "stop must be a text or a list of texts, not 1"),
+        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
+        ({"num_samples": 10**9}, "1000000000 samples of a prompt, .* may take .* GB of this mach"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": "a"}, "batch_size must be a whole number, not 'a'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
+        ({"on_overflow": "trunc"}, "on_overflow must be 'error' or 'truncate', not 'trunc'"),
+        ({"sampling": {"seed": 1}}, "sampling must be SamplingOptions, or a list, not {'seed': 1}"),
+        ({"sampling": [1]}, r"sampling must be SamplingOptions, or a list, not \[1\]"),
+        ({"beams": 4}, "beams must be BeamOptions, not 4"),
     ],
 )
 def test_requests_that_cannot_be_met(lm, options, message):
     with pytest.raises(NeoError, match=message):
-        lm.sample(["The fox"], NEW, **options)
+        lm.sample(["The fox"], **{"max_new_tokens": NEW, **options})
+
+
+def test_numbers_of_numpy_and_no_stop_are_fine(lm):
+    plain = lm.generate("The fox", NEW, seed=3, temperature=0.5)
+    same = {"seed": np.uint32(3), "temperature": np.float32(0.5), "stop": None}
+    assert lm.generate("The fox", np.int64(NEW), **same) == plain
+    assert "".join(lm.stream("The fox", NEW, **same)) == plain
 
 
 def test_stops_need_a_tokenizer(checkpoints):

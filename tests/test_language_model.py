@@ -221,6 +221,32 @@ def test_ids_work_without_a_tokenizer(bare):
     assert bare.embed([prompt])[0].shape == (3, 32)
 
 
+def test_arguments_of_another_kind_are_named(models):
+    lm = models["bytes"]
+    for call, message in (
+        (lambda: lm.generate("x", max_new_tokens="5"), "max_new_tokens must be a whole number"),
+        (lambda: lm.generate("x", temperature="hot"), "temperature must be a number, not 'hot'."),
+        (lambda: lm.generate("x", top_k=1.5), "top_k must be a whole number, not 1.5."),
+        (lambda: lm.generate("x", seed=True), "seed must be a whole number, not True."),
+        (lambda: lm.generate(5), "this takes several, not 5: give a list of prompts"),
+        (lambda: lm.generate({"a": 1}), "this takes several, not {'a': 1}: give"),
+        (
+            lambda: lm.generate(["a", 3], 4),
+            "3 is not a prompt; give a text or a list of token ids.",
+        ),
+        (lambda: lm.generate([b"a"]), "b'a' is not a prompt"),
+        (lambda: lm.generate([[1.5]]), "a token id must be a whole number, not 1.5."),
+        (lambda: lm.generate([np.ones((2, 2))]), "a token id must be a whole number, not array("),
+        (lambda: next(lm.stream(["a"])), "a token id must be a whole number, not 'a'."),
+        (lambda: lm.score("text"), "this takes several, not 'text': give a list"),
+        (lambda: lm.score(["text"], "a"), "stride must be a whole number, not 'a'."),
+        (lambda: lm.embed(["a"], layer=99), "layer 99 is not one of 0 to 2, or -1."),
+        (lambda: lm.embed(["a"], layer="x"), "layer must be a whole number, not 'x'."),
+        (lambda: lm.attention("a", layer=None), "layer must be a whole number, not None."),
+    ):
+        assert message in refused(call)
+
+
 def test_text_without_a_tokenizer_says_what_is_missing(bare):
     for call in (
         lambda: bare.generate("text"),

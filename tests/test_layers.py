@@ -82,12 +82,12 @@ def test_bfloat16_rounds_the_operands_and_nothing_else(case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 1), (9, 1), (1, 5), (3, 16)])
 @pytest.mark.parametrize("equation", EQUATIONS)
-def test_a_token_of_each_row(rng, equation, rows, dtype):
+def test_a_few_tokens_of_each_row(rng, equation, rows, tokens, dtype):
     """As in decoding, where CPUs take other forms of the product."""
     x, weight, _ = parts(equation)
-    x = rng.normal(size=(rows, 1, *shape(x)[2:])).astype(dtype)
+    x = rng.normal(size=(rows, tokens, *shape(x)[2:])).astype(dtype)
     weight = rng.normal(size=shape(weight)).astype(dtype)
     y = jax.jit(lambda x, weight: einsum(equation, x, weight, dtype))(x, weight)
     assert_product(y, equation, x, weight)

@@ -185,7 +185,7 @@ def test_stale_buffers_with_the_prefix_are_ignored(tmp_path):
 PATTERNS = [("global",), ("local",), ("global", "local"), ("local", "global", "global")]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     gpt2=st.booleans(),
     tied=st.booleans(),

@@ -25,7 +25,7 @@ from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED
 from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError
-from neo_jax.generation import fit
+from neo_jax.generation import BATCH_SIZE, TextOptions, check_together, fit
 from neo_jax.paths import is_remote
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Options:
     # looks them up in the text: quicker, with the same distribution
     draft_model: str = ""
     num_drafted: int = NUM_DRAFTED  # tokens that a draft proposes at a time
-    batch_size: int = 16  # texts that are written together; one that is done makes place
+    batch_size: int = BATCH_SIZE  # texts that are written together; one that is done makes place
     # a prompt that leaves no room in the context: refused, or cut to its newest tokens
     on_overflow: Literal["error", "truncate"] = "error"
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
@@ -58,14 +58,21 @@ class Options:
     beams: OmitArgPrefixes[BeamOptions] = dataclasses.field(default_factory=BeamOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
+    def __post_init__(self) -> None:
+        check_together([self.sampling], self.text, self.beams, bool(self.draft_model))
+
+    @property
+    def text(self) -> TextOptions:
+        """Those that `neo_jax.generation` knows."""
+        names = [field.name for field in dataclasses.fields(TextOptions)]
+        return TextOptions(**{name: getattr(self, name) for name in names})
+
 
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "generate", args)
     if bool(options.prompt) == bool(options.prompts_file):
         raise UsageError("give either a prompt or --prompts-file, as in: neo-jax generate 'Hello'")
-    if options.num_samples < 1 or options.batch_size < 1 or options.num_drafted < 1:
-        raise UsageError("--num-samples, --batch-size and --num-drafted must be at least 1.")
     prompts: list[Prompt] = (
         list(read_prompts(options.prompts_file, "prompt"))
         if options.prompts_file
@@ -87,7 +94,7 @@ def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
     for number, prompt in enumerate(prompts, 1):
         try:
             ids = lm.encode(prompt)
-            cut += len(fit(lm.model, ids, options.max_new_tokens, options.on_overflow)) < len(ids)
+            cut += len(fit(lm.model, ids, options.text)) < len(ids)
         except NeoError as error:
             where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
             raise NeoError(f"{where}{error}") from error

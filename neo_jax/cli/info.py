@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from tyro.conf import Positional
 
 from neo_jax import hub, pretrained
+from neo_jax.adapters import describe_adapter, is_adapter
 from neo_jax.cache import sequence_bytes
-from neo_jax.cli import parse
+from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
 from neo_jax.cli.placement import describe, lines
 from neo_jax.config import PRESETS, ModelConfig, preset
@@ -23,7 +24,7 @@ from neo_jax.sharding import Sharding, make_sharding
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Tells what a checkpoint or a preset holds, without reading its weights."""
+    """Tells what a checkpoint, an adapter or a preset holds, without reading its weights."""
 
     name: Positional[str] = ""  # a folder, also gs://, hub name or preset; else the bundled model
     model: str = ""  # the same, as other verbs take it
@@ -41,6 +42,9 @@ def main(args: Sequence[str]) -> None:
         config = preset(name)
     else:
         folder = hub.resolve(name or None, revision=options.revision or None)
+        if is_adapter(folder):
+            _tell_adapter(folder, options)
+            return
         read = read_int8_config if is_int8(folder) else pretrained.read_config
         config = _of_a_run(folder) or read(folder)
     fields = _describe(config, folder, name)
@@ -51,6 +55,16 @@ def main(args: Sequence[str]) -> None:
     placement = ["", *lines(config, sharding)] if sharding else []
     print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
     print(*placement, sep="\n", end="\n" if placement else "")
+
+
+def _tell_adapter(folder: Path, options: Options) -> None:
+    fields = describe_adapter(folder)
+    if options.mesh or options.rules:
+        raise UsageError(f"an adapter lies as its model does; name that: {fields['base_model']}")
+    if options.json:
+        print_json(fields)
+        return
+    print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
 
 
 def _of_a_run(folder: Path) -> ModelConfig | None:
@@ -108,6 +122,8 @@ def _cache_bytes(config: ModelConfig) -> dict[str, int]:
 def _format(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    if isinstance(value, tuple):
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)

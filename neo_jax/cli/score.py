@@ -26,6 +26,7 @@ class Options:
 
     input: str  # .jsonl, {"text": ...} or {"ids": [...]} a line; or .txt, a text a line
     output: str = ""  # a .jsonl file; stdout if not given
+    json: bool = False  # print JSON lines, as it does anyway
     stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)

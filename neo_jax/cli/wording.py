@@ -12,8 +12,8 @@ _NUMBERS = (
 def as_typed(message: str, args: Sequence[str]) -> str:
     """Returns a message that calls fields as the command line did: `top_p` is --top-p.
 
-    Words that are names of fields and also plain words are left alone, but for a first one that
-    "must" be something.
+    Names of fields that are plain words too are left alone, but for a first one that "must" be
+    something or "has no effect".
 
     Args:
       message: speaks of fields.
@@ -28,7 +28,7 @@ def as_typed(message: str, args: Sequence[str]) -> str:
 
     def call(found: re.Match[str]) -> str:
         is_field = re.search("[_.]", found[0]) or (
-            found.start() == 0 and message[found.end() :].startswith(" must ")
+            found.start() == 0 and message[found.end() :].startswith((" must ", " has no effect"))
         )
         return flags.get(found[0], found[0]) if is_field else found[0]
 

@@ -6,7 +6,8 @@ of the longest text in the batch. A prompt is read once, however many samples of
 
 Programs are few, whatever the prompts. With b powers of two from 16 to the context (as lengths of
 prompts) and r from 64 to the context (as room), and the same number of rows, at most
-b for reading prompts, b r to put them into the batch, r to write, and r (r - 1) to change the room.
+b for reading prompts, b for an empty batch of the first one's room, b r to put them into it, r to
+write, and (b - 1) r to change the room.
 
 A text depends on its prompt, its options and its seed: not on the rows beside it or its turn.
 """

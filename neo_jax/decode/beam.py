@@ -22,7 +22,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.engine import DecodeState, completion
 from neo_jax.decode.sampling import Settings, processed
 from neo_jax.distributed import to_host
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, check_numbers
 from neo_jax.model import Neo
 
 _MOST_PENALTY = 100.0  # of either sign: what lengths to its power do to scores, float32 holds
@@ -43,6 +43,7 @@ class BeamOptions:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.num_beams < 1:
             raise NeoError(f"num_beams must be at least 1, not {self.num_beams}.")
         if not abs(self.length_penalty) <= _MOST_PENALTY:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, UInt
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, check_numbers
 
 _LARGEST = 1e6  # of what divides logits: float32 holds what comes of it
 
@@ -40,6 +40,7 @@ class SamplingOptions:
     seed: int = 0  # the same prompt, options and seed give the same text
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise NeoError(
@@ -122,9 +123,19 @@ def choose(
         return jnp.where(settings.temperature > 0, sampled, greedy)
 
     logits = _penalized(logits, settings, history, eos)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     # Looking for what to keep and drawing noise is not free: greedy batches skip both.
     return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)
+
+
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """Returns the first of the largest logits of each row.
+
+    In two passes that CPUs vectorise, which an argmax they do not.
+    """
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    largest = logits.max(axis=-1, keepdims=True)
+    return jnp.where(logits == largest, ids, logits.shape[-1] - 1).min(axis=-1)
 
 
 def processed(

@@ -121,11 +121,26 @@ def _traffic(program: Program, run: Run) -> float:
         target, source = elements(each.shape)[:2]
         return _in_memory(target) + _in_memory(source)
     operands = [lines[name].shape for name in each.operands]
-    if each.opcode == "async-start":  # as a fusion, whose result is behind its operands
-        each = each._replace(shape=elements(each.shape)[1])
-    if each.opcode in ("fusion", "async-start"):
+    if each.opcode == "async-start":
+        return _started_traffic(program, each, operands)
+    if each.opcode == "fusion":
         return _fusion_traffic(program, called("calls", each), each, operands)
     return _in_memory(each.shape) + sum(map(_in_memory, operands))
+
+
+def _started_traffic(program: Program, start: Instruction, operands: list[str]) -> float:
+    """Counts what goes on beside other work as a fusion, whose result is behind its operands.
+
+    What a SparseCore does names neither; the computation does.
+    """
+    inside = called("calls", start)
+    result = elements(start.shape)[1]
+    if not operands:
+        lines = program.computations[inside].values()
+        given = {int(each.operands[0]): each.shape for each in lines if each.opcode == "parameter"}
+        operands = [given[number] for number in sorted(given)]
+        result = next(each.shape for each in lines if each.is_root)
+    return _fusion_traffic(program, inside, start._replace(shape=result), operands)
 
 
 def _fusion_traffic(

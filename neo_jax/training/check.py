@@ -1,13 +1,12 @@
 """What is known of a run before it begins: whether its step can be, and whether it fits."""
 
 import math
-import os
 
 import jax
 
 from neo_jax.axes import BATCH, Params
 from neo_jax.errors import NeoError
-from neo_jax.memory import tree_bytes
+from neo_jax.memory import machine_bytes, tree_bytes
 from neo_jax.model import Neo
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import Step, TrainState, abstract_inputs
@@ -68,7 +67,4 @@ def device_memory(num_devices: int = 0) -> float:
     if devices[0].platform != "cpu":
         limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices]
         return min(limits)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_devices
-    except (ValueError, OSError, AttributeError):  # a system that does not say
-        return math.inf
+    return machine_bytes() / num_devices

@@ -122,7 +122,10 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
             base=config.pretrained,
             tokenizer=tokenizer,
         )
-    save_pretrained(output / "model", config.model, merge(params), tokenizer=tokenizer)
+    # The frozen weights of adapters are of the dtype of products; every run leaves float32.
+    save_pretrained(
+        output / "model", config.model, merge(params), tokenizer=tokenizer, dtype=jnp.float32
+    )
 
 
 def _open(config: TrainConfig, split: str) -> Mixture:

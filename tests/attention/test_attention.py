@@ -87,7 +87,7 @@ def plain(q, k, v, seen):
     window=st.one_of(st.none(), st.integers(1, 20)),
     block_size=st.integers(1, 20),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_blocked_equals_dense_and_so_do_its_gradients(sizes, window, block_size):
     rng = np.random.default_rng(0)
     mask = sequence(np.broadcast_to(np.arange(sizes[2]), (sizes[0], sizes[2])), window)
@@ -181,7 +181,7 @@ def test_bfloat16_is_float32_up_to_its_operands(rng, padded_kernel):
     positions=st.lists(st.integers(-1, 9), min_size=12, max_size=12),
     window=st.one_of(st.none(), st.integers(1, 12)),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_mask_is_its_rule(positions, window):
     """Positions in any order, as the slots of a cache hold them."""
     q_positions, k_positions = jnp.array([positions[:4]]), jnp.array([positions[4:]])

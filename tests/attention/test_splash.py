@@ -60,7 +60,7 @@ def test_wide_blocks_would_be_mostly_hidden():
     cuts=st.lists(st.integers(1, 399), max_size=3),
     padding=st.integers(0, 200),
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_equals_dense_and_so_do_its_gradients(length, window, cuts, padding):
     """Several blocks, ragged ends, documents within blocks and across them, and left padding."""
     rng = np.random.default_rng(length)

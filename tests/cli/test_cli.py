@@ -19,7 +19,7 @@ OPTIONS = {
         "--model", "--prompts-file", "--output", "--json", "--max-new-tokens", "--num-samples",
         "--temperature", "--top-k", "--top-p", "--seed", "--mesh", "--rules", "--dtype",
     ],
-    "score": ["--input", "--output", "--stride", "--model", "--mesh", "--dtype"],
+    "score": ["--input", "--output", "--json", "--stride", "--model", "--mesh", "--dtype"],
     "eval": [
         "--text", "--wikitext", "--stride", "--tasks", "--include-path", "--num-fewshot", "--limit",
         "--suite", "--data", "--picture",
@@ -143,11 +143,21 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         (["generate", "hi", "--prompts-file", "a.txt"], "give either a prompt or --prompts-file"),
         (
             ["generate", "hi", "--num-samples", "0"],
-            "--num-samples, --batch-size and --num-drafted must be",
+            "--num-samples must be at least 1, not 0.",
+        ),
+        (["generate", "hi", "--num-samples", 10**9], "1000000000 samples of a prompt, which are"),
+        (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (
+            ["generate", "hi", "--num-beams", "4", "--temperature", "0.9"],
+            "--temperature has no effect on beam search, which draws nothing; leave it out, or",
+        ),
+        (
+            ["generate", "hi", "--length-penalty", "0.3"],
+            "--length-penalty has no effect without be",
         ),
         (
             ["generate", "hi", "--batch-size", "0"],
-            "--num-samples, --batch-size and --num-drafted must be",
+            "--batch-size must be at least 1, not 0.",
         ),
         (["score"], "--input is missing; see neo-jax score --help."),
         (["score", "--input", "a.txt", "--stride", "-1"], "--stride must be 0"),

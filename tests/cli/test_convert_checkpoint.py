@@ -110,10 +110,12 @@ def test_every_format_loads_byte_for_byte(tmp_path, kind, dtype, config):
 
 @pytest.mark.parametrize("config", [GPT_NEO, GPT2], ids=["gpt_neo", "gpt2"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "msgpack"])
-def test_what_is_written_is_proved(succeed, tmp_path, kind, config):
+def test_what_is_written_is_proved(run, tmp_path, kind, config):
     params = random_params(config)
     folder = write(tmp_path / "theirs", config, params, kind)
-    fields = json.loads(succeed("convert", folder, tmp_path / "ours", "--json"))
+    status, out, err = run("convert", folder, tmp_path / "ours", "--json")
+    assert (status, err) == (0, "")
+    fields = json.loads(out)
     expected = stored(config, params, "hf")
     assert fields["tensors"] == len(expected)
     assert fields["parameters"] == config.num_params

@@ -60,6 +60,35 @@ def test_a_table_for_people(succeed, checkpoints):
     assert rows["parameters"] == f"{327 * 32 + 64 * 32 + 2 * 12_608 + 64:,}"
 
 
+def test_an_adapter_alone(succeed, fail, tmp_path):
+    """As PEFT writes them; its model need not be here."""
+    fields = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "EleutherAI/gpt-neo-1.3B",
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["v_proj", "q_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    tensors = {"a.lora_A.weight": np.ones((3, 32)), "a.lora_B.weight": np.ones((16, 3))}
+    arrays = {name: array.astype(np.float32) for name, array in tensors.items()}
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    assert json.loads(succeed("info", tmp_path, "--json")) == {
+        "adapter": str(tmp_path),
+        "base_model": "EleutherAI/gpt-neo-1.3B",
+        "rank": 3,
+        "alpha": 6,
+        "targets": ["q_proj", "v_proj"],
+        "parameters": 3 * 32 + 16 * 3,
+        "dtype": "float32",
+    }
+    assert "targets     q_proj, v_proj\n" in succeed("info", tmp_path)
+    message = fail("info", tmp_path, "--mesh", "fsdp=8", status=2)
+    assert "an adapter lies as its model does; name that: EleutherAI/gpt-neo-1.3B" in message
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors: No such file" in fail("info", tmp_path)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset(succeed, name):
     fields = json.loads(succeed("info", name, "--json"))

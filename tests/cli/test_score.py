@@ -58,6 +58,7 @@ def test_a_text_file_to_stdout(run, model, lm, tmp_path):
         lm.encode("sails"),
     ]
     assert err.startswith("2 texts, ")
+    assert run("score", "--input", path, "--json", *model) == (0, out, err)
 
 
 def test_ids_without_a_tokenizer(run, fail, checkpoints, tmp_path):

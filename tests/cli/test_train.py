@@ -212,7 +212,7 @@ def test_requests_that_cannot_be_met(
 def test_a_data_set_that_does_not_fit(succeed, fail, source, config_file, tmp_path):
     succeed("prepare", source, "--output", tmp_path / "data", "--train-tokenizer", 320)
     assert (
-        f"{tmp_path}/data has a vocabulary of 320, the model one of 300; set model.vocab"
+        f"{tmp_path}/data has a vocabulary of 320, the model one of 300; set --model.vocab"
         in fail("train", config_file, "--model.vocab-size", 300)
     )
     assert "too few for a sequence of 4000; choose a length below" in fail(

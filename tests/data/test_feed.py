@@ -124,7 +124,7 @@ def take(dataset, count, **arguments):
     return taken
 
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 @few
@@ -335,7 +335,6 @@ def test_pieces_of_a_stream_are_no_documents(tmp_path):
     st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=20),
     st.integers(1, 14),
 )
-@settings(deadline=None)
 def test_pairs_are_whole_and_their_completions_count(tmp_path_factory, pairs, length):
     """Every token of a pair is another one, so that each can be told by its value."""
     root = tmp_path_factory.mktemp("pairs")

@@ -19,7 +19,7 @@ def path(tmp_path_factory):
 lengths = st.integers(1, 100) | st.integers(1, 2**22)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(lengths, min_size=1, max_size=30), st.integers(1, 40))
 def test_statistics_are_those_of_the_lengths(path, lengths, chunk):
     np.save(path, np.concatenate([[0], np.cumsum(lengths)]))

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from decode_model import CONFIG, MODEL
 
-from neo_jax.config import ModelConfig
 from neo_jax.decode import batching, engine
 from neo_jax.decode.batching import Request, complete, in_order
 from neo_jax.decode.sampling import SamplingOptions, stack_settings
@@ -14,16 +14,6 @@ from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params
 from neo_jax.sharding import make_sharding
 
-CONFIG = ModelConfig(
-    num_layers=2,
-    embed_dim=32,
-    num_heads=2,
-    vocab_size=128,
-    max_length=160,
-    window_size=16,
-    eos_token_id=-1,
-)
-MODEL = Neo(CONFIG)
 OPTIONS = [
     SamplingOptions(temperature=0.0),
     SamplingOptions(temperature=1.0, top_p=1.0, seed=3),
@@ -97,7 +87,7 @@ def test_an_order_changes_no_text(params, requests):
 
 
 def test_fifty_prompts_compile_few_programs(params):
-    """As many as the module says, with 5 buckets of prompts and 3 of room."""
+    """At most as many as the module says, with 5 buckets of prompts and 3 of room."""
     programs = {
         engine.prefill: 5, engine.insert: 15, engine.run: 3, engine.resize: 6, engine.blank: 5,
     }  # fmt: skip

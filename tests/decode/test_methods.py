@@ -48,7 +48,7 @@ def test_samples_of_a_search_are_its_best_beams(lm, found):
     assert [(s.ids, s.logprobs, s.finish_reason, s.score) for s in found] == flat
     assert found[0].score > found[1].score
     assert found[0].drafted is None
-    best = lm.generate(PROMPTS, NEW, num_beams=4, batch_size=12, temperature=2.0)
+    best = lm.generate(PROMPTS, NEW, num_beams=4, batch_size=12, temperature=0)
     assert best == [sample.text for sample in found[::2]]
 
 
@@ -105,6 +105,13 @@ def test_the_command_line(run, lm, found, checkpoints, tmp_path):
         ({"draft": "promt"}, "draft 'promt' is neither a loaded model nor 'prompt'"),
         ({"draft": "prompt", "num_drafted": 17}, "a draft has 1 to 16 tokens, not 17"),
         ({"num_beans": 4}, "unknown option 'num_beans'. Did you mean 'num_beams'"),
+        ({"num_beams": 2, "temperature": 2.0}, "temperature has no effect on beam search, which"),
+        ({"num_beams": 2, "seed": 3}, "seed has no effect on beam search"),
+        ({"num_beams": 2, "top_k": 3}, "top_k has no effect on beam search"),
+        ({"length_penalty": 0.5}, "length_penalty has no effect without beams; raise num_beams"),
+        ({"early_stopping": True}, "early_stopping has no effect without beams"),
+        ({"num_drafted": 3}, "num_drafted has no effect without a draft"),
+        ({"draft": 3}, "draft 3 is neither a loaded model nor 'prompt'"),
     ],
 )
 def test_what_cannot_be_asked(lm, options, message):

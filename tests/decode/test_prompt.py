@@ -5,22 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from decode_model import CONFIG, MODEL
 
-from neo_jax.config import ModelConfig
 from neo_jax.decode import engine, prompt
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import Neo, init_params
 
-CONFIG = ModelConfig(
-    num_layers=2,
-    embed_dim=32,
-    num_heads=2,
-    vocab_size=128,
-    max_length=160,
-    window_size=16,
-    eos_token_id=-1,
-)
-MODEL = Neo(CONFIG)
 LENGTHS = [0, 1, 23, 24, 25, 72, 100, 130]
 
 

@@ -97,5 +97,26 @@ ENTRY %main (x: bf16[1024,768]) -> bf16[256,768] {
 """  # fmt: skip  # noqa: E501
 
 
+OFFLOADED = """HloModule step
+
+%looks_up (table: f32[512,96], ids: s32[64]) -> f32[64,96] {
+  %ids = s32[64]{0:T(1024)} parameter(1)
+  %table = f32[512,96]{1,0:T(8,128)} parameter(0)
+  ROOT %rows = f32[64,96]{1,0:T(8,128)} gather(%table, %ids), offset_dims={1}
+}
+
+ENTRY %main (table: f32[512,96], ids: s32[64]) -> f32[64,96] {
+  %table.1 = f32[512,96]{1,0:T(8,128)} parameter(0)
+  %ids.1 = s32[64]{0:T(1024)} parameter(1)
+  %start = ((), (), (s32[25]{0:T(1)S(11)}, s32[0]{0})) async-start(), async_execution_thread="sparsecore", calls=%looks_up
+  ROOT %done = f32[64,96]{1,0:T(8,128)} async-done(%start), async_execution_thread="sparsecore"
+}
+"""  # fmt: skip  # noqa: E501
+
+
+def test_what_a_sparse_core_does_is_told_by_what_it_calls():
+    assert work(parse(OFFLOADED)).memory_bytes == 64 * 4 + 2 * 64 * 96 * 4
+
+
 def test_a_slice_that_is_fetched_early_is_no_more_than_a_slice():
     assert work(parse(ASYNCHRONOUS)).memory_bytes == 256 * 768 * 2

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer, GPTNeoForCausalLM
 
 import neo_jax
@@ -18,9 +19,9 @@ from neo_jax.config import ModelConfig
 from neo_jax.data.prepare import prepare
 from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.errors import NeoError
-from neo_jax.lora import LoraConfig, init_adapters
+from neo_jax.lora import LoraConfig, attach, init_adapters
 from neo_jax.model import Neo
-from neo_jax.stacked import stack
+from neo_jax.stacked import stack, unstack
 from neo_jax.training import loop
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.loop import train
@@ -113,6 +114,23 @@ def test_what_a_run_leaves(finished, checkpoints):
         logits = theirs(tokens).logits.numpy()
     ours = merged.model.apply({"params": merged.params}, jnp.asarray(tokens.numpy())).logits
     np.testing.assert_allclose(ours, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+def test_a_run_in_bfloat16_leaves_float32(tuning, checkpoints):
+    """What is merged is not rounded; the rest are the weights that products had."""
+    config, folder = find_pretrained(dataclasses.replace(tuning, dtype="bfloat16"))
+    frozen = load_stacked(Neo(config.model), folder, jnp.bfloat16)
+    adapters = init_adapters(config.model, LORA, jax.random.key(0))
+    adapters = jax.tree.map(lambda leaf: leaf + 0.01, adapters)
+    loop._export(config, unstack(attach(frozen, adapters, LORA.scale), config.model), None)
+    model = Path(tuning.output) / "model"
+    found, base = (load_file(f / "model.safetensors") for f in (model, checkpoints["pieces"]))
+    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    assert json.loads((model / "config.json").read_text())["dtype"] == "float32"
+    for name, array in found.items():
+        rounded = base[name].astype(jnp.bfloat16).astype(np.float32)
+        adapted = any(f"{target}.weight" in name for target in LORA.targets)
+        assert np.array_equal(array, rounded) != adapted, name
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tuning, finished, monkeypatch):
