@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import math
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from neo_jax import cli
 from neo_jax.data.prepare import is_held_out
 
 TEXT = Path(__file__).parent / "text"
+README = Path(__file__).parents[1] / "README.md"
 BUNDLED = Path(neo_jax.__file__).parent / "bundled"
 GOLDEN = (
     ", and the other day, and the very much of the same time, and the same time, and "
@@ -48,16 +48,17 @@ def test_the_held_out_documents_are_those_that_training_never_saw():
     assert len(set(corpus)) == len(corpus)
 
 
-def test_the_command_prints_the_bits_a_byte_of_the_card(tmp_path, capsys):
-    held_out, scores = str(TEXT / "held_out.jsonl.xz"), tmp_path / "scores.jsonl"
-    assert cli.main(["score", "--input", held_out, "--output", str(scores)]) == 0
-    printed = re.search(r"([\d.]+) bits a byte over (\d+) bytes", capsys.readouterr().err)
-    stated = re.search(r"\*\*([\d.]+) bits a byte\*\*", (BUNDLED / "README.md").read_text())
+def test_the_command_prints_the_bits_a_byte_of_the_card(capsys):
+    held_out = str(TEXT / "held_out.jsonl.xz")
+    assert cli.main(["eval", "--text", held_out, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["subsets"]["all"]["bits_per_byte"]
+    card = (BUNDLED / "README.md").read_text()
+    stated = re.search(r"\*\*([\d.]+) bits a byte\*\*", card)[1]
     # The fourth digit may turn with the order of a device's sums.
-    assert float(printed[1]) == pytest.approx(float(stated[1]), abs=2e-4)
-    assert float(printed[1]) <= 1.9
-    nats = -sum(sum(json.loads(line)["logprobs"]) for line in scores.read_text().splitlines())
-    assert nats / math.log(2) / int(printed[2]) == pytest.approx(float(printed[1]), abs=1e-4)
+    assert printed == pytest.approx(float(stated), abs=2e-4)
+    assert printed <= 1.9
+    assert f"held out | {stated} |" in card
+    assert f"held-out text, bits a byte | {stated} |" in README.read_text()
 
 
 def test_a_golden_continuation(lm):

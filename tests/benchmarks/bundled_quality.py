@@ -13,13 +13,13 @@ Samples are 200 tokens long, drawn with the default options, each from its own o
 import argparse
 import json
 import lzma
-import math
 import re
 from pathlib import Path
 
 import neo_jax
 from neo_jax.data.prepare import is_held_out
 from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.evaluation.texts import Total, measure, read_documents
 
 TEXT = Path(__file__).parent.parent / "text"
 HELD_OUT = 0.03  # as in configs/bundled.py
@@ -41,13 +41,12 @@ def main() -> None:
     args = parser.parse_args()
     lm = neo_jax.load(args.model)
     texts = read(TEXT / "corpus.jsonl.xz")
-    held_out = [text for text in texts if is_held_out(text, HELD_OUT)]
     training = [text for text in texts if not is_held_out(text, HELD_OUT)]
 
-    scores = list(lm.scores(held_out))
-    nats = -sum(float(score.logprobs.sum(dtype="float64")) for score in scores)
-    num_bytes = sum(score.num_bytes for score in scores)
-    print(f"bits a byte    {nats / math.log(2) / num_bytes:.4f} over {num_bytes} bytes")
+    total = Total()
+    for _, document in measure(lm, read_documents([str(TEXT / "held_out.jsonl.xz")])):
+        total.add(document)
+    print(f"bits a byte    {total.bits_per_byte:.4f} over {total.num_bytes} bytes")
 
     openings = [OPENINGS[i % len(OPENINGS)] for i in range(args.samples)]
     samples = [
