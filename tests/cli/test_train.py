@@ -106,7 +106,7 @@ def test_from_text_to_adapters(succeed, fail, source, checkpoints, tmp_path):
     file.write_text(TUNING.format(data=str(data), output=str(output)))
     succeed("prepare", source, "--output", data, "--tokenizer", base)
     args = ["train", file, "--lora.rank", 2, "--lora.targets", "q_proj", "c_fc"]
-    assert fail(*args).startswith("lora.rank needs a model to adapt; name one in pretrained")
+    assert fail(*args).startswith("--lora.rank needs a model to adapt; name one in pretrained")
     assert succeed(*args, "--pretrained", base) == f"{output}/model\n"
     args = ["generate", "The fox", "--max-new-tokens", 8, "--temperature", 0, "--model"]
     merged, adapted, before = (
