@@ -84,7 +84,7 @@ def test_equals_dense_and_so_do_its_gradients(length, window, cuts, padding):
 CONFIG = ModelConfig(
     num_layers=2,
     embed_dim=32,
-    num_heads=8,
+    num_heads=4,
     vocab_size=200,
     max_length=256,
     window_size=100,
