@@ -53,10 +53,10 @@ def brief(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the known name nearest to `name`, or lists a few of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f" Did you mean '{close[0]}'?" if close else f" Known are: {', '.join(known)}."
 
 

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -315,6 +315,8 @@ def load(
     compute = compute_dtype(dtype)
     if quantize not in QUANTIZATIONS:
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
+    if kernel not in get_args(Kernel):
+        raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, get_args(Kernel))}")
     cached = cached_dtype(cache_dtype, jax.default_backend())
     config, params = read_model(folder, base, compute, sharding, quantize)
     params = lay_out(config, params)

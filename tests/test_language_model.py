@@ -57,6 +57,19 @@ def test_the_parts_are_there(checkpoints, models):
     assert models["bare"].tokenizer is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "fast"}, "unknown attention kernel 'fast'. Known are: auto, blocked"),
+        ({"quantize": None}, "cannot quantize to 'None'. Did you mean 'none'"),
+        ({"cache_dtype": 4}, "no cache is of '4'. Known are: auto"),
+        ({"dtype": "half"}, "dtype 'half' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_what_load_does_not_know(checkpoints, options, message):
+    assert refused(neo_jax.load, checkpoints["bare"], **options).startswith(message)
+
+
 def test_text_lists_and_ids_are_continued_alike(lm):
     ids = [lm.encode(prompt) for prompt in PROMPTS]
     for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 5}):
