@@ -56,7 +56,7 @@ def main() -> int:
     trial = requests[:: max(1, len(requests) // args.trial)]
     models = {}
     for key, make in makers.items():
-        sizes = {size: trial_time(make(size), trial) for size in args.batch_sizes}
+        sizes = trial_times({size: make(size) for size in args.batch_sizes}, trial)
         best = min(sizes, key=sizes.__getitem__)
         models[key] = make(best)
         tried = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in sizes.items())
@@ -83,9 +83,10 @@ def load(side, dtype, folder, tokenizer):
     return lambda size: HFLM(model.eval(), tokenizer=tokenizer, device="cpu", batch_size=size)
 
 
-def trial_time(model, requests):
-    """Returns the lesser of two times, after a first one for compiling and warming up."""
-    return min([timed(model, requests) for _ in range(3)][1:])
+def trial_times(models, requests):
+    """Returns the least time of each of several models, which take turns; a first round warms up."""
+    rounds = [{key: timed(model, requests) for key, model in models.items()} for _ in range(3)]
+    return {key: min(times[key] for times in rounds[1:]) for key in models}
 
 
 def timed(model, requests):
