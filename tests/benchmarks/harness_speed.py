@@ -84,7 +84,7 @@ def load(side, dtype, folder, tokenizer):
 
 
 def trial_times(models, requests):
-    """Returns the least time of each of several models, which take turns; a first round warms up."""
+    """Returns the least time of each of several models in turns, after a round to warm up."""
     rounds = [{key: timed(model, requests) for key, model in models.items()} for _ in range(3)]
     return {key: min(times[key] for times in rounds[1:]) for key in models}
 
