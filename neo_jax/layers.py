@@ -29,7 +29,7 @@ PRODUCT = "product"
 """What `jax.checkpoint` policies call the results of `einsum`."""
 
 
-_FEW = 16  # tokens a row that one step of decoding may append
+_FEW = 16  # tokens a row up to which bfloat16 products have the form of decoding
 
 
 @jax.tree_util.register_dataclass
@@ -160,11 +160,11 @@ class _Product:
         In this form XLA's CPU backend reads bfloat16 weights as they are. With another axis it
         keeps a transposed copy of all, and for a single row one in float32.
         """
-        if len(rows) == 1 and self.dtype == jnp.bfloat16:
-            return self._einsum("bi,oi->bo", jnp.concatenate([rows, rows]), matrix)[:1]
-        if len(rows) == 1 or self.dtype == jnp.bfloat16:
-            return self._einsum("bi,oi->bo", rows, matrix)
         plain = functools.partial(self._einsum, "bi,oi->bo")
+        if len(rows) == 1 and self.dtype == jnp.bfloat16:
+            return plain(jnp.concatenate([rows, rows]), matrix)[:1]
+        if len(rows) == 1 or self.dtype == jnp.bfloat16:
+            return plain(rows, matrix)
         return jax.lax.platform_dependent(rows, matrix, cpu=self._turned, default=plain)
 
     def _turned(self, rows: Array, matrix: Array) -> Array:

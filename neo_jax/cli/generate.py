@@ -90,11 +90,11 @@ def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
         model = dataclasses.replace(options.model, model=options.draft_model, revision="")
         draft = model.load()
     # All at once: no text is written before the last prompt is known to fit.
-    cut = 0
+    cut, asked = 0, options.text
     for number, prompt in enumerate(prompts, 1):
         try:
             ids = lm.encode(prompt)
-            cut += len(fit(lm.model, ids, options.text)) < len(ids)
+            cut += len(fit(lm.model, ids, asked)) < len(ids)
         except NeoError as error:
             where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
             raise NeoError(f"{where}{error}") from error
