@@ -60,20 +60,23 @@ class Attention(nn.Module):
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         starts: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the attention's output and what it attended to."""
+        asked: Int[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], LayerCache]:
+        """Returns the attention's output, of the asked tokens or all, and what it attended to."""
         heads = (axes.HEADS, axes.HEAD_DIM)
         scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
 
-        def project(name: str, scale: float = 1.0) -> Array:
+        def project(name: str, x: Array, scale: float = 1.0) -> Array:
             linear = _linear(self, name, (axes.EMBED,), heads, bias=self.config.qkv_bias)
             y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
             return constrain(self.sharding, y, QUERIES, name)
 
-        q, k, v = project("q_proj", scale), project("k_proj"), project("v_proj")
-        aligned = cache is None  # the sequence is its own cache
+        q = project("q_proj", _at(x, asked), scale)
+        k, v = project("k_proj", x), project("v_proj", x)
+        aligned = cache is None and asked is None  # the sequence is its own cache
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
-        mask = Mask(positions, cache.positions, self.window, aligned, starts)
+        q_positions, q_starts = _at(positions, asked), None if starts is None else _at(starts, asked)
+        mask = Mask(q_positions, cache.positions, self.window, aligned, q_starts)
         cache = caching.place(self.sharding, cache)
         self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
@@ -157,11 +160,15 @@ class Block(nn.Module):
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         starts: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the residual stream and what the layer attended to: nothing before `starts`."""
-        attended, cache = self.attn(self.ln_1(x), positions, cache, starts)
+        asked: Int[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], LayerCache]:
+        """Returns the residual stream and what the layer attended to: nothing before `starts`.
+
+        Of `asked` tokens alone, indices, where these are given; the others are keys and values.
+        """
+        attended, cache = self.attn(self.ln_1(x), positions, cache, starts, asked)
         keep_all = not self.has_rng("dropout")
-        x = x + self.drop(attended, deterministic=keep_all)
+        x = _at(x, asked) + self.drop(attended, deterministic=keep_all)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=keep_all), cache
 
 
@@ -224,9 +231,14 @@ class Neo(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Like a call, but stops before the output head: returns ln_f's output and the cache."""
-        hidden_states, cache = self._hidden_states(tokens, positions, cache)
+        asked: Int[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], Cache]:
+        """Like a call, but stops before the output head: returns ln_f's output and the cache.
+
+        With `asked` the output is that of the tokens with these indices in a row, None is all; the
+        last layer attends and computes for them alone.
+        """
+        hidden_states, cache = self._hidden_states(tokens, positions, cache, asked)
         return hidden_states[-1], cache
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vp"]:
@@ -255,7 +267,11 @@ class Neo(nn.Module):
         return self.ln_f(x)
 
     def _hidden_states(
-        self, tokens: Array, positions: Array | None, cache: Cache | None
+        self,
+        tokens: Array,
+        positions: Array | None,
+        cache: Cache | None,
+        asked: Array | None = None,
     ) -> tuple[tuple[Array, ...], Cache]:
         indexed = positions is None or cache is not None
         x, positions = self.embed(tokens, positions)
@@ -267,9 +283,18 @@ class Neo(nn.Module):
         for i, block in enumerate(self.h):
             x = constrain(self.sharding, x, lies, "the residual stream")
             hidden_states.append(x)
-            x, layer_cache = block(x, positions, cache[i] if cache else None, starts)
+            here = asked if i == len(self.h) - 1 else None
+            x, layer_cache = block(x, positions, cache[i] if cache else None, starts, here)
             caches.append(layer_cache)
         return (*hidden_states, self.ln_f(x)), tuple(caches)
+
+
+def _at(x: Array, asked: Array | None) -> Array:
+    """Returns the entries [B, K, ...] of [B, T, ...] with the asked indices; None is all."""
+    if asked is None:
+        return x
+    index = asked.reshape((*asked.shape, *[1] * (x.ndim - 2)))
+    return jnp.take_along_axis(x, index, axis=1, mode="clip")
 
 
 def make_block(model: Neo, layer: int) -> Block:

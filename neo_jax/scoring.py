@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens: rows of any lengths in batches, and texts of any length.
 
 A `Row` says which tokens a model reads, and of which tokens the probability is asked where.
-Only there are logits computed: the output head is a third of a small model's work. Rows of like
+Only there are logits computed: the output head is a third of a small model's work; and where these
+are few, so is the last layer. Rows of like
 length share a batch; a width has one of few values, so that few programs are compiled.
 
 A text beyond the context is read by windows. The first holds as many tokens as the context; each
@@ -98,8 +99,11 @@ def _forward(
     positions: Int[Array, "B K"],
     targets: Int[Array, "B K"],
 ) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
-    hidden, _ = model.apply({"params": params}, tokens, method=Neo.encode)
-    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1, mode="clip")
+    # Of many positions the attention would write out all logits: then each is computed.
+    asked = positions if positions.shape[1] <= tokens.shape[1] // 4 else None
+    hidden, _ = model.apply({"params": params}, tokens, asked=asked, method=Neo.encode)
+    if asked is None:
+        hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1, mode="clip")
     return judge(model, params, hidden, targets)
 
 

@@ -264,6 +264,26 @@ def test_encode_and_unembed_are_the_two_halves(tiny):
     assert cache[1].k.shape == (2, 2, 6, 16)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "blocked"])
+@pytest.mark.parametrize("types", [("global",), ("local",), ("local", "global")])
+def test_what_is_asked_is_what_the_whole_has_there(types, kernel):
+    """In any order and twice, of rows with and without padding; the cache is that of all tokens."""
+    config = dataclasses.replace(
+        SMALL, num_layers=2, attention_types=types, max_length=32, window_size=8
+    )
+    model = Neo(config, kernel=kernel)
+    params = init_params(model, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 30), 0, 24)
+    positions = jnp.stack([jnp.arange(30), jnp.r_[jnp.full(9, -1), jnp.arange(21)]])
+    asked = jnp.array([[29, 0, 17, 17], [12, 29, 9, 10]])
+    encode = functools.partial(model.apply, {"params": params}, method=Neo.encode)
+    for places in (None, positions):
+        whole, cache = encode(tokens, places)
+        some, cache_too = encode(tokens, places, asked=asked)
+        assert_close(some, whole[jnp.arange(2)[:, None], asked])
+        jax.tree.map(np.testing.assert_array_equal, cache_too, cache)
+
+
 def test_bfloat16_is_close_to_float32_and_finite_with_padding(tiny):
     model, params = tiny
     half = dataclasses.replace(model, dtype=jnp.bfloat16)
