@@ -48,7 +48,7 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
         logical_axes(model),
     )
     state = _state(model, shapes, batch, room)
-    compiled = engine.run.lower(model, params, state, 1).compile()
+    compiled = engine.run.on(model).lower(model, params, state, 1).compile()
     leaves = jax.tree.leaves(state.cache)
     text = compiled.as_text()
     program = Program(text, trips=batch)

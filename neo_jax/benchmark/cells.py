@@ -155,7 +155,8 @@ def decode_work(model: Neo, params: Params, batch: int, length: int, budget: Bud
     arguments = _prompts(model, params, batch, length, length // 2)
     _compile(model, engine.prefill.trace(model, length, *arguments), budget, 1)
     state = engine.prefill(model, length, *arguments)
-    flops = _compile(model, engine.run.trace(model, params, state, 1), budget, 2 + _REPEATS)
+    step = engine.run.on(model).trace(model, params, state, 1)
+    flops = _compile(model, step, budget, 2 + _REPEATS)
     traffic = _traffic(model, _without(params, "wpe"), state.cache)
 
     def append(steps: int) -> Any:

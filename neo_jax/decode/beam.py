@@ -19,6 +19,7 @@ import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
+from neo_jax.decode.compiling import Loop
 from neo_jax.decode.engine import DecodeState, completion
 from neo_jax.decode.sampling import Settings, processed
 from neo_jax.distributed import to_host
@@ -148,7 +149,7 @@ def _beams(model: Neo, prompt: Sequence[int], found: Texts, row: int, count: int
     return beams
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(Loop, static_argnums=(0, 1))
 def run(model: Neo, beams: int, params: Params, state: DecodeState, rule: Rule) -> Texts:
     """Searches from a row for each prompt until every search is over; returns what it found."""
     rows, room = state.tokens.shape

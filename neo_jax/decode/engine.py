@@ -19,6 +19,7 @@ import numpy as np
 from neo_jax import cache as caching
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
+from neo_jax.decode.compiling import Loop
 from neo_jax.decode.prompt import read
 from neo_jax.decode.sampling import History, Settings, choose, logprobs_of
 from neo_jax.distributed import to_host
@@ -221,7 +222,7 @@ def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
     return placed._replace(cache=tuple(caching.place(sharding, layer) for layer in state.cache))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(Loop, static_argnums=0, donate_argnums=2)
 def run(
     model: Neo,
     params: Params,

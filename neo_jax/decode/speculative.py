@@ -23,6 +23,7 @@ from neo_jax import cache as caching
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.cache import SLACK, Cache
 from neo_jax.decode import engine
+from neo_jax.decode.compiling import Loop
 from neo_jax.decode.engine import Completion, DecodeState, completion
 from neo_jax.decode.sampling import History, Settings, logprobs_of, processed
 from neo_jax.distributed import to_host
@@ -150,7 +151,7 @@ def generate(
     return completions, [Acceptance(*map(int, row)) for row in counts][: len(prompts)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@functools.partial(Loop, static_argnums=(0, 1, 2), donate_argnums=5)
 def run(
     model: Neo,
     draft: Neo | None,

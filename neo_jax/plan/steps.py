@@ -106,7 +106,7 @@ def decode_step(model: Neo, batch: int, length: int, quantize: Quantization = "n
     prefill = functools.partial(engine.prefill, model, length)
     state = _placed(model, jax.eval_shape(prefill, *arguments))
     params, steps = arguments[0], jax.ShapeDtypeStruct((), jnp.int32)
-    trace = functools.partial(engine.run.trace, model, params, state, steps)
+    trace = functools.partial(engine.run.on(model).trace, model, params, state, steps)
     rows = (state._replace(cache=()), steps)
     parts = {"parameters": params, "cache": state.cache, "batch": rows}
     return Step("decode", model, batch, length, parts, batch, trace, trace)

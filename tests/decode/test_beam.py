@@ -172,7 +172,7 @@ def test_penalties_act_on_beams_as_in_transformers(params, reference):
 
 
 def test_fewer_returned_are_the_first_and_lengths_share_a_program(params, found):
-    programs = beam.run._cache_size()
+    programs = beam.run.on(MODEL)._cache_size()
     for count in (1, 2):
         beams = search(params, BeamOptions(4), num_return=count)
         assert beams == [several[:count] for several in found[4, 1.0, False]]
@@ -182,7 +182,7 @@ def test_fewer_returned_are_the_first_and_lengths_share_a_program(params, found)
     for beams, one in zip(short, best, strict=True):
         assert len({tuple(text.ids) for text in beams}) == 4
         assert beams[0].ids == one.ids
-    assert beam.run._cache_size() == programs
+    assert beam.run.on(MODEL)._cache_size() == programs
     assert beam.search(MODEL, params, [], 1, BeamOptions(4), make_settings(GREEDY, [])) == []
 
 

@@ -25,7 +25,7 @@ def test_no_step_copies_a_cache(tiny, batch):
     model, params = tiny
     settings = make_settings(SamplingOptions(), [0] * batch)
     state = engine.start(model, params, [[1, 2, 3]] * batch, 40, settings)
-    program = engine.run.lower(model, params, state, 1).compile().as_text()
+    program = engine.run.on(model).lower(model, params, state, 1).compile().as_text()
     copied = re.findall(r"= (\S+?)\{\S* copy\(", program)
     sizes = {"x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.cache)}
     sizes |= {size.partition("x")[2] for size in sizes}  # without the batch axis
@@ -42,7 +42,7 @@ def test_on_a_cpu_a_loop_keeps_no_other_form_of_kernels(tiny, batch, dtype, name
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny[1])
     settings = make_settings(SamplingOptions(), [0] * batch)
     state = engine.start(model, params, [[1, 2, 3]] * batch, 40, settings)
-    program = engine.run.lower(model, params, state, 1).compile().as_text()
+    program = engine.run.on(model).lower(model, params, state, 1).compile().as_text()
     assert f"{name}[32,128]" in program  # as c_proj is given
     made = r"= \w+\[(?:32,128|128,32)\]\S* (?!parameter|get-tuple-element|bitcast)[\w\-]+\("
     forms = {line.strip() for line in program.splitlines() if re.search(made, line)}
@@ -54,7 +54,8 @@ def test_on_a_cpu_a_loop_keeps_no_other_form_of_kernels(tiny, batch, dtype, name
 @pytest.mark.parametrize(
     ("name", "topology", "batch"),
     [
-        ("gpt-neo-125m", "v5e:1x1", 64),  # heads of 64, 12 of them
+        ("gpt-neo-125m", "v5e:1x1", 8),  # heads of 64, 12 of them; a leaf fits into fast memory
+        ("gpt-neo-125m", "v5e:2x2", 64),  # 3 heads a device
         ("gpt-neo-1.3b", "v5e:1x1", 8),  # 16 heads of 128 fill a tile, weights are most of it
         ("gpt-neo-2.7b", "v5e:2x2", 64),  # 5 heads a device
     ],
@@ -68,7 +69,7 @@ def test_on_a_tpu_a_step_reads_weights_and_cache_once(name, topology, batch):
     step = compile_step(config, topology, batch)
     assert step.copies == []
     assert step.temporaries <= 0.05 * step.cache
-    assert 0.8 <= step.traffic / (step.weights + step.cache) <= 1.3
+    assert 0.8 <= step.traffic / (step.weights + step.cache) <= 1.1
 
 
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])

@@ -302,14 +302,14 @@ def test_prompts_of_one_bucket_share_their_programs(params, compilations):
 
     options = SamplingOptions(temperature=0.9, seed=4)
     generate(params, [[1, 2, 3]], settings_of(options, 1), max_new_tokens=20)
-    programs = engine.prefill._cache_size(), engine.run._cache_size()
+    programs = engine.prefill._cache_size(), engine.run.on(MODEL)._cache_size()
     with compilations() as counted:
         for length, new in ((1, 1), (9, 30), (16, 48)):
             settings = settings_of(dataclasses.replace(options, top_k=length), 1)
             prompt = list(range(length))
             assert len(generate(params, [prompt], settings, max_new_tokens=new)[0].ids) == new
     assert counted == []
-    assert (engine.prefill._cache_size(), engine.run._cache_size()) == programs
+    assert (engine.prefill._cache_size(), engine.run.on(MODEL)._cache_size()) == programs
 
 
 sizes = st.integers(1, 5000)

@@ -1,0 +1,38 @@
+"""How the loops of decoding are compiled: as `jax.jit` does it, with a word to a TPU's compiler."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from neo_jax.model import Neo
+
+TPU_OPTIONS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": 1.0}
+"""What a TPU's compiler is told: to carry into its fast memory only what so moves less.
+
+A step appends to a cache and then reads it. By default (0.5) the compiler carries a leaf that fits
+into fast memory there, appends, and carries all of it back.
+"""
+
+Result = TypeVar("Result")
+
+
+class Loop(Generic[Result]):
+    """A function of a model and of other arguments, jitted for the devices of the model."""
+
+    def __init__(self, function: Callable[..., Result], **options: Any) -> None:
+        """Takes what `jax.jit` takes; the model, the first argument, is to be static."""
+        functools.update_wrapper(self, function)
+        self._on_tpu = jax.jit(function, compiler_options=TPU_OPTIONS, **options)
+        self._elsewhere = jax.jit(function, **options)
+
+    def __call__(self, model: Neo, *args: Any) -> Result:
+        """Runs the function; compiles it where the shapes are new."""
+        return self.on(model)(model, *args)
+
+    def on(self, model: Neo) -> Any:
+        """Returns the jitted function for the devices of a model."""
+        sharding = model.sharding
+        platform = jax.default_backend() if sharding is None else sharding.device.platform
+        return self._on_tpu if platform == "tpu" else self._elsewhere
