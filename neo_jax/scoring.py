@@ -25,7 +25,7 @@ from neo_jax.decode.sampling import logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, checked
 from neo_jax.model import Neo
-from neo_jax.sharding import padded_rows
+from neo_jax.sharding import device_of, padded_rows
 
 _STEP = 16  # widths are multiples of this, and of an eighth of the next power of two
 _BATCH_TOKENS = 8192  # of one forward pass, where nobody says how many rows
@@ -63,7 +63,7 @@ def score_rows(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     while order:
         width = width_of(len(rows[order[0]].tokens), context)
-        most = batch_size or max(_batch_tokens() // width, 1)
+        most = batch_size or max(_batch_tokens(model) // width, 1)
         batch, order = order[:most], order[most:]
         size = padded_rows(model.sharding, bucket(len(batch), 1, most))
         asked = bucket(max(len(rows[i].targets) for i in batch), 1, 1 << 30)
@@ -80,9 +80,9 @@ def score_rows(
             yield i, Answer(logprobs[line, :asked_here], greedy[line, :asked_here])
 
 
-def _batch_tokens() -> int:
-    is_cpu = jax.default_backend() == "cpu"
-    return min(_BATCH_TOKENS, _CPU_BATCH_TOKENS) if is_cpu else _BATCH_TOKENS
+def _batch_tokens(model: Neo) -> int:
+    on_cpu = device_of(model.sharding).platform == "cpu"
+    return min(_BATCH_TOKENS, _CPU_BATCH_TOKENS) if on_cpu else _BATCH_TOKENS
 
 
 def width_of(length: int, context: int) -> int:

@@ -53,13 +53,6 @@ class Sharding:
     mesh: Mesh | AbstractMesh
     rules: Rules
 
-    @property
-    def device(self) -> jax.Device:
-        """One device, to tell their kind by: of the mesh, or of this process if it has none."""
-        if isinstance(self.mesh, AbstractMesh):
-            return jax.local_devices()[0]
-        return self.mesh.devices.flat[0]
-
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """Returns the mesh axes that split a logical axis, none where it stays whole."""
         return dict(self.rules).get(axis, ()) if axis else ()
@@ -129,6 +122,13 @@ def constrain(
         )
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def device_of(sharding: Sharding | None) -> jax.Device:
+    """Returns one device, to tell their kind by: of the mesh, or of this process if it has none."""
+    if sharding is None or isinstance(sharding.mesh, AbstractMesh):
+        return jax.local_devices()[0]
+    return sharding.mesh.devices.flat[0]
 
 
 def padded_rows(sharding: Sharding | None, rows: int) -> int:

@@ -22,7 +22,7 @@ from neo_jax.attention.splash import splash
 from neo_jax.axes import BATCH, HEADS, Array, Float
 from neo_jax.errors import NeoError, suggest
 from neo_jax.int8 import Int8
-from neo_jax.sharding import Sharding
+from neo_jax.sharding import Sharding, device_of
 
 Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 KERNELS: dict[str, Callable[..., Array]] = {
@@ -57,8 +57,7 @@ def attend(
     Raises:
       NeoError: unknown kernel, or one that cannot do what is asked.
     """
-    device = jax.local_devices()[0] if sharding is None else sharding.device
-    name = choose(kernel, q, mask, device)
+    name = choose(kernel, q, mask, device_of(sharding))
     if sharding is None or name not in OF_DEVICE.values():
         return KERNELS[name](q, k, v, mask)
     lies = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")

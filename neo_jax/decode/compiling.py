@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from neo_jax.model import Neo
+from neo_jax.sharding import device_of
 
 TPU_OPTIONS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": 1.0}
 """What a TPU's compiler is told: to carry into its fast memory only what so moves less.
@@ -33,6 +34,4 @@ class Loop(Generic[Result]):
 
     def on(self, model: Neo) -> Any:
         """Returns the jitted function for the devices of a model."""
-        sharding = model.sharding
-        platform = jax.default_backend() if sharding is None else sharding.device.platform
-        return self._on_tpu if platform == "tpu" else self._elsewhere
+        return self._on_tpu if device_of(model.sharding).platform == "tpu" else self._elsewhere

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
 from neo_jax.model import Neo
+from neo_jax.sharding import device_of
 from neo_jax.shares import EVERYWHERE, Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
-BLOCK_TOKENS = 1024  # of a device, whose logits exist at a time
+# Of a device, whose logits exist at a time: a block reads and writes the table's gradient once, and
+# beyond a thousand its logits leave a CPU's caches.
+BLOCK_TOKENS, _CPU_BLOCK_TOKENS = 4096, 1024
 
 
 class Batch(NamedTuple):
@@ -103,10 +106,12 @@ class _Head(NamedTuple):
         return cross_entropy + self.z_loss * jnp.sum(weights * log_sum**2), cross_entropy
 
 
-def _blocks(*arrays: Array) -> tuple[Array, ...]:
+def _blocks(head: _Head, *arrays: Array) -> tuple[Array, ...]:
     """Cuts axis 1 of arrays into blocks, a new first axis; zeros fill the last."""
+    on_cpu = device_of(head.model.sharding).platform == "cpu"
+    tokens = min(BLOCK_TOKENS, _CPU_BLOCK_TOKENS) if on_cpu else BLOCK_TOKENS
     rows, length = arrays[0].shape[:2]
-    block = min(max(1, BLOCK_TOKENS // rows), length)
+    block = min(max(1, tokens // rows), length)
     count = -(-length // block)
 
     def cut(x: Array) -> Array:
@@ -128,7 +133,7 @@ def _sums(
             return jax.tree.map(jnp.add, sums, head.losses(table, *block)), None
 
         zeros = jnp.zeros(()), jnp.zeros(())
-        return shares.sum(jax.lax.scan(add, zeros, _blocks(*arrays))[0])
+        return shares.sum(jax.lax.scan(add, zeros, _blocks(head, *arrays))[0])
 
     rows, sums = shares.by_share, (EVERYWHERE, EVERYWHERE)
     function = shares.map_share(of_share, (EVERYWHERE, rows, rows, rows), sums)
@@ -147,7 +152,7 @@ def _sums_forward(
             return jax.tree.map(jnp.add, carry, (objective, cross_entropy, grad_table)), grad_x
 
         zeros = (jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(table))
-        (*sums, grad_table), grads_x = jax.lax.scan(add, zeros, _blocks(x, *arrays))
+        (*sums, grad_table), grads_x = jax.lax.scan(add, zeros, _blocks(head, x, *arrays))
         grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))
         return shares.sum(tuple(sums)), (grad_table[None], grad_x[:, : x.shape[1]])
 

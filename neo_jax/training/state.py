@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from neo_jax.axes import BATCH, Array, Params
 from neo_jax.errors import NeoError
 from neo_jax.lora import LoraConfig, adapter_axes, attach, init_adapters
 from neo_jax.model import Neo, init_params
-from neo_jax.sharding import tree_shardings
+from neo_jax.sharding import device_of, tree_shardings
 from neo_jax.stacked import abstract_params, stack, stacked_axes
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.loss import Batch, Losses, batch_losses, embed_inputs
@@ -235,9 +234,8 @@ def _fastest_unroll(config: TrainConfig, model: Neo) -> int:
 
     What is computed again would there be found to be the same without a loop, and be kept.
     """
-    mesh = model.sharding.mesh if model.sharding else None
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-    return config.model.num_layers if platform == "cpu" and config.remat == "none" else 1
+    on_cpu = device_of(model.sharding).platform == "cpu"
+    return config.model.num_layers if on_cpu and config.remat == "none" else 1
 
 
 def _parts(batch: Any, count: int) -> Any:

@@ -4,7 +4,8 @@
   python tests/benchmarks/plan_table.py --only 'gpt-neo-1.3b .*v5e:4x4'
 
 Each row is one command, `neo-jax plan ROW --json`, whose answer is a line of build/plans.jsonl.
-What is there already is not compiled again. A row takes a minute or more of a core.
+What is there already is not compiled again, and what is not there stays in the document as it is. A
+row takes a minute or more of a core.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,26 +153,33 @@ def needed(row: Row) -> float:
     return weights + 2 * (model - 1) / model * activations * (5 * config.num_layers + 3)
 
 
-def table(section: str, rows: list[Row]) -> str:
-    """Returns the rows as Markdown."""
-    told = [cells(section, row) for row in rows]
-    head = list(told[0])
-    lines = [head, ["---"] * len(head), *(list(row.values()) for row in told)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(section: str, names: list[str], rows: dict[str, Row], old: str) -> str:
+    """Returns a section's rows as Markdown; of those that are not there, what the old table has."""
+    lines = dict(re.findall(r"^(\| `(.*?)` \|.*)$", line)[0][::-1] for line in old.splitlines()[2:])
+    told = {name: cells(section, rows[name]) for name in names if name in rows}
+    lines |= {name: _line(row.values()) for name, row in told.items()}
+    head = list(next(iter(told.values())))
+    return "\n".join(
+        [_line(head), _line(["---"] * len(head)), *filter(None, map(lines.get, names))]
+    )
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def write(rows: dict[str, Row]) -> None:
-    """Puts the tables into the document, each behind its mark."""
+    """Puts the rows into the document's tables, each behind its mark."""
     text = DOCUMENT.read_text()
     both = [*training(), *tensor()]
     moved = [each for each in both if re.search(r"-(1.3b|2.7b) .*(v5e:4x4|v5p:2x2x2)", each)]
     for section, names in {**{k: list(v()) for k, v in SECTIONS.items()}, "moved": moved}.items():
-        found = [rows[name] for name in names if name in rows]
         mark = f"<!-- {section} -->"
-        if found and mark in text:
+        if mark in text and any(name in rows for name in names):
             before, _, after = text.partition(mark)
-            after = re.sub(r"\A\n*(\|.*\n)*\n*", "", after)
-            text = f"{before}{mark}\n\n{table(section, found)}\n\n{after}".rstrip() + "\n"
+            old = re.match(r"\n*((?:\|.*\n)*)\n*", after)
+            new = table(section, names, rows, old[1])
+            text = f"{before}{mark}\n\n{new}\n\n{after[old.end() :]}".rstrip() + "\n"
     DOCUMENT.write_text(text)
 
 
