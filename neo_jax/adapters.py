@@ -109,8 +109,7 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     Raises:
       NeoError: see `load_adapter`.
     """
-    rank, _ = _read_config(folder / CONFIG)
-    fields = read_json(folder / CONFIG)
+    fields = _read_config(folder / CONFIG)
     targets = fields.get("target_modules") or ()
     with contextlib.ExitStack() as files:
         found = open_file(folder / WEIGHTS, files).values()
@@ -119,7 +118,7 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     return {
         "adapter": str(folder),
         "base_model": fields.get("base_model_name_or_path"),
-        "rank": rank,
+        "rank": fields["r"],
         "alpha": fields["lora_alpha"],
         "targets": [targets] if isinstance(targets, str) else sorted(targets),
         "parameters": parameters,
@@ -166,7 +165,8 @@ def load_adapter(
         the message names the file, and the field or tensor.
     """
     path = make_path(folder)
-    rank, scale = _read_config(path / CONFIG)
+    fields = _read_config(path / CONFIG)
+    rank, scale = fields["r"], fields["lora_alpha"] / fields["r"]
     with contextlib.ExitStack() as files:
         found = open_file(path / WEIGHTS, files)
         leaves = {}
@@ -258,8 +258,8 @@ def _name(row: Tensor, part: str) -> str:
     return f"base_model.model.{row.hf_name.removesuffix('.weight')}.lora_{part}.weight"
 
 
-def _read_config(path: Path) -> tuple[int, float]:
-    """Returns the rank and the scale of what a config describes, if that is plain LoRA."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """Returns a config whose rank and alpha are numbers, and which describes plain LoRA."""
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
         raise NeoError(f"{path}: peft_type is {fields.get('peft_type')!r}; this loads 'LORA'.")
@@ -273,7 +273,7 @@ def _read_config(path: Path) -> tuple[int, float]:
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise NeoError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are no rank and no number.")
-    return rank, alpha / rank
+    return fields
 
 
 def _read(

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, brief, suggest
 from neo_jax.paths import is_remote, make_path
 
 PUBLISHED = {
@@ -55,6 +55,8 @@ def resolve(
         folder = Path(str(importlib.resources.files("neo_jax") / "bundled"))
         if not folder.is_dir():
             raise NeoError("this installation came without its bundled model; name a model.")
+    elif not isinstance(model, str | os.PathLike):
+        raise NeoError(f"a model is named by a folder or a hub name, not by {brief(model)}.")
     else:
         name = os.fspath(model)
         folder = make_path(name) if is_remote(name) else Path(name).expanduser()

@@ -309,6 +309,8 @@ def load(
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
     """
     enable_compilation_cache()
+    if not isinstance(sharding, Sharding | None):
+        raise NeoError(f"sharding is what `make_sharding` returns, not {brief(sharding)}.")
     sharding = sharding or make_sharding(mesh, rules, default="decode")
     folder = hub.resolve(model, revision=revision, token=token)
     base = adapters.base_folder(folder, token=token)

@@ -21,7 +21,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from neo_jax.axes import BATCH, EMBED, HEAD_DIM, HEADS, LOGICAL_AXES, Array
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, brief, suggest
 from neo_jax.torus import arrange
 
 MESH_AXES = ("data", "fsdp", "model", "context")
@@ -196,6 +196,9 @@ def make_sharding(
       NeoError: unknown names, a mesh that does not fit the devices, a strategy whose axes the mesh
         lacks, or a mesh axis that would split nothing.
     """
+    for name, value in (("mesh", mesh), ("rules", rules)):
+        if not isinstance(value, str):
+            raise NeoError(f"{name} must be a text, not {brief(value)}.")
     if rules and rules not in STRATEGIES and not re.search("[:,]", rules):
         raise NeoError(f"no strategy is called '{rules}'.{suggest(rules, STRATEGIES)}")
     if not mesh:

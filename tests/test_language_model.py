@@ -64,10 +64,14 @@ def test_the_parts_are_there(checkpoints, models):
         ({"quantize": None}, "cannot quantize to 'None'. Did you mean 'none'"),
         ({"cache_dtype": 4}, "no cache is of '4'. Known are: auto"),
         ({"dtype": "half"}, "dtype 'half' is not one of auto, float32, bfloat16"),
+        ({"mesh": 5}, "mesh must be a text, not 5"),
+        ({"mesh": "model=2", "rules": ["embed"]}, "rules must be a text, not ['embed']"),
+        ({"sharding": "tensor"}, "sharding is what `make_sharding` returns, not 'tensor'"),
     ],
 )
 def test_what_load_does_not_know(checkpoints, options, message):
     assert refused(neo_jax.load, checkpoints["bare"], **options).startswith(message)
+    assert "a model is named by a folder or a hub name, not by 5" in refused(neo_jax.load, 5)
 
 
 def test_text_lists_and_ids_are_continued_alike(lm):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from neo_jax.attention import Kernel
 from neo_jax.config import ModelConfig
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, check_numbers
 from neo_jax.lora import LoraConfig
 from neo_jax.stacked import Remat
 
@@ -24,6 +24,25 @@ class OptimizerConfig:
     epsilon: float = 1e-8  # of AdamW
     weight_decay: float = 0.0  # on kernels and embeddings, not on biases and LayerNorms
     clip_norm: float = 1.0  # of the whole gradient; 0 is off
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "final_fraction",
+            "weight_decay",
+            "clip_norm",
+        ):
+            if not getattr(self, name) >= 0:
+                raise NeoError(f"optimizer.{name} must be 0 or more, not {getattr(self, name)}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise NeoError(
+                    f"optimizer.{name} must be at least 0 and below 1, not {getattr(self, name)}."
+                )
+        if not self.epsilon > 0:
+            raise NeoError(f"optimizer.epsilon must be above 0, not {self.epsilon}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,10 @@ def read_examples(data, name):
     if name == "wikitext":
         pages = wikitext.pages((data / "wiki.test.raw").read_text(encoding="utf-8"))
         return [{"text": wikitext.detokenize(page)} for page in pages]
-    return read_lines(data / "lambada_test.jsonl")
+    texts = read_lines(data / "lambada_test.jsonl")
+    if name == "completion":  # a word is left to compare with
+        return [doc for doc in texts if len(doc["text"].split(" ")) > 40]
+    return texts
 
 
 def read_lines(path):

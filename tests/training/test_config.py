@@ -9,7 +9,7 @@ import pytest
 from neo_jax.cli.train import _names, load_config
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
-from neo_jax.training.config import TrainConfig
+from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("[!_]*.py"))
@@ -47,3 +47,19 @@ def test_counts_are_positive(name):
     for value in (0, -1):
         with pytest.raises(NeoError, match=f"{name} must be at least 1, not {value}"):
             dataclasses.replace(config, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"learning_rate": -1e-4}, "optimizer.learning_rate must be 0 or more, not -0.0001"),
+        ({"weight_decay": float("nan")}, "optimizer.weight_decay must be 0 or more, not nan"),
+        ({"beta2": 1.0}, "optimizer.beta2 must be at least 0 and below 1, not 1.0"),
+        ({"epsilon": 0}, "optimizer.epsilon must be above 0, not 0.0"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+    ],
+)
+def test_an_optimizer_that_cannot_be(field, message):
+    with pytest.raises(NeoError, match=re.escape(message)):
+        OptimizerConfig(**field)
+    assert OptimizerConfig(learning_rate=1).learning_rate == 1.0
