@@ -16,9 +16,9 @@ from neo_jax.sharding import device_of
 from neo_jax.shares import EVERYWHERE, Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
-# Of a device, whose logits exist at a time: a block reads and writes the table's gradient once, and
-# beyond a thousand its logits leave a CPU's caches.
-BLOCK_TOKENS, _CPU_BLOCK_TOKENS = 4096, 1024
+# Of a device, whose logits exist at a time. Each block reads and writes the table's gradient, which is
+# no small part of a TPU's traffic; to a CPU they cost nothing, and its memory is the user's.
+BLOCK_TOKENS, _CPU_BLOCK_TOKENS = 4096, 512
 
 
 class Batch(NamedTuple):
