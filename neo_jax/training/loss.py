@@ -16,8 +16,8 @@ from neo_jax.sharding import device_of
 from neo_jax.shares import EVERYWHERE, Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
-# Of a device, whose logits exist at a time. Each block reads and writes the table's gradient, which is
-# no small part of a TPU's traffic; to a CPU they cost nothing, and its memory is the user's.
+# Of a device, whose logits exist at a time. Each block reads and writes the gradient of the table:
+# no small part of a TPU's traffic, while small blocks cost a CPU nothing and spare its memory.
 BLOCK_TOKENS, _CPU_BLOCK_TOKENS = 4096, 512
 
 
