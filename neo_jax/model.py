@@ -75,11 +75,8 @@ class Attention(nn.Module):
         k, v = project("k_proj", x), project("v_proj", x)
         aligned = cache is None and asked is None  # the sequence is its own cache
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
-        q_positions, q_starts = (
-            _at(positions, asked),
-            None if starts is None else _at(starts, asked),
-        )
-        mask = Mask(q_positions, cache.positions, self.window, aligned, q_starts)
+        starts = None if starts is None else _at(starts, asked)
+        mask = Mask(_at(positions, asked), cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
         self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)

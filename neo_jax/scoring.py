@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens: rows of any lengths in batches, and texts of any length.
 
 A `Row` says which tokens a model reads, and of which tokens the probability is asked where.
-Only there are logits computed: the output head is a third of a small model's work; and where these
-are few, so is the last layer. Rows of like
-length share a batch; a width has one of few values, so that few programs are compiled.
+Only there are logits computed, for the output head is a third of a small model's work; and where
+these are few, the last layer too. Rows of like length share a batch; a width has one of few values,
+so that few programs are compiled.
 
 A text beyond the context is read by windows. The first holds as many tokens as the context; each
 next one begins `stride` tokens later and scores the `stride` tokens that no window has scored

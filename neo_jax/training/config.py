@@ -27,22 +27,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in (
-            "learning_rate",
-            "warmup_steps",
-            "final_fraction",
-            "weight_decay",
-            "clip_norm",
-        ):
-            if not getattr(self, name) >= 0:
-                raise NeoError(f"optimizer.{name} must be 0 or more, not {getattr(self, name)}.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise NeoError(
-                    f"optimizer.{name} must be at least 0 and below 1, not {getattr(self, name)}."
-                )
-        if not self.epsilon > 0:
-            raise NeoError(f"optimizer.epsilon must be above 0, not {self.epsilon}.")
+        for name, value in dataclasses.asdict(self).items():
+            if name in ("beta1", "beta2") and not 0 <= value < 1:
+                raise NeoError(f"optimizer.{name} must be at least 0 and below 1, not {value}.")
+            if name == "epsilon" and not value > 0:
+                raise NeoError(f"optimizer.epsilon must be above 0, not {value}.")
+            if not isinstance(value, str) and not value >= 0:
+                raise NeoError(f"optimizer.{name} must be 0 or more, not {value}.")
 
 
 @dataclasses.dataclass(frozen=True)

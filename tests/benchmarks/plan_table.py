@@ -159,9 +159,8 @@ def table(section: str, names: list[str], rows: dict[str, Row], old: str) -> str
     told = {name: cells(section, rows[name]) for name in names if name in rows}
     lines |= {name: _line(row.values()) for name, row in told.items()}
     head = list(next(iter(told.values())))
-    return "\n".join(
-        [_line(head), _line(["---"] * len(head)), *filter(None, map(lines.get, names))]
-    )
+    body = [lines[name] for name in names if name in lines]
+    return "\n".join([_line(head), _line(["---"] * len(head)), *body])
 
 
 def _line(cells: Iterable[str]) -> str:
