@@ -284,16 +284,6 @@ class Embed(nn.Module):
         return einsum("btd,vd->btv", x, self.embedding, self.dtype, self.sharding, axes)
 
 
-def zeros_beyond(rows: int, init: Initializer) -> Initializer:
-    """Returns an initializer whose rows from `rows` on are zeros; they also stay zeros."""
-
-    def padded(key: Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> Array:
-        exists = jnp.arange(shape[0])[:, None] < rows
-        return jnp.where(exists, init(key, shape, *args, **kwargs), 0)
-
-    return padded
-
-
 class LayerNorm(nn.Module):
     """Normalises the last axis to mean 0 and (biased) variance 1 in float32; scales and shifts.
 

@@ -11,7 +11,7 @@ GPT-2 (`modeling_gpt2.py`) differs by fields of the config: `qkv_bias`, `scale_a
 global layers; where the head is not tied, by a table of its own in the place of wte.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from neo_jax.attention import Kernel, Mask, attend
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.cache import Cache, LayerCache
 from neo_jax.config import ModelConfig
-from neo_jax.layers import Einsum, Embed, LayerNorm, zeros_beyond
+from neo_jax.initializers import stddev, zeros_beyond
+from neo_jax.layers import Einsum, Embed, LayerNorm
 from neo_jax.sharding import Sharding, constrain
 
 # How activations lie: None stays whole, ... is for the compiler to place.
@@ -75,8 +76,8 @@ class Attention(nn.Module):
         k, v = project("k_proj", x), project("v_proj", x)
         aligned = cache is None and asked is None  # the sequence is its own cache
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
-        starts = None if starts is None else _at(starts, asked)
-        mask = Mask(_at(positions, asked), cache.positions, self.window, aligned, starts)
+        q_positions, starts = _at(positions, asked), _at(starts, asked)
+        mask = Mask(q_positions, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
         self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
@@ -114,25 +115,12 @@ def _linear(
     return Einsum(
         shape,
         outputs + inputs,
-        normal(_stddev(module.config, name)),
+        normal(stddev(module.config, name)),
         bias_axes=outputs if bias else (),
         dtype=module.dtype,
         sharding=module.sharding,
         name=name,
     )
-
-
-def _stddev(config: ModelConfig, name: str) -> float:
-    """Returns the standard deviation with which a kernel is drawn."""
-    if config.scale_attention:  # Radford et al., "Language models are unsupervised ...", 2.3
-        ends_branch = name in ("out_proj", "c_proj")
-        return 0.02 * (2 * config.num_layers) ** -0.5 if ends_branch else 0.02
-    # Mesh-TensorFlow's keeps the unscaled logits near unit variance.
-    return {
-        "q_proj": (config.embed_dim * config.head_dim) ** -0.5,
-        "c_fc": 0.02,
-        "c_proj": 0.02 * config.num_layers**-0.5,
-    }.get(name, config.embed_dim**-0.5)
 
 
 class Block(nn.Module):
@@ -162,10 +150,7 @@ class Block(nn.Module):
         starts: Int[Array, "B T"] | None = None,
         asked: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """Returns the residual stream and what the layer attended to: nothing before `starts`.
-
-        Of `asked` tokens alone, indices, where these are given; the others are keys and values.
-        """
+        """Returns the residual stream, of the asked tokens or all, and what it attended to."""
         attended, cache = self.attn(self.ln_1(x), positions, cache, starts, asked)
         keep_all = not self.has_rng("dropout")
         x = _at(x, asked) + self.drop(attended, deterministic=keep_all)
@@ -197,13 +182,12 @@ class Neo(nn.Module):
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
         config, dtype, sharding = self.config, self.dtype, self.sharding
+        width = config.embed_dim
         init = zeros_beyond(config.vocab_size, normal(0.02))
-        vocab = (config.padded_vocab_size, config.embed_dim, axes.VOCAB, init, dtype, sharding)
+        vocab = (config.padded_vocab_size, width, axes.VOCAB, init, dtype, sharding)
         self.wte = Embed(*vocab)
         self.lm_head = self.wte if config.tied_head else Embed(*vocab)
-        self.wpe = Embed(
-            config.max_length, config.embed_dim, axes.POSITIONS, normal(0.01), dtype, sharding
-        )
+        self.wpe = Embed(config.max_length, width, axes.POSITIONS, normal(0.01), dtype, sharding)
         self.h = [make_block(self, i) for i in range(config.num_layers)]
         self.ln_f = LayerNorm(config.norm_epsilon, sharding)
         self.drop = nn.Dropout(self.dropout)
@@ -222,7 +206,7 @@ class Neo(nn.Module):
             Without a cache a row's positions run on without gaps.
           cache: what earlier calls returned; None for a sequence that starts here.
         """
-        hidden_states, cache = self._hidden_states(tokens, positions, cache)
+        hidden_states, cache = self._hidden_states(tokens, positions, cache, None)
         logits = self.unembed(hidden_states[-1])[..., : self.config.vocab_size]
         return Output(logits, cache, hidden_states)
 
@@ -235,8 +219,7 @@ class Neo(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """Like a call, but stops before the output head: returns ln_f's output and the cache.
 
-        With `asked` the output is that of the tokens with these indices in a row, None is all; the
-        last layer attends and computes for them alone.
+        The output is of all tokens, or of those at `asked`, indices; the last layer spares the rest.
         """
         hidden_states, cache = self._hidden_states(tokens, positions, cache, asked)
         return hidden_states[-1], cache
@@ -246,8 +229,7 @@ class Neo(nn.Module):
 
         Logits of the padding are -inf: no draw, maximum or sum ever notices them.
         """
-        logits = self.lm_head.attend(x)
-        logits = constrain(self.sharding, logits, LOGITS, "logits")
+        logits = constrain(self.sharding, self.lm_head.attend(x), LOGITS, "logits")
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
@@ -267,11 +249,7 @@ class Neo(nn.Module):
         return self.ln_f(x)
 
     def _hidden_states(
-        self,
-        tokens: Array,
-        positions: Array | None,
-        cache: Cache | None,
-        asked: Array | None = None,
+        self, tokens: Array, positions: Array | None, cache: Cache | None, asked: Array | None
     ) -> tuple[tuple[Array, ...], Cache]:
         indexed = positions is None or cache is not None
         x, positions = self.embed(tokens, positions)
@@ -289,12 +267,9 @@ class Neo(nn.Module):
         return (*hidden_states, self.ln_f(x)), tuple(caches)
 
 
-def _at(x: Array, asked: Array | None) -> Array:
+def _at(x: Any, asked: Array | None) -> Any:
     """Returns the entries [B, K, ...] of [B, T, ...] with the asked indices; None is all."""
-    if asked is None:
-        return x
-    index = asked.reshape((*asked.shape, *[1] * (x.ndim - 2)))
-    return jnp.take_along_axis(x, index, axis=1, mode="clip")
+    return x if x is None or asked is None else jax.vmap(lambda row, i: row[i])(x, asked)
 
 
 def make_block(model: Neo, layer: int) -> Block:
