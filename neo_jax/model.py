@@ -219,7 +219,7 @@ class Neo(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """Like a call, but stops before the output head: returns ln_f's output and the cache.
 
-        The output is of all tokens, or of those at `asked`, indices; the last layer spares the rest.
+        The output is of all tokens or of the `asked` indices; the last layer spares the others.
         """
         hidden_states, cache = self._hidden_states(tokens, positions, cache, asked)
         return hidden_states[-1], cache
