@@ -150,7 +150,7 @@ class Block(nn.Module):
         starts: Int[Array, "B T"] | None = None,
         asked: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """Returns the residual stream, of the asked tokens or all, and what it attended to."""
+        """Returns the stream of `asked` tokens or all, and what it saw: nothing before `starts`."""
         attended, cache = self.attn(self.ln_1(x), positions, cache, starts, asked)
         keep_all = not self.has_rng("dropout")
         x = _at(x, asked) + self.drop(attended, deterministic=keep_all)
