@@ -167,7 +167,7 @@ def look_up(shares: Shares, table: Array, ids: Array) -> Array:
     less than the table, and than its gradient.
     """
     if shares.mesh is None:
-        return jnp.take(table, ids, axis=0, mode="clip")
+        return _rows_of(table, ids)
     if ids.shape[1] % shares.num_parts(shares.length):
         shares = dataclasses.replace(shares, length=())  # tokens that are appended to a cache
     of_rows, of_width = shares.beside
@@ -176,7 +176,7 @@ def look_up(shares: Shares, table: Array, ids: Array) -> Array:
     def of_device(table: Array, ids: Array) -> Array:
         table = dataclasses.replace(shares, split=(shares.split[0], ())).gathered(table)
         here, is_here = _places(shares, table, ids)
-        found = jnp.where(is_here[..., None], jnp.take(table, here, axis=0, mode="clip"), 0)
+        found = jnp.where(is_here[..., None], _rows_of(table, here), 0)
         found = jax.lax.psum(found, of_rows) if of_rows else found
         return jax.lax.all_to_all(found, width, 0, 2, tiled=True) if width else found
 
@@ -210,6 +210,23 @@ def _look_up_backward(
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _rows_of(table: Array, ids: Array) -> Array:
+    """Returns rows of a table; ids outside take the last or first.
+
+    XLA's CPU backend looks rows of bfloat16 up in float32, and would make all of the table float32
+    before a loop, which takes longer than a step of decoding. Behind a barrier that waits for ids
+    only the rows are made float32.
+    """
+    take = functools.partial(jnp.take, axis=0, mode="clip")
+
+    def take_late(table: Array, ids: Array) -> Array:
+        return take(*jax.lax.optimization_barrier((table, ids)))
+
+    if table.dtype != jnp.bfloat16:
+        return take(table, ids)
+    return jax.lax.platform_dependent(table, ids, cpu=take_late, default=take)
 
 
 def _places(shares: Shares, table: Array, ids: Array) -> tuple[Array, Array]:

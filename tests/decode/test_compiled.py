@@ -37,7 +37,10 @@ def test_no_step_copies_a_cache(tiny, batch):
 @pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_on_a_cpu_a_loop_keeps_no_other_form_of_kernels(tiny, batch, dtype, name):
-    """Neither transposed nor in float32, which would be three times a bfloat16 model's memory."""
+    """Neither transposed nor in float32, which would be three times a bfloat16 model's memory.
+
+    Of the table of tokens, as wide as c_proj here, only the rows that are looked up are float32.
+    """
     model = tiny[0].clone(dtype=dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny[1])
     settings = make_settings(SamplingOptions(), [0] * batch)
@@ -46,9 +49,9 @@ def test_on_a_cpu_a_loop_keeps_no_other_form_of_kernels(tiny, batch, dtype, name
     assert f"{name}[32,128]" in program  # as c_proj is given
     made = r"= \w+\[(?:32,128|128,32)\]\S* (?!parameter|get-tuple-element|bitcast)[\w\-]+\("
     forms = {line.strip() for line in program.splitlines() if re.search(made, line)}
-    table = {line for line in forms if "convert" in line}  # of tokens, once, to look rows up
-    assert len(forms - table) == 0
-    assert len(table) <= 2
+    takes = re.compile(r" (?:gather|dynamic-slice)\(")  # rows of the table, in a fusion
+    fusions = [part for part in program.split("\n\n") if takes.search(part)]
+    assert all(any(f" {line}\n" in part for part in fusions) for line in forms)
 
 
 @pytest.mark.parametrize(
