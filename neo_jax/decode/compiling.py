@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from neo_jax.model import Neo
-from neo_jax.sharding import device_of
+from neo_jax.sharding import Sharding, device_of
 
 TPU_OPTIONS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": 1.0}
 """What a TPU's compiler is told: to carry into its fast memory only what so moves less.
@@ -25,8 +27,8 @@ class Loop(Generic[Result]):
     def __init__(self, function: Callable[..., Result], **options: Any) -> None:
         """Takes what `jax.jit` takes; the model, the first argument, is to be static."""
         functools.update_wrapper(self, function)
-        self._on_tpu = jax.jit(function, compiler_options=TPU_OPTIONS, **options)
-        self._elsewhere = jax.jit(function, **options)
+        self._with_options = jax.jit(function, compiler_options=TPU_OPTIONS, **options)
+        self._plain = jax.jit(function, **options)
 
     def __call__(self, model: Neo, *args: Any) -> Result:
         """Runs the function; compiles it where the shapes are new."""
@@ -34,4 +36,23 @@ class Loop(Generic[Result]):
 
     def on(self, model: Neo) -> Any:
         """Returns the jitted function for the devices of a model."""
-        return self._on_tpu if device_of(model.sharding).platform == "tpu" else self._elsewhere
+        if device_of(model.sharding).platform != "tpu":
+            return self._plain
+        return self._with_options if takes_options(model.sharding) else self._plain
+
+
+@functools.cache
+def takes_options(sharding: Sharding | None) -> bool:
+    """Returns whether the compiler for the TPUs of a mesh, or of this process, knows `TPU_OPTIONS`.
+
+    Options belong to a release of libtpu; one that does not know them refuses to compile.
+    """
+    place = None
+    if sharding and not isinstance(sharding.mesh, AbstractMesh):
+        place = sharding.named((), ())
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+    try:
+        jax.jit(jnp.negative, compiler_options=TPU_OPTIONS).lower(number).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
