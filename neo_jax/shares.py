@@ -55,6 +55,11 @@ class Shares:
         length = tuple(name for name in sharding.mesh_axes(LENGTH) if name not in taken)
         return cls(mesh, shared(BATCH), length, tuple(map(shared, axes)), tuple(beside))
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one device, which has all."""
+        return self.mesh is None or self.mesh.size == 1
+
     def gather(self, weight: Array) -> Array:
         """Returns the parameter whole, as far as the devices of the batch are concerned."""
         if not any(self.split):
