@@ -14,7 +14,7 @@ from transformers import GPTNeoForCausalLM
 
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
-from neo_jax.decode.engine import bucket
+from neo_jax.decode.engine import MIN_ROOM, bucket, room_for
 from neo_jax.decode.sampling import SamplingOptions, make_settings, stack_settings
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo, init_params
@@ -324,6 +324,20 @@ def test_a_bucket_holds_its_size_and_little_more(size, smallest, extra):
     assert found in (smallest, largest) or found & (found - 1) == 0
     assert bucket(found, smallest, largest) == found or found == smallest
     assert found <= bucket(size + 1, smallest, largest + 1)
+
+
+@given(length=sizes, extra=st.integers(0, 5000))
+def test_a_text_has_a_room_of_which_at_most_a_third_stays_empty(length, extra):
+    context = length + extra
+    room = room_for(length, context)
+    assert length <= room <= context
+    assert 2 * room < 3 * length or room == min(MIN_ROOM, context) or room == context
+    assert room_for(room, context) == room
+
+
+def test_there_are_few_rooms():
+    rooms = {room_for(length, 2048) for length in range(1, 2049)}
+    assert sorted(rooms) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
 
 
 # Meshes.
