@@ -159,7 +159,7 @@ class _Product:
 
         In this form XLA's CPU backend reads bfloat16 weights as they are. With another axis of rows
         it keeps a transposed copy of all, and for a single row one in float32. Which is fastest of
-        the forms of float32 depends on the rows (`tests/benchmarks/product_forms.py`).
+        the forms of float32 depends on the rows (`benchmarks/product_forms.py`).
         """
         plain = functools.partial(self._einsum, "bi,oi->bo")
         if self.dtype == jnp.bfloat16:

@@ -91,10 +91,13 @@ def _flops_of(eqn: Any, needed: Sequence[bool], kernel: Callable[..., float]) ->
         return kernel(str(params["name"]), operands, [var.aval.shape for var in eqn.outvars])
     if name == "cond":
         return max(_flops(branch.jaxpr, needed, kernel) for branch in params["branches"])
-    if name == "scan":  # what one trip gives another needs
-        needed = [True] * params["num_carry"] + list(needed[params["num_carry"] :])
     total = 0.0
     for inner in _inner(params):
+        if name == "scan":  # what one trip gives the next is needed; others are stacked by trip
+            needed = [
+                wanted or stacked.aval.shape == one.aval.shape
+                for wanted, stacked, one in zip(needed, eqn.outvars, inner.outvars, strict=True)
+            ]
         same = name != "while" and len(inner.outvars) == len(needed)
         total += _flops(inner, needed if same else [True] * len(inner.outvars), kernel)
     times = params["length"] if name == "scan" else 1

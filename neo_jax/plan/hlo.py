@@ -115,8 +115,26 @@ def parse(text: str) -> Program:
         elif lines is not None:
             instruction = _instruction(line)
             if instruction:
+                lines |= _tuple_elements(lines, instruction)
                 lines[instruction.name] = instruction
     return Program(computations, entry)
+
+
+def _tuple_elements(
+    lines: dict[str, Instruction], instruction: Instruction
+) -> dict[str, Instruction]:
+    """Returns the get-tuple-elements that newer texts write as operands: %pair#0 of %pair."""
+    found = {}
+    for name in instruction.operands:
+        whole, *path = name.split("#")
+        for index in path:
+            shape = elements((lines | found)[whole].shape)[int(index)]
+            part = f"{whole}#{index}"
+            found[part] = Instruction(
+                part, shape, "get-tuple-element", (whole,), f", index={index}", False
+            )
+            whole = part
+    return found
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -129,7 +147,7 @@ def _instruction(line: str) -> Instruction | None:
     opcode, _, _ = rest.partition("(")
     rest = rest[len(opcode) :]
     end = _closing(rest)
-    operands = tuple(re.findall(r"%?([\w.-]+)(?:,|$)", re.sub(r"/\*.*?\*/", "", rest[1:end])))
+    operands = tuple(re.findall(r"%?([\w.#-]+)(?:,|$)", re.sub(r"/\*.*?\*/", "", rest[1:end])))
     return Instruction(head[2], shape, opcode, operands, rest[end + 1 :], bool(head[1]))
 
 

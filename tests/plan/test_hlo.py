@@ -1,5 +1,6 @@
 """Reading a program: text made by hand, every line of which can be checked by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,26 @@ def test_a_program_is_read_line_by_line():
     assert program.computations["inner_condition"]["limit"].operands == ("5",)
     loop = program.computations["outer_body"]["loop"]
     assert loop.shape == "(s32[]{:T(128)}, f32[100]{0:T(128)})"
+
+
+def test_elements_of_tuples_may_be_operands():
+    lines = TEXT.splitlines()
+    named = {"i": "inner#0", "v": "inner#1", "i.1": "inner.1#0", "result": "loop.1#1"}
+    newer = "\n".join(line for line in lines if "get-tuple-element" not in line or "ROOT" in line)
+    for name, element in named.items():
+        newer = re.sub(rf"%{re.escape(name)}(?=[,)])", f"%{element}", newer)
+    assert "inner#0" in newer
+    before = [run for run in runs(parse(TEXT)) if run.instruction.name not in named]
+    after = [run for run in runs(parse(newer)) if "#" not in run.instruction.name]
+    assert [(run.instruction.name, run.times, run.path) for run in before] == [
+        (run.instruction.name, run.times, run.path)
+        for run in after
+        if run.instruction.name not in named
+    ]
+    element = parse(newer).computations["inner_condition"]["inner.1#0"]
+    assert (element.shape, element.opcode, element.operands) == (
+        "s32[]{:T(128)}", "get-tuple-element", ("inner.1",),
+    )  # fmt: skip
 
 
 def test_every_instruction_runs_as_often_as_the_loops_around_it():

@@ -13,7 +13,7 @@ from neo_jax.training import loop
 from neo_jax.training.interrupt import Interrupt
 from neo_jax.training.loop import train
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_training.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_training.py"
 
 
 def handlers():

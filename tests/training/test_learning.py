@@ -1,9 +1,9 @@
-"""Whole runs against PyTorch: the loss of every step, as tests/benchmarks/learning_parity.py."""
+"""Whole runs against PyTorch: the loss of every step, as benchmarks/learning_parity.py."""
 
 import numpy as np
 import pytest
-from benchmarks.learning_parity import TOLERANCE, draw_params, ours, theirs
 
+from benchmarks.learning_parity import TOLERANCE, draw_params, ours, theirs
 from neo_jax.config import ModelConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loss import Batch

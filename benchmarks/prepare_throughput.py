@@ -1,6 +1,6 @@
 """How fast `prepare` makes a data set, over `tokenizers`' own encode_batch of the same documents.
 
-  python tests/benchmarks/prepare_throughput.py [--text FILE ...] [--tokenizer FOLDER]
+  python benchmarks/prepare_throughput.py [--text FILE ...] [--tokenizer FOLDER]
       [--megabytes 16] [--rounds 5]
 
 The text is read, as files that `prepare` takes, and repeated to so many megabytes of documents in
@@ -25,7 +25,7 @@ from neo_jax.data.prepare import prepare
 from neo_jax.data.sources import find_sources
 from neo_jax.data.tokenizer_training import train_byte_pairs
 
-CORPUS = Path(__file__).parents[1] / "text" / "corpus.jsonl.xz"
+CORPUS = Path(__file__).parents[1] / "tests" / "text" / "corpus.jsonl.xz"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Plans of the published sizes by the TPU's own compiler; writes the tables of docs/plans.md.
 
-  python tests/benchmarks/plan_table.py            # compiles what is missing, then writes
-  python tests/benchmarks/plan_table.py --only 'gpt-neo-1.3b .*v5e:4x4'
+  python benchmarks/plan_table.py            # compiles what is missing, then writes
+  python benchmarks/plan_table.py --only 'gpt-neo-1.3b .*v5e:4x4'
 
 Each row is one command, `neo-jax plan ROW --json`, whose answer is a line of build/plans.jsonl.
 What is there already is not compiled again, and what is not there stays in the document as it is. A
@@ -21,7 +21,7 @@ from typing import Any
 from neo_jax.cli import main as neo_jax
 from neo_jax.config import preset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "plans.md"
 
 Row = dict[str, Any]

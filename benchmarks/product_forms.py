@@ -1,6 +1,6 @@
 """The forms in which a CPU multiplies few rows by weights; prints milliseconds.
 
-  python tests/benchmarks/product_forms.py [--rows 1 8] [--dtypes float32 bfloat16] [--rounds 5]
+  python benchmarks/product_forms.py [--rows 1 8] [--dtypes float32 bfloat16] [--rounds 5]
 
 The weights are those of GPT-Neo 125M, the output head among them, each read once a pass. All forms
 take turns, and the time is that of the fastest pass. `Einsum` chooses among them by dtype and

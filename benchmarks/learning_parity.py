@@ -1,6 +1,6 @@
 """Learning against PyTorch: the same model, batches and optimizer, and the loss of every step.
 
-  python tests/benchmarks/learning_parity.py IDS.npy... [--layers 2 12] [--steps 200]
+  python benchmarks/learning_parity.py IDS.npy... [--layers 2 12] [--steps 200]
 
 Each IDS.npy holds token ids of GPT-Neo's vocabulary, an integer array [rows, ids of a row]; files
 of as many rows are joined along the rows, each of which is a sequence: of at least three windows of

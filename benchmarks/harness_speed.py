@@ -1,6 +1,6 @@
 """Speed of lm-evaluation-harness's LAMBADA on a CPU, with our model and with its own; a ratio.
 
-    python tests/benchmarks/harness_speed.py DATA_FOLDER TOKENIZER_FOLDER [--examples 200]
+    python benchmarks/harness_speed.py DATA_FOLDER TOKENIZER_FOLDER [--examples 200]
 
 DATA_FOLDER is that of harness_tasks.py, TOKENIZER_FOLDER holds GPT-2's tokenizer. GPT-Neo 125M in
 shape, random weights, the same on both sides. Each side, in each dtype, takes the batch size that

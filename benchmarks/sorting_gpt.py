@@ -1,6 +1,6 @@
 """A trained GPT-2 of another program, minGPT's in JSON, by the same machinery; prints differences.
 
-    python tests/benchmarks/sorting_gpt.py FOLDER
+    python benchmarks/sorting_gpt.py FOLDER
 
 FOLDER holds gpt-nano-sort-model.json and gpt-nano-sort-t0-partials.json of bbycroft/llm-viz: three
 layers that sort six digits of 0, 1, 2, and their activations, stage by stage, for three inputs. The

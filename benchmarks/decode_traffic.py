@@ -1,6 +1,6 @@
 """What a step of decoding costs on TPUs, by the real compiler and without a TPU; prints a table.
 
-  python tests/benchmarks/decode_traffic.py [--batches 8 64] [--layers 0] [--json]
+  python benchmarks/decode_traffic.py [--batches 8 64] [--layers 0] [--json]
 
 The released sizes in bfloat16, 2048 slots, on one v5e chip and on four with the heads split.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 jax.config.update("jax_platforms", "cpu")
 
 from decode_programs import compile_step  # noqa: E402

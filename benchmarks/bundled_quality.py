@@ -1,6 +1,6 @@
 """Measures the bundled model: bits a byte on held-out documents, and its own words.
 
-  python tests/benchmarks/bundled_quality.py [--model FOLDER] [--samples 20] [--show 2]
+  python benchmarks/bundled_quality.py [--model FOLDER] [--samples 20] [--show 2]
 
   bits a byte    of the documents that training never saw; the bound is 1.9
   known words    share of generated words that occur in the training text; the bound is 95 %

@@ -1,6 +1,6 @@
 """How long a command takes to start, beside JAX alone; prints ratios of wall time.
 
-  python tests/benchmarks/startup.py [--rounds 9]
+  python benchmarks/startup.py [--rounds 9]
 
 Processes take turns; each figure is the median over rounds. Wants a quiet machine.
 

@@ -1,6 +1,6 @@
 """What the data costs a training step: its tokens/s by the real path over those by one batch.
 
-  python tests/benchmarks/input_speed.py [--rounds 5] [--models small large] [--json]
+  python benchmarks/input_speed.py [--rounds 5] [--models small large] [--json]
 
 The real path is a data set on disk, prepared in a temporary folder from tests/text/corpus.jsonl.xz;
 grain, which shuffles it; and the way onto the device. Blocks of steps take turns in one process,
@@ -30,7 +30,7 @@ from neo_jax.training.loop import Placement
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import init_state, make_step
 
-CORPUS = Path(__file__).parents[1] / "text" / "corpus.jsonl.xz"
+CORPUS = Path(__file__).parents[1] / "tests" / "text" / "corpus.jsonl.xz"
 SMALL = TrainConfig(
     data="",
     output="",

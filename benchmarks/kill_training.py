@@ -1,6 +1,6 @@
 """Kills training again and again, and compares what is left with a run that nobody touched.
 
-  python tests/benchmarks/kill_training.py [--kills 20] [--terms 3] [--mesh fsdp=2] [--seed 0]
+  python benchmarks/kill_training.py [--kills 20] [--terms 3] [--mesh fsdp=2] [--seed 0]
 
 Each kill is a SIGKILL at a random moment: one in three between the start of the process and its
 first steps, one after its first save, one in a save. Each term is a SIGTERM, after which the
@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CONFIG = """
 from neo_jax.config import ModelConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig

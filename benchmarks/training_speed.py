@@ -1,7 +1,7 @@
 """Training on a CPU against PyTorch, in one process, taking turns; prints ratios.
 
-  python tests/benchmarks/training_speed.py [--rounds 5] [--dtypes bfloat16 float32] [--json]
-  python tests/benchmarks/training_speed.py --memory [--dtypes bfloat16 float32]
+  python benchmarks/training_speed.py [--rounds 5] [--dtypes bfloat16 float32] [--json]
+  python benchmarks/training_speed.py --memory [--dtypes bfloat16 float32]
 
 GPT-Neo 125M in shape, random tokens; the peer is transformers (eager) with clipping and
 `torch.optim.AdamW(fused=True)`, under bfloat16 autocast or in float32. Each figure is the median

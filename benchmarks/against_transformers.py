@@ -1,6 +1,6 @@
 """Generation on a CPU against transformers, in one process, taking turns; prints ratios.
 
-  python tests/benchmarks/against_transformers.py [--rounds 5] [--dtypes float32 bfloat16] [--json]
+  python benchmarks/against_transformers.py [--rounds 5] [--dtypes float32 bfloat16] [--json]
 
 GPT-Neo 125M in shape, random weights, the same on all sides; greedy. Ratios are medians over rounds
 of their time over ours: above 1 we are faster. "fastest" compares each side in its fastest dtype.

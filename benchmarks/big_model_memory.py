@@ -1,6 +1,6 @@
 """Anonymous memory of generating with, and of converting, a large checkpoint; prints figures.
 
-    python tests/benchmarks/big_model_memory.py [--preset gpt-neo-2.7b] [--convert]
+    python benchmarks/big_model_memory.py [--preset gpt-neo-2.7b] [--convert]
 
 The checkpoint is float32 zeros, a sparse file; it is used as bfloat16 on the CPU, as by `generate
 --dtype bfloat16` or `convert --dtype bfloat16`. RssAnon (Linux) leaves out the mapped file.

@@ -1,6 +1,6 @@
 """lm-evaluation-harness on real data: its own PyTorch model, in float32, and ours agree.
 
-    python tests/benchmarks/harness_parity.py DATA_FOLDER [--share 0.1] [--tokenizer FOLDER]
+    python benchmarks/harness_parity.py DATA_FOLDER [--share 0.1] [--tokenizer FOLDER]
 
 DATA_FOLDER is that of harness_tasks.py. Two models: the bundled one, and with --tokenizer a GPT-Neo
 of Mesh-TensorFlow's initialisation with that vocabulary. 500 examples of LAMBADA, all of PIQA, 300

@@ -1,6 +1,6 @@
 """Many prompts of mixed lengths: `neo-jax generate --prompts-file` against a transformers loop.
 
-  python tests/benchmarks/prompts_file.py [--rounds 3] [--full] [--prompts 200] [--json]
+  python benchmarks/prompts_file.py [--rounds 3] [--full] [--prompts 200] [--json]
 
 GPT-Neo 125M in shape, random weights, the same in both; float32; greedy; in one process, taking
 turns. transformers reads the prompts in their order, 8 at a time, padded on the left; we refill a

@@ -1,6 +1,6 @@
 """Speculative decoding of a 1.3B-shaped model on a CPU, with and without a draft, taking turns.
 
-  python tests/benchmarks/speculative.py [--rounds 3] [--new 32] [--drafted 4] [--scale 0.2]
+  python benchmarks/speculative.py [--rounds 3] [--new 32] [--drafted 4] [--scale 0.2]
 
 Random weights with Mesh-TensorFlow's initialisation (two layers, and copies of them), bfloat16
 (quicker than float32 here), batch 1, temperature 1. How acceptance is made: the draft is the first

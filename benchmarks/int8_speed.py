@@ -1,6 +1,6 @@
 """Decoding on a CPU with int8 weights beside float32 and bfloat16, taking turns; prints ratios.
 
-  python tests/benchmarks/int8_speed.py [--rounds 5] [--new 32] [--batches 1 8]
+  python benchmarks/int8_speed.py [--rounds 5] [--new 32] [--batches 1 8]
 
 GPT-Neo 125M in shape, random weights; greedy; 32 new tokens after a prompt of 32, less the time of
 one new token after the same prompt. Each figure is the median over rounds of float32's time over
