@@ -50,7 +50,7 @@ def compile_gradient(model, length, with_starts=False, remat="none"):
 
 def kernels(program):
     """How often a program calls each kernel, and the shapes that they give of its outputs."""
-    calls = re.findall(r"%splash_mha_(fwd|dq|dkv)\S* = \((.*?)\) custom-call\(", program)
+    calls = re.findall(r"%splash_mha_(fwd|dq|dkv)\S* = (.*?) custom-call\(", program)
     counts = collections.Counter(name for name, _ in calls)
     return counts, {shape for _, types in calls for shape in re.findall(r"bf16\[([\d,]+)\]", types)}
 
