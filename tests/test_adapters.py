@@ -18,6 +18,8 @@ from neo_jax.errors import NeoError
 from neo_jax.lora import LoraConfig, attach, init_adapters, merge
 from neo_jax.stacked import stack, unstack
 
+pytestmark = pytest.mark.optimized
+
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "out_proj", "c_fc", "c_proj"))
 TOKENS = np.random.default_rng(0).integers(0, 320, (2, 24))
 

@@ -15,6 +15,8 @@ import neo_jax
 from neo_jax import cli
 from neo_jax.data.prepare import is_held_out
 
+pytestmark = pytest.mark.optimized
+
 TEXT = Path(__file__).parent / "text"
 README = Path(__file__).parents[1] / "README.md"
 BUNDLED = Path(neo_jax.__file__).parent / "bundled"

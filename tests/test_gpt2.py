@@ -28,6 +28,8 @@ from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import init_state, make_step
 
+pytestmark = pytest.mark.optimized
+
 GREEDY = SamplingOptions(temperature=0)
 CONFIG = ModelConfig(
     num_layers=2,

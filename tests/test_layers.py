@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 
 from neo_jax.layers import Einsum, Embed, LayerNorm, LowRank, einsum
 
+pytestmark = pytest.mark.optimized
+
 SIZES = {"b": 3, "t": 5, "d": 96, "n": 4, "h": 24, "f": 160, "v": 70}
 EQUATIONS = [  # every one that the model uses
     "btd,nhd->btnh",

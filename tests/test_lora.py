@@ -15,6 +15,8 @@ from neo_jax.layers import LowRank
 from neo_jax.lora import LoraConfig, adapter_axes, attach, init_adapters, merge
 from neo_jax.stacked import embed, encode, stack, stacked_axes, unstack
 
+pytestmark = pytest.mark.optimized
+
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "k_proj", "v_proj", "out_proj", "c_fc",
                                              "c_proj"))  # fmt: skip
 

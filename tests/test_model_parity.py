@@ -21,6 +21,8 @@ from neo_jax.model import Neo, init_params
 from neo_jax.names import tensors
 from neo_jax.pretrained import save_pretrained
 
+pytestmark = [pytest.mark.core, pytest.mark.optimized]
+
 ANYWHERE = ("dense", "blocked")  # the kernels that run on every device
 CONFIGS = {
     "global-local": ModelConfig(

@@ -27,6 +27,8 @@ from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.start import first_state
 from neo_jax.training.state import abstract_state, init_state
 
+pytestmark = pytest.mark.optimized
+
 GPT_NEO = ModelConfig(
     num_layers=3, embed_dim=24, num_heads=3, vocab_size=97, max_length=48, window_size=8,
     attention_types=("global", "global", "local"), eos_token_id=-1,

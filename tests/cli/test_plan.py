@@ -51,6 +51,7 @@ def fail(capsys, *args):
     return err
 
 
+@pytest.mark.core
 def test_the_step_of_a_config(capsys, config):
     table = run(capsys, config, "--topology", "cpu:8", "--mesh", "fsdp=4,model=2")
     assert "cpu:8, 8 x cpu" in table
@@ -93,6 +94,7 @@ def test_a_search(capsys, config, tmp_path):
     assert ["compiled" in line for line in table] == [True] * 3 + [False] * 3
 
 
+@pytest.mark.core
 def test_a_tpu(capsys, config, tmp_path):
     picture = tmp_path / "plan.png"
     args = (config, "--topology", "v5e:2x2", "--picture", str(picture), "--json")

@@ -19,6 +19,8 @@ from neo_jax.names import tensors
 from neo_jax.pretrained import save_pretrained
 from neo_jax.sharding import make_sharding
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = ModelConfig(
     num_layers=2,
     embed_dim=32,

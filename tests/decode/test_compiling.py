@@ -10,6 +10,8 @@ from neo_jax.model import Neo
 from neo_jax.plan.topology import find_topology
 from neo_jax.sharding import make_sharding
 
+pytestmark = pytest.mark.tpu_compiler
+
 
 def test_elsewhere_a_loop_is_the_function_jitted(tiny):
     loop = Loop(lambda model, x: model.config.num_layers * x, static_argnums=0)
@@ -17,7 +19,6 @@ def test_elsewhere_a_loop_is_the_function_jitted(tiny):
     assert loop.on(tiny[0]) is loop._plain
 
 
-@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("known", [True, False])
 def test_a_tpus_compiler_is_told_what_it_knows(tiny, monkeypatch, known):
     """An option of another release of libtpu must not keep anyone from decoding."""

@@ -22,6 +22,8 @@ from neo_jax.names import tensors
 from neo_jax.pretrained import save_pretrained
 from neo_jax.sharding import make_sharding
 
+pytestmark = [pytest.mark.core, pytest.mark.optimized]
+
 WINDOW = 16
 NEW = 2 * WINDOW + 40  # every local layer's cache wraps around more than twice
 CONFIG = ModelConfig(

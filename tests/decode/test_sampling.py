@@ -31,6 +31,8 @@ from neo_jax.decode.sampling import (
 )
 from neo_jax.errors import NeoError
 
+pytestmark = pytest.mark.optimized
+
 ROWS, VOCAB, LENGTH = 4, 32, 24
 EOS = 3
 NUM_DRAWS = 100_000

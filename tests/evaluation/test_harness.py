@@ -22,6 +22,8 @@ from neo_jax.evaluation import harness
 from neo_jax.evaluation import tasks as running
 from neo_jax.evaluation.harness import NeoLM
 
+pytestmark = pytest.mark.optimized
+
 NAMES = ["last_word", "choices", "whole", "completion"]
 
 

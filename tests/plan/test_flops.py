@@ -48,6 +48,7 @@ def test_the_splash_kernel(fused, products):
     assert work(program, splash_flops(CONFIG)).flops in (kernels, kernels + outside)
 
 
+@pytest.mark.core
 def test_loops_branches_and_shards():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.P("data")

@@ -8,6 +8,8 @@ from neo_jax.config import ModelConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loss import Batch
 
+pytestmark = pytest.mark.optimized
+
 STEPS, ROWS, LENGTH, VOCABULARY = 30, 8, 32, 150
 
 

@@ -87,6 +87,7 @@ class Killed(BaseException):
     """What a signal does to a run."""
 
 
+@pytest.mark.core
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(config, finished, monkeypatch):
     killed, (config, whole) = config, finished
 

@@ -17,6 +17,8 @@ from neo_jax.stacked import stack, unstack
 from neo_jax.training import loss
 from neo_jax.training.loss import Batch, batch_losses
 
+pytestmark = pytest.mark.optimized
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_sum(model, params, batch):

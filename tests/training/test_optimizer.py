@@ -15,6 +15,8 @@ from neo_jax.lora import LoraConfig, init_adapters
 from neo_jax.training.config import OptimizerConfig
 from neo_jax.training.optimizer import _decays, make_optimizer, make_schedule
 
+pytestmark = pytest.mark.optimized
+
 STEPS = 100
 CONFIG = OptimizerConfig(
     learning_rate=3e-2,
