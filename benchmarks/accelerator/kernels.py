@@ -72,11 +72,10 @@ def _on_device(case: Case) -> list[np.ndarray]:
 
 def _with_gradients(kernel: Callable[..., Any], heads: Heads) -> Callable[..., Any]:
     """Returns a function of q, k, v and the output's gradient: the output and three gradients."""
-    shape = (heads.batch, heads.length)
-    positions = np.broadcast_to(np.arange(heads.length, dtype=np.int32), shape)
-    mask = Mask(positions, positions, heads.window, aligned=True)
 
     def both(*qkv_and_gradient: Any) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(heads.length), (heads.batch, heads.length))
+        mask = Mask(positions, positions, heads.window, aligned=True)
         *qkv, gradient = qkv_and_gradient
         y, pull = jax.vjp(lambda *qkv: kernel(*qkv, mask), *qkv)
         return y, *pull(gradient.astype(y.dtype))

@@ -1,7 +1,7 @@
 """Greedy texts and logits of this package on the device against `transformers` there, float32."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from accelerator.rows import Row
-from accelerator.sizes import Sizes
+from accelerator.sizes import Sizes, Texts
 from accelerator.theirs import make_theirs
 from neo_jax import names
 from neo_jax.config import ModelConfig
@@ -23,25 +23,12 @@ TOLERANCE = 5e-5
 _BATCH = 4
 
 
-class Case(NamedTuple):
-    """A model in shape, the tokens of a prompt, and the new ones."""
-
-    config: ModelConfig
-    length: int
-    new: int
-
-
-def cases(sizes: Sizes) -> dict[str, Case]:
-    """Returns the models, by name."""
-    return {name: Case(sizes.models[name], *shape) for name, shape in sizes.parity.items()}
-
-
-def start(sizes: Sizes, wanted: Sequence[Case], at_once: int) -> Any:
-    """Returns what gives the row of a case."""
+def start(sizes: Sizes, wanted: Sequence[Texts], at_once: int) -> Callable[[Texts], Row]:
+    """Returns what gives the row of texts."""
     return _compare
 
 
-def _compare(case: Case) -> Row:
+def _compare(case: Texts) -> Row:
     import torch
 
     config, length, new = case

@@ -26,22 +26,30 @@ class Part(NamedTuple):
 
 def parts(sizes: Sizes) -> dict[str, Part]:
     """Returns all parts by name, in their order: 8 minutes in all."""
-    seconds = {"gpt-neo-125m": 35, "gpt-neo-1.3b": 40, "gpt-neo-2.7b": 45}
+
+    def models(sizes: Sizes) -> dict[str, str]:
+        return {name: name for name in sizes.training}
+
+    def model(name: str) -> Callable[[Sizes], dict[str, Any]]:
+        return lambda _: {name: name}
+
+    def decoding(name: str) -> Callable[[Sizes], dict[str, Any]]:
+        return functools.partial(steps.decodings, model=name)
+
     found = [
         Part("device", 25, lambda _: {"limits": None}, lambda s, *_: lambda _: steps.limits(s)),
         Part("kernels", 70, kernels.cases, kernels.start),
-        Part("parity", 40, parity.cases, parity.start, memory=0.4),
-    ]
-    for model, limit in seconds.items():
-        cases = functools.partial(steps.decodings, model=model)
-        found.append(Part(f"decode {model}", limit, cases, steps.start_decoding))
-    for model in sizes.training:  # apart, so that each has its own peak of memory
-        cases = functools.partial(lambda _, model: {model: model}, model=model)
-        found.append(Part(f"train {model}", 45, cases, steps.start_training))
-    found.append(Part("prefill", 30, steps.prefills, steps.start_prefill))
-    for how, limit in {"plain": 40, "compiled": 65}.items():
-        cases = functools.partial(theirs.cases, how=how)
-        found.append(Part(f"transformers {how}", limit, cases, theirs.start, memory=0))
+        Part("parity", 40, lambda sizes: dict(sizes.parity), parity.start, memory=0.4),
+        *(Part(f"decode {m}", 40, decoding(m), steps.start_decoding) for m in sizes.models),
+        # Apart, so that each has its own peak of memory.
+        *(Part(f"train {m}", 45, model(m), steps.start_training) for m in sizes.training),
+        Part("prefill", 30, models, steps.start_prefill),
+        *(
+            Part(f"transformers {how}", limit, functools.partial(theirs.cases, how=how),
+                 theirs.start, memory=0)
+            for how, limit in {"plain": 40, "compiled": 65}.items()
+        ),
+    ]  # fmt: skip
     return {part.name: part for part in found}
 
 

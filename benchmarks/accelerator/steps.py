@@ -15,7 +15,6 @@ from accelerator.programs import draw, prepare
 from accelerator.rows import Row
 from accelerator.sizes import Sizes
 from neo_jax.benchmark.limits import measure_limits
-from neo_jax.chips import chip
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.memory import tree_bytes
@@ -30,20 +29,15 @@ from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.state import abstract_inputs, abstract_state, make_step, state_of
 
 _REPEATS = 3
-_LONG_ENOUGH = 0.5  # seconds that are timed at once
 
 
 def limits(sizes: Sizes) -> Row:
     """Measures what the device can do, and says what it is."""
     device = jax.local_devices()[0]
-    measured, published = measure_limits([device], sizes.read_bytes), chip(device.device_kind)
     return {
         "device": device.device_kind,
         "jax": jax.__version__,
-        "products": measured.products,
-        "bandwidth": measured.bandwidth,
-        "published": dataclasses.asdict(published),
-        "memory": device_memory(),
+        **dataclasses.asdict(measure_limits([device], sizes.read_bytes)),
     }
 
 
@@ -61,7 +55,9 @@ def decodings(sizes: Sizes, model: str) -> dict[str, Decoding]:
     return {f"{model} {each.weights} batch {each.batch}": each for each in found}
 
 
-def start_decoding(sizes: Sizes, wanted: Sequence[Decoding], at_once: int) -> Any:
+def start_decoding(
+    sizes: Sizes, wanted: Sequence[Decoding], at_once: int
+) -> Callable[[Decoding], Row]:
     """Returns what gives the row of a case; all programs are compiled before."""
     programs = prepare(functools.partial(_compile_decoding, sizes), wanted, at_once, done=True)
     weights: dict[str, Any] = {}
@@ -71,7 +67,7 @@ def start_decoding(sizes: Sizes, wanted: Sequence[Decoding], at_once: int) -> An
         if case.weights not in weights:
             weights.clear()  # before others are drawn
             weights[case.weights] = draw(shapes)
-        return _decode(program, weights[case.weights], state, case)
+        return _decode(program, weights[case.weights], state, case, sizes.seconds)
 
     return measure
 
@@ -104,7 +100,9 @@ def _empty(state: engine.DecodeState, room: int) -> engine.DecodeState:
     return blank._replace(**one, limits=blank.limits + room, settings=settings, cache=cache)
 
 
-def _decode(program: Any, params: Any, shapes: engine.DecodeState, case: Decoding) -> Row:
+def _decode(
+    program: Any, params: Any, shapes: engine.DecodeState, case: Decoding, timed: float
+) -> Row:
     room, before = shapes.tokens.shape[1], peak_memory()
     state = _empty(shapes, room)
     # Rows of the table of positions are looked up; of all else every byte is read.
@@ -119,7 +117,7 @@ def _decode(program: Any, params: Any, shapes: engine.DecodeState, case: Decodin
         return (time.perf_counter() - start) / steps
 
     append(1)
-    steps = max(1, min(int(_LONG_ENOUGH / append(4)), (room - 8) // _REPEATS))
+    steps = max(1, min(int(timed / append(4)), (room - 8) // _REPEATS))
     seconds = statistics.median(append(steps) for _ in range(_REPEATS))
     planned = _planned(program)
     return {
@@ -133,40 +131,30 @@ def _decode(program: Any, params: Any, shapes: engine.DecodeState, case: Decodin
     } | _memory(before, held, planned)
 
 
-class Prompts(NamedTuple):
-    """A model and the prompts that it reads."""
-
-    model: str
-    batch: int
-    length: int
-
-
-def prefills(sizes: Sizes) -> dict[str, Prompts]:
-    """Returns what is read, by name."""
-    return {name: Prompts(name, *sizes.prefill) for name in sizes.training}
-
-
-def start_prefill(sizes: Sizes, wanted: Sequence[Prompts], at_once: int) -> Any:
-    """Returns what gives the row of a case; all programs are compiled before."""
+def start_prefill(sizes: Sizes, wanted: Sequence[str], at_once: int) -> Callable[[str], Row]:
+    """Returns what gives the row of a model; all programs are compiled before."""
     programs = prepare(functools.partial(_compile_prefill, sizes), wanted, at_once, done=True)
+    batch, length = sizes.prefill
 
-    def measure(case: Prompts) -> Row:
-        program, arguments, flops = programs(case)
+    def measure(name: str) -> Row:
+        program, arguments, flops = programs(name)
         params = draw(arguments[0])
-        seconds = _median_seconds(lambda: program(params, *arguments[1:]))
+        seconds = _median_seconds(lambda: program(params, *arguments[1:]), sizes.seconds)
         return {
-            **case._asdict(),
+            "model": name,
+            "batch": batch,
+            "length": length,
             "seconds": seconds,
-            "tokens_per_second": case.batch * case.length / seconds,
+            "tokens_per_second": batch * length / seconds,
             "flops_per_second": flops / seconds,
         }
 
     return measure
 
 
-def _compile_prefill(sizes: Sizes, case: Prompts) -> tuple[Any, Any, float]:
+def _compile_prefill(sizes: Sizes, name: str) -> tuple[Any, Any, float]:
     """Returns the program, what it takes (of parameters the shapes) and its FLOPs."""
-    config, (_, batch, length) = sizes.models[case.model], case
+    config, (batch, length) = sizes.models[name], sizes.prefill
     model = Neo(config, jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
     lengths = np.full(batch, length, np.int32)
@@ -178,12 +166,7 @@ def _compile_prefill(sizes: Sizes, case: Prompts) -> tuple[Any, Any, float]:
     return program, arguments, traced_flops(counted, config)
 
 
-def trainings(sizes: Sizes) -> dict[str, str]:
-    """Returns the models that are trained."""
-    return {name: name for name in sizes.training}
-
-
-def start_training(sizes: Sizes, wanted: Sequence[str], at_once: int) -> Any:
+def start_training(sizes: Sizes, wanted: Sequence[str], at_once: int) -> Callable[[str], Row]:
     """Returns what gives the row of a model: of the first batch that fits."""
 
     def measure(name: str) -> Row:
@@ -194,7 +177,7 @@ def start_training(sizes: Sizes, wanted: Sequence[str], at_once: int) -> Any:
                 length=sizes.length, remat=remat,
             )  # fmt: skip
             try:
-                return {"model": name, "refused": refused} | _train(config)
+                return {"model": name, "refused": refused} | _train(config, sizes.seconds)
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
                 if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -204,7 +187,7 @@ def start_training(sizes: Sizes, wanted: Sequence[str], at_once: int) -> Any:
     return measure
 
 
-def _train(config: TrainConfig) -> Row:
+def _train(config: TrainConfig, timed: float) -> Row:
     model, optimizer = Neo(config.model, jnp.bfloat16), make_optimizer(config.optimizer, 1000)
     shapes, (batch, _) = abstract_state(model, optimizer), abstract_inputs(config, model)
     start = time.perf_counter()
@@ -222,7 +205,7 @@ def _train(config: TrainConfig) -> Row:
         state, metrics = program(state, data)
         return metrics
 
-    seconds, loss = _median_seconds(advance), float(advance()["loss"])
+    seconds, loss = _median_seconds(advance, timed), float(advance()["loss"])
     in_step = config.batch_size * config.sequence_length
     flops = in_step * flops_per_token(config.model, config.sequence_length)
     row: Row = {
@@ -243,12 +226,12 @@ def _weight_shapes(model: Neo) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), shapes)
 
 
-def _median_seconds(run: Callable[[], Any]) -> float:
+def _median_seconds(run: Callable[[], Any], timed: float) -> float:
     """Returns the seconds of one of several runs that follow each other without a wait."""
     jax.block_until_ready(run())
     start = time.perf_counter()
     jax.block_until_ready(run())
-    count = max(1, int(_LONG_ENOUGH / (time.perf_counter() - start)))
+    count = max(1, int(timed / (time.perf_counter() - start)))
     times = []
     for _ in range(_REPEATS):
         start = time.perf_counter()

@@ -20,7 +20,7 @@ class Case(NamedTuple):
     """What transformers does with a model."""
 
     model: str
-    kind: str  # "decode" or "prefill"
+    task: str  # "decode" or "prefill"
     batch: int
     length: int  # tokens of the prompt
     how: str  # "plain", or "compiled"
@@ -34,7 +34,7 @@ def cases(sizes: Sizes, how: str) -> dict[str, Case]:
             prompt = sizes.room - sizes.new_tokens
             found.append(Case(model, "decode", batch, prompt, how))
     found += [Case(model, "prefill", *sizes.prefill, how) for model in sizes.training]
-    return {f"{each.model} {each.kind} batch {each.batch} {how}": each for each in found}
+    return {f"{each.model} {each.task} batch {each.batch} {how}": each for each in found}
 
 
 def start(sizes: Sizes, wanted: Sequence[Case], at_once: int) -> Callable[[Case], Row]:
@@ -72,13 +72,13 @@ def _measure(sizes: Sizes, case: Case) -> Row:
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, shape))
     ids, new = ids.to(model.device), sizes.new_tokens
     with torch.no_grad():
-        if case.kind == "prefill":
+        if case.task == "prefill":
             seconds = _prefill_seconds(model, ids, case.how)
         elif case.how == "plain":
             seconds = _decode_seconds(model, ids, new)
         else:
             seconds = _compiled_decode_seconds(model, ids, new)
-    tokens = case.batch * (case.length if case.kind == "prefill" else 1)
+    tokens = case.batch * (case.length if case.task == "prefill" else 1)
     row = case._asdict() | {"seconds": seconds, "tokens_per_second": tokens / seconds}
     return row | {"torch": torch.__version__, "dtype": _DTYPE}
 
