@@ -88,11 +88,12 @@ def _run(part: Part, args: argparse.Namespace, at_once: int, seconds: float) -> 
     command = [sys.executable, __file__, "--output", str(args.output), "--part", part.name]
     command += ["--call", str(args.call), "--at-once", str(at_once), *["--small"] * args.small]
     compiled = Path(tempfile.gettempdir()) / "neo_jax_accelerator"
-    environment = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(part.memory or 0.1),
+    environment = os.environ | {
+        "XLA_CLIENT_MEM_FRACTION": str(part.memory or 0.1),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "TF_CPP_MIN_LOG_LEVEL": "2",
-    } | os.environ
+    }
+    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name of the first
     with args.output.with_suffix(".log").open("a") as log:
         log.write(f"\n--- {part.name}\n")
         log.flush()

@@ -33,7 +33,7 @@ class Sizes:
     models: Mapping[str, ModelConfig]  # those that are timed, by preset
     attention: tuple[Heads, ...]
     parity: Mapping[str, Texts]
-    batches: tuple[int, int]  # of decoding
+    batches: tuple[int, ...]  # of decoding
     room: int  # slots of a cache, and the end of a text
     new_tokens: int  # that transformers decodes
     prefill: tuple[int, int]  # sequences, tokens of each
@@ -67,7 +67,7 @@ FULL = Sizes(
         Heads(2, 4, 1021, 64, None),
         Heads(2, 4, 2047, 128, 256),
         Heads(2, 2, 333, 80, 17),
-        Heads(2, 2, 512, 96, 1),
+        Heads(2, 2, 512, 96, 2),
     ),
     parity={
         "tiny": Texts(_TINY, 24, 64),
@@ -88,9 +88,9 @@ FULL = Sizes(
 
 SMALL = Sizes(
     models={"gpt-neo-125m": _TINY},
-    attention=(Heads(1, 2, 33, 8, None), Heads(2, 1, 24, 16, 5)),
+    attention=(Heads(1, 2, 33, 8, 5),),
     parity={"tiny": Texts(_TINY, 12, 8)},
-    batches=(1, 8),
+    batches=(3,),
     room=64,
     new_tokens=4,
     prefill=(2, 32),

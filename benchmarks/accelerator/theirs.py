@@ -28,11 +28,12 @@ class Case(NamedTuple):
 
 def cases(sizes: Sizes, how: str) -> dict[str, Case]:
     """Returns what transformers does, by name; what matters most comes first."""
-    found = []
-    for model in sizes.training:
-        for batch in sizes.batches:
-            prompt = sizes.room - sizes.new_tokens
-            found.append(Case(model, "decode", batch, prompt, how))
+    prompt = sizes.room - sizes.new_tokens
+    found = [
+        Case(model, "decode", batch, prompt, how)
+        for batch in sizes.batches
+        for model in sizes.training
+    ]
     found += [Case(model, "prefill", *sizes.prefill, how) for model in sizes.training]
     return {f"{each.model} {each.task} batch {each.batch} {how}": each for each in found}
 
