@@ -117,10 +117,13 @@ def markdown(found: dict[Key, Row]) -> str:
         for kind, (title, columns) in TABLES.items()
         if groups[kind]
     ]
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (part, name), row in found.items():
+        if {"failed", "error"} & row.keys():
+            reasons[part, row.get("failed") or row["error"]].append(name)
     wrong = [
-        f"- {part}, {name}: {row.get('failed') or row.get('error')}"
-        for (part, name), row in found.items()
-        if {"failed", "error"} & row.keys()
+        f"- {part}, {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
+        for (part, reason), names in reasons.items()
     ]
     sections.append("\n".join(["## Wrong or missing", "", *(wrong or ["Nothing."])]))
     return "\n\n".join(["# On an accelerator", *sections]) + "\n"
