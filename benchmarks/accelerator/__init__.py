@@ -1,0 +1,1 @@
+"""What `accelerator.py` measures: its parts, each a module; rows of results; and the table."""
