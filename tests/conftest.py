@@ -59,7 +59,7 @@ def _compiled_quickly(request):
     marks = {mark.name for mark in request.node.iter_markers()}
     quickly = marks.isdisjoint({"optimized", "tpu_compiler"})
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # of processes that it starts
-    if quickly != jax.config.jax_disable_most_optimizations:
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quickly)
 

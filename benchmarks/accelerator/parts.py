@@ -36,22 +36,22 @@ def parts(sizes: Sizes) -> dict[str, Part]:
     def decoding(name: str) -> Callable[[Sizes], dict[str, Any]]:
         return functools.partial(steps.decodings, model=name)
 
-    limits = {"gpt-neo-2.7b": 50}  # whose four programs take longer to compile
+    decode = {"gpt-neo-125m": 35, "gpt-neo-2.7b": 50}  # whose programs take longer to compile
     found = [
-        Part("device", 25, lambda _: {"limits": None}, lambda s, *_: lambda _: steps.limits(s)),
-        Part("kernels", 70, kernels.cases, kernels.start),
-        Part("parity", 40, lambda sizes: dict(sizes.parity), parity.start, memory=0.4),
+        Part("device", 40, lambda _: {"limits": None}, lambda s, *_: lambda _: steps.limits(s)),
+        Part("kernels", 95, kernels.cases, kernels.start),
+        Part("parity", 45, lambda sizes: dict(sizes.parity), parity.start, memory=0.4),
         *(
-            Part(f"decode {m}", limits.get(m, 40), decoding(m), steps.start_decoding)
+            Part(f"decode {m}", decode.get(m, 45), decoding(m), steps.start_decoding)
             for m in sizes.models
         ),
         # Apart, so that each has its own peak of memory.
-        *(Part(f"train {m}", 45, model(m), steps.start_training) for m in sizes.training),
-        Part("prefill", 30, models, steps.start_prefill),
+        *(Part(f"train {m}", 25, model(m), steps.start_training) for m in sizes.training),
+        Part("prefill", 25, models, steps.start_prefill),
         *(
             Part(f"transformers {how}", limit, functools.partial(theirs.cases, how=how),
                  theirs.start, memory=0)
-            for how, limit in {"plain": 40, "compiled": 55}.items()
+            for how, limit in {"plain": 45, "compiled": 50}.items()
         ),
     ]  # fmt: skip
     return {part.name: part for part in found}

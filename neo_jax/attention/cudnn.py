@@ -18,7 +18,8 @@ def cudnn(
 ) -> Float[Array, "B N T H"]:
     """Equals `dense` for a sequence that attends to itself, its output rounded to q's dtype.
 
-    On a mesh this is for one device's rows and heads: `attend` sees to it.
+    On a mesh this is for one device's rows and heads: `attend` sees to it. Rows of an odd length
+    are padded on the right, in the future: cuDNN has no gradient of those.
 
     Args:
       q: queries.
@@ -27,7 +28,9 @@ def cudnn(
       mask: aligned, without starts.
       implementation: "xla" computes what is asked of cuDNN on any device, for tests.
     """
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    length = q.shape[2]
+    fill = ((0, 0), (0, 0), (0, length % 2), (0, 0))
+    q, k, v = (jnp.pad(x, fill).swapaxes(1, 2) for x in (q, k, v))
     y = jax.nn.dot_product_attention(
         q,
         k,
@@ -38,4 +41,4 @@ def cudnn(
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation=implementation,
     )
-    return y.swapaxes(1, 2).astype(jnp.float32)
+    return y.swapaxes(1, 2)[:, :, :length].astype(jnp.float32)

@@ -336,6 +336,22 @@ def test_attend_runs_what_is_chosen(rng, monkeypatch):
     assert calls == ["blocked", "dense", "dense", "dense", "blocked"]
 
 
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_cudnn_is_given_even_lengths(rng, monkeypatch, length):
+    """It has no gradient of odd ones."""
+    lengths, attention = [], jax.nn.dot_product_attention
+
+    def record(q, k, v, **options):
+        lengths.append({x.shape[1] for x in (q, k, v)})
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    q, k, v = draw(rng, 1, 2, length, 8)
+    mask = sequence([list(range(length))])
+    assert IMPLEMENTATIONS["cudnn"](q, k, v, mask).shape == q.shape
+    assert lengths == [{length + length % 2}]
+
+
 def test_blocked_refuses_a_cache(rng):
     positions = jnp.arange(5)[None]
     with pytest.raises(NeoError, match=r"'blocked' kernel serves a sequence .* use 'dense'"):

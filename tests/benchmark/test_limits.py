@@ -45,3 +45,17 @@ def test_all_devices_work_at_once(monkeypatch):
         {device} for device in jax.devices()[:3]
     ]
     assert limits._best_seconds(placed) > 0
+
+
+def test_short_programs_are_queued_together(monkeypatch):
+    """On a GPU the start of a call takes as long as reading hundreds of megabytes."""
+    clock, calls = [0.0], []
+
+    def program():
+        calls.append(clock[0])
+        clock[0] += 1e-3
+
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(limits.jax, "block_until_ready", lambda _: clock.append(0))
+    assert limits._best_seconds([program, program]) == pytest.approx(2e-3)
+    assert len(calls) == 2 * (1 + 1 + 2 * 10)  # to compile, to guess, and 20 ms at once
