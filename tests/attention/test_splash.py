@@ -129,9 +129,6 @@ def blocked_results():
 @pytest.mark.parametrize(
     ("mesh", "rules"),
     [
-        ("", ""),
-        ("data=4", "data"),
-        ("data=2,fsdp=2", "fsdp"),
         ("data=2,model=4", "tensor"),
         ("fsdp=4,model=2", "fsdp+tensor"),
         ("data=2,fsdp=2,model=2", "decode"),
