@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,9 @@ class _Tasks(TaskManager):
         except NeoError:
             raise
         except Exception as error:  # a hub, a file, a YAML, a function in it: anything may fail
-            why = " ".join(str(error).split()).rstrip(".")
             raise NeoError(
-                f"cannot load {', '.join(task_list)}: {why}; where the data is not to be had, name "
-                "files that are here in a task file of --include-path."
+                f"cannot load {', '.join(task_list)}: {_why(error)}; where the data is not to be "
+                "had, name files that are here in a task file of --include-path."
             ) from error
 
 
@@ -94,9 +94,9 @@ def run(
       output: a folder for the harness's files, results_DATE.json and samples_TASK_DATE.jsonl.
 
     Raises:
-      NeoError: data that cannot be had, or what the model cannot do.
+      NeoError: data that cannot be had, a task that fails, or what the model cannot do.
     """
-    with _quiet():
+    with _quiet(), _explained():
         tracker = EvaluationTracker(output_path=output or None)
         results = simple_evaluate(
             model=model,
@@ -125,6 +125,27 @@ def table(results: dict[str, Any]) -> str:
     if results.get("groups"):
         parts.append(make_table(results, "groups"))
     return "\n".join(parts)
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says in one line what fails in a task: in its templates, functions, filters and metrics."""
+    try:
+        yield
+    except NeoError:
+        raise
+    except Exception as error:
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        package = Path(__file__).parents[1]
+        if any(package in Path(file).parents for file in files if file != __file__):
+            raise  # from the model: a fault of this package
+        raise NeoError(
+            f"a task fails in {files[-1]}: {type(error).__name__}: {_why(error)}; correct the task."
+        ) from error
 
 
 @contextlib.contextmanager
