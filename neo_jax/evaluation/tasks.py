@@ -17,6 +17,7 @@ from lm_eval.utils import make_table
 
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.harness import NeoLM
+from neo_jax.paths import check_writable
 
 _RESAMPLES = 1000  # for the standard errors of what is no mean
 
@@ -94,8 +95,12 @@ def run(
       output: a folder for the harness's files, results_DATE.json and samples_TASK_DATE.jsonl.
 
     Raises:
-      NeoError: data that cannot be had, a task that fails, or what the model cannot do.
+      NeoError: data that cannot be had, a task that fails, what the model cannot do, or an output
+        that cannot be written.
     """
+    folder = Path(output).parent if output.endswith(".json") else Path(output)
+    if output:
+        check_writable(folder)
     with _quiet(), _explained():
         tracker = EvaluationTracker(output_path=output or None)
         results = simple_evaluate(
@@ -116,6 +121,13 @@ def run(
             for task in results["configs"]:
                 tracker.save_results_samples(task_name=task, samples=samples[task])
             results["samples"] = samples
+            # Of what it cannot write the harness only warns.
+            written = [file for file in folder.rglob("*") if tracker.date_id in file.name]
+            if len(written) < 1 + len(results["configs"]):
+                raise NeoError(
+                    f"not all results could be written in {output}; run the same command again "
+                    "with another --output: finished requests are kept."
+                )
     return results
 
 

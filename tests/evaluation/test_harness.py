@@ -369,6 +369,21 @@ def test_a_task_that_fails(lm, tasks, tmp_path):
         running.run(model, [str(tmp_path / "many.yaml")], manager, limit=1)
 
 
+def test_results_that_cannot_be_written(lm, manager, tmp_path, monkeypatch):
+    """Before anything runs; or after, where the harness itself would only have warned."""
+    model, file = NeoLM(lm, cache="none"), tmp_path / "file"
+    file.touch()
+    with pytest.raises(NeoError, match=r"cannot write in .*file"):
+        running.run(model, ["whole"], manager, limit=1, output=str(file))
+    folder = tmp_path / "results"
+    running.run(model, ["whole"], manager, limit=1, output=str(folder))
+    names = [path.name.split("_2")[0] for path in folder.rglob("*.json*")]
+    assert sorted(names) == ["results", "samples_whole"]
+    monkeypatch.setattr(running.EvaluationTracker, "save_results_samples", lambda *_, **__: None)
+    with pytest.raises(NeoError, match=r"not all results could be written in .*results; run"):
+        running.run(model, ["whole"], manager, limit=1, output=str(folder))
+
+
 def test_an_option_of_the_model_that_there_is_not():
     with pytest.raises(NeoError, match=r"no option 'cache_dtyp'\. Did you mean 'cache_dtype'"):
         NeoLM(cache_dtyp="int8")
