@@ -226,8 +226,8 @@ class Asked:
         ("generate_until", ("it", {"max_gen_toks": 64}), "task 'a' asks for 64 new tokens, the"),
         (
             "loglikelihood",
-            (" ", "<|endoftext|>"),
-            "example 3: the continuation ' <|endoftext|>' is",
+            ("", "<|endoftext|>"),
+            "example 3: the continuation '<|endoftext|>' is",
         ),
         ("generate_until", ("it", {"tempature": 1.0}), "task 'a': unknown option 'tempature'. Did"),
         ("generate_until", ("it", {"do_sample": "yes"}), "task 'a': do_sample must be true or"),
