@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from neo_jax.attention import blocked
 from neo_jax.config import ModelConfig
@@ -133,6 +133,27 @@ def test_rematerialisation_saves_memory():
         for remat in ("none", "products", "full")
     )
     assert full < 0.7 * products < 0.7 * none
+
+
+def test_every_layer_drops_something_else():
+    """What one layer alone adds, a constant, shows what it drops: others drop another half."""
+    model = Neo(dataclasses.replace(UNIT, num_layers=4), dropout=0.5)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    zeros = flatten_dict(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+    zeros["ln_f", "scale"] += 1
+    tokens = jnp.zeros((1, 64), jnp.int32)
+
+    @jax.jit
+    def run(params):
+        return run_stacked(model, stack(params, model.config), tokens, key=jax.random.key(0))
+
+    kept = []
+    for i in range(4):
+        bias = (f"h_{i}", "mlp", "c_proj", "bias")
+        params = zeros | {bias: zeros[bias] + 1}
+        kept.append(np.asarray(run(unflatten_dict(params))) > 0)
+    for one, other in itertools.combinations(kept, 2):
+        assert abs((one == other).mean() - 0.5) < 0.05
 
 
 def test_dropout():

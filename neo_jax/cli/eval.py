@@ -26,7 +26,8 @@ class Options:
     """Evaluates a model: on texts, or on tasks of lm-evaluation-harness.
 
     Tasks need pip install 'neo_jax[eval]'. Their finished requests are kept on disk: a run that was
-    interrupted goes on.
+    interrupted goes on. Task files are programs: the functions that they name (!function) run here,
+    so take them from people you trust.
     """
 
     text: tuple[str, ...] = ()  # files, folders or globs of .txt or .jsonl (The Pile's), also .zst
@@ -39,7 +40,7 @@ class Options:
     include_path: str = ""  # a folder of further task files
     num_fewshot: int = -1  # examples before each question; -1 is as the task says
     limit: float = 0  # examples of each task, or a share of them where below 1; 0 is all
-    gen_kwargs: str = ""  # of generation, in the place of the tasks', as in max_gen_toks=64
+    gen_kwargs: str = ""  # of generation, in the place of the tasks', as in max_gen_toks=64,seed=1
     output: str = ""  # a folder for results and samples, as the harness writes them
     cache: str = ""  # a file of finished requests; none keeps none; else ~/.cache/neo_jax
     batch_size: int = 0  # rows of a forward pass; 0 is as many as have some thousand tokens

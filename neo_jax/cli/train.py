@@ -22,7 +22,7 @@ from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Trains by a config, each field of which is an option."""
+    """Trains by a config, each field of which is an option. A config is a program that runs."""
 
     config: Annotated[TrainConfig, arg(name="")]
     cluster: OmitArgPrefixes[ClusterOptions]
@@ -35,6 +35,7 @@ def main(args: Sequence[str]) -> None:
             print(
                 "usage: neo-jax train CONFIG [OPTIONS]\n\n"
                 f"CONFIG is a .py file that defines `config`, or one of: {', '.join(_names())}\n"
+                "A .py file is a program that runs: take it from people you trust.\n"
                 "neo-jax train CONFIG --help tells every field and its value."
             )
             return

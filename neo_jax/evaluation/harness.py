@@ -6,31 +6,33 @@ takes the harness's own arguments. `--model_args` are the options of `neo_jax.lo
 several axes is written as JSON: '{"pretrained": "gpt-neo-1.3b", "mesh": "data=2,model=4"}'.
 """
 
-import dataclasses
-import json
+import inspect
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.distributed import is_leader
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.evaluation import answers
 from neo_jax.evaluation.continuations import Request, score_continuations
+from neo_jax.generation import TextOptions, check_together, read_options, reseeded
 from neo_jax.language_model import LanguageModel, load
 from neo_jax.scoring import token_logprobs
 
 _NEW_TOKENS = 256  # where a task does not say, as the harness's other models have it
 _GENERATED_TOGETHER = 16
-_SAMPLING = {field.name for field in dataclasses.fields(SamplingOptions)}
+_NEW_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers', where a text is drawn
 
 
 @register_model("neo_jax")
@@ -45,6 +47,7 @@ class NeoLM(TemplateLM):
       mesh: devices to split the model over.
       rules: how it is split.
       quantize: "none" or "int8".
+      cache_dtype: of keys and values while a text is written.
       cache: a file of finished requests, or "none".
       batch_size: requests of one forward pass; "auto" is as many as have some thousand tokens.
       max_batch_size: not used, as the next one; the harness tells them to every model.
@@ -63,13 +66,18 @@ class NeoLM(TemplateLM):
         mesh: str = "",
         rules: str = "",
         quantize: str = "none",
+        cache_dtype: str = "auto",
         cache: str = "",
         batch_size: str | int = "auto",
         max_batch_size: int | None = None,
         device: str | None = None,
+        **unknown: Any,
     ) -> None:
         """Loads the model."""
         super().__init__()
+        for name in unknown:
+            known = inspect.signature(NeoLM).parameters
+            raise NeoError(f"the model has no option '{name}'.{suggest(name, known)}")
         self.batch_size = batch_size
         self._rows = 0 if str(batch_size).startswith("auto") else _whole(batch_size)
         if isinstance(pretrained, LanguageModel):
@@ -83,6 +91,7 @@ class NeoLM(TemplateLM):
                 mesh=mesh,
                 rules=rules,
                 quantize=quantize,  # type: ignore[arg-type]
+                cache_dtype=cache_dtype,
             )
         self._answers = _open_answers(cache, self.lm)
 
@@ -115,7 +124,11 @@ class NeoLM(TemplateLM):
         return self.lm.encode(string) if string else []
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
-        """Returns (log p in nats, is greedy) of each request's continuation after its context."""
+        """Returns (log p in nats, is greedy) of each request's continuation after its context.
+
+        They are encoded together, as the harness does it. Where that leaves the continuation no
+        token, for its text belongs to the context's last one, it is encoded by itself.
+        """
         pairs = [self._pair(request) for request in requests]
         return self._loglikelihood_tokens(
             [(request.args, *pair) for request, pair in zip(requests, pairs, strict=True)],
@@ -124,15 +137,21 @@ class NeoLM(TemplateLM):
 
     def _pair(self, request: Any) -> Request:
         context, continuation = request.args
-        if context:
-            pair = Request(*self._encode_pair(context, continuation))
+        where = f"task '{request.task_name}', example {request.doc_id}"
+        if not continuation:
+            raise NeoError(f"{where}: the continuation '' is empty; correct the task.")
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        if stripped:
+            ids, new = self._encode_pair(stripped, continuation)
+            pair = Request(ids, new or self.tok_encode(continuation))
         else:
             start, ids = self.prefix_token_id, self.tok_encode(continuation)
             pair = Request([start], ids[1:] if ids[:1] == [start] else ids)
-        where = f"task '{request.task_name}', example {request.doc_id}"
-        if not pair.context or not pair.continuation:
+        if not pair.continuation:
             raise NeoError(
-                f"{where}: the continuation {continuation!r} is empty; correct the task."
+                f"{where}: the continuation {brief(continuation)} is what a text begins with, and "
+                "has no likelihood; correct the task."
             )
         if len(pair.continuation) > self.max_length:
             raise NeoError(
@@ -153,7 +172,7 @@ class NeoLM(TemplateLM):
             return score_continuations(self.lm.model, self.lm.params, missing, self._rows)
 
         keys = [("loglikelihood", *pair) for pair in pairs]
-        found = self._finish(keys, pairs, compute, disable_tqdm)
+        found = self._finish(keys, pairs, compute, (float, bool), disable_tqdm)
         return [(logprob, greedy) for logprob, greedy in found]
 
     def loglikelihood_rolling(
@@ -169,63 +188,63 @@ class NeoLM(TemplateLM):
             return ((i, float(row.sum(dtype="float64"))) for i, row in enumerate(scores))
 
         keys = [("loglikelihood_rolling", ids) for ids in texts]
-        return self._finish(keys, texts, compute, disable_tqdm)
+        return self._finish(keys, texts, compute, float, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns how the model goes on, up to the first stop string; greedily unless told."""
-        asked = [self._generation(request) for request in requests]
+        """Returns how the model goes on, up to the first stop string; greedily unless told.
 
-        def compute(missing: list[Any]) -> Iterator[tuple[int, str]]:
+        A request that is drawn and repeated gets another draw each time: the i-th is that of
+        `seed + i`.
+        """
+        wanted = _drawn_apart([self._generation(request) for request in requests])
+
+        def compute(missing: list[_Generation]) -> Iterator[tuple[int, str]]:
             groups = defaultdict(list)
-            for i, (_, options) in enumerate(missing):
-                groups[options].append(i)
-            for said, members in groups.items():
-                options = json.loads(said)
+            for i, generation in enumerate(missing):
+                groups[repr(generation.arguments)].append(i)
+            for members in groups.values():
                 samples = self.lm.samples(
-                    [missing[i][0] for i in members],
-                    options["new"],
-                    sampling=SamplingOptions(**options["sampling"]),
-                    stop=options["stops"],
+                    [missing[i].ids for i in members],
+                    sampling=[missing[i].sampling for i in members],
                     batch_size=self._rows or _GENERATED_TOGETHER,
+                    **missing[members[0]].arguments,
                 )
                 yield from ((i, s.text or "") for i, s in zip(members, samples, strict=True))
 
-        keys = [("generate_until", ids, options) for ids, options in asked]
-        return self._finish(keys, asked, compute, disable_tqdm)
+        keys = [("generate_until", repr(generation)) for generation in wanted]
+        return self._finish(keys, wanted, compute, str, disable_tqdm)
 
-    def _generation(self, request: Any) -> tuple[list[int], str]:
-        """The prompt's ids as far as there is room for them, and the options as JSON."""
-        prompt, wanted = request.args
+    def _generation(self, request: Any) -> "_Generation":
+        """What a request means, with the prompt's ids as far as there is room for them."""
+        prompt, options = request.args
         where = f"task '{request.task_name}'"
-        options = dict(wanted)
-        stops = options.pop("until", None) or []
-        new = options.pop("max_gen_toks", _NEW_TOKENS)
+        try:
+            sampling, arguments = _read_options(options)
+        except NeoError as error:
+            raise NeoError(f"{where}: {error}") from error
+        new = arguments["max_new_tokens"]
         if not 0 < new < self.max_length:
             raise NeoError(
                 f"{where} asks for {new} new tokens, the model's context is {self.max_length}; "
                 "give for example --gen-kwargs max_gen_toks=64."
             )
-        sampling = {"temperature": 0.0, "top_p": 1.0}
-        if not options.pop("do_sample", options.get("temperature", 0) > 0):
-            options.pop("temperature", None)
-        for name, value in options.items():
-            if name not in _SAMPLING:
-                raise NeoError(f"{where} asks for '{name}'.{suggest(name, _SAMPLING)}")
-            sampling[name] = value
         ids = self.tok_encode(prompt)[-(self.max_length - new) :] or [self.prefix_token_id]
-        stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
-        return ids, json.dumps({"stops": stops, "new": new, "sampling": sampling}, sort_keys=True)
+        return _Generation(ids, sampling, arguments)
 
     def _finish(
         self,
         keys: Sequence[answers.Request],
         asked: Sequence[Any],
         compute: Callable[[list[Any]], Iterator[tuple[int, Any]]],
+        form: answers.Form,
         quiet: bool,
     ) -> list[Any]:
         """Returns the answer to all that is asked, of which what is not on disk is computed."""
         known = self._answers
-        found = [known.find(key) if known else None for key in keys]
+        found = [known.find(key, form) if known else None for key in keys]
+        if known and known.damaged:
+            _tell(f"{known.damaged} finished requests on disk are damaged and computed again.")
+            known.damaged = 0
         missing = [i for i, answer in enumerate(found) if answer is None]
         bar = tqdm(total=len(keys), initial=len(keys) - len(missing), disable=quiet)
         for i, answer in compute([asked[i] for i in missing]):
@@ -246,6 +265,67 @@ class NeoLM(TemplateLM):
         }
 
 
+class _Generation(NamedTuple):
+    """What a request to go on means; its `repr` tells it from every other."""
+
+    ids: list[int]
+    sampling: SamplingOptions
+    arguments: dict[str, Any]  # of `LanguageModel.samples`
+
+
+def _read_options(said: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
+    """Returns what arguments of generation mean, by the names that the harness's models take.
+
+    As with its PyTorch model a text is drawn where `do_sample` or else a temperature says so, and
+    what is not said is as in transformers.
+
+    Raises:
+      NeoError: an unknown name, names that contradict each other, or a value that cannot be.
+    """
+    options = {name: value for name, value in said.items() if value is not None}
+    new = checked("max_gen_toks", _one_of(options, _NEW_NAMES, _NEW_TOKENS), int)
+    stops = _one_of(options, ("until", "stop"), [])
+    stops = stops if isinstance(stops, list | tuple) else [stops]
+    draws = options.pop("do_sample", bool(options.get("temperature")))
+    if not isinstance(draws, bool):
+        raise NeoError(f"do_sample must be true or false, not {brief(draws)}.")
+    if draws and options.get("temperature") != 0:
+        options = _DRAWN | options
+    else:
+        options = {n: v for n, v in options.items() if n not in (*_DRAWN, "min_p", "seed")}
+        options["temperature"] = 0.0
+    sampling, arguments = read_options(options)
+    text = TextOptions(max(new, 1), stop=[stop for stop in stops if stop])
+    check_together([sampling], text, arguments.get("beams", BeamOptions()), has_draft=False)
+    return sampling, {**arguments, "max_new_tokens": new, "stop": text.stop}
+
+
+def _one_of(options: dict[str, Any], names: Sequence[str], default: Any) -> Any:
+    """Takes the value of one of several names of the same out of options."""
+    found = {name: options.pop(name) for name in names if name in options}
+    first, *others = found or [""]
+    for other in others:
+        if found[other] != found[first]:
+            raise NeoError(
+                f"{first} is {brief(found[first])} and {other} {brief(found[other])}, which mean "
+                "the same; give one of them, in --gen-kwargs the one that the task has."
+            )
+    return found.get(first, default)
+
+
+def _drawn_apart(wanted: Sequence[_Generation]) -> list[_Generation]:
+    """Gives equal requests whose texts are drawn a seed each."""
+    drawn = Counter[str]()
+    apart = []
+    for generation in wanted:
+        said, sampling = repr(generation), generation.sampling
+        if sampling.temperature > 0:
+            generation = generation._replace(sampling=reseeded(sampling, drawn[said]))
+            drawn[said] += 1
+        apart.append(generation)
+    return apart
+
+
 def _whole(batch_size: str | int) -> int:
     if not str(batch_size).isdecimal() or not int(batch_size):
         raise NeoError(f"the batch size '{batch_size}' is neither auto nor a whole number from 1.")
@@ -257,7 +337,7 @@ def _open_answers(cache: str, lm: LanguageModel) -> answers.Answers | None:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(cache) if cache else Path(home) / "neo_jax" / "answers.sqlite"
-    return answers.Answers(path, answers.fingerprint(lm.model, lm.params))
+    return answers.Answers(path, answers.fingerprint(lm.model, lm.params, lm.tokenizer))
 
 
 def _tell(line: str) -> None:

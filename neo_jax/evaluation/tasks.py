@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_eval.utils import make_table
 
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.harness import NeoLM
+from neo_jax.paths import check_writable
 
 _RESAMPLES = 1000  # for the standard errors of what is no mean
 
@@ -30,10 +32,9 @@ class _Tasks(TaskManager):
         except NeoError:
             raise
         except Exception as error:  # a hub, a file, a YAML, a function in it: anything may fail
-            why = " ".join(str(error).split()).rstrip(".")
             raise NeoError(
-                f"cannot load {', '.join(task_list)}: {why}; where the data is not to be had, name "
-                "files that are here in a task file of --include-path."
+                f"cannot load {', '.join(task_list)}: {_why(error)}; where the data is not to be "
+                "had, name files that are here in a task file of --include-path."
             ) from error
 
 
@@ -94,9 +95,13 @@ def run(
       output: a folder for the harness's files, results_DATE.json and samples_TASK_DATE.jsonl.
 
     Raises:
-      NeoError: data that cannot be had, or what the model cannot do.
+      NeoError: data that cannot be had, a task that fails, what the model cannot do, or an output
+        that cannot be written.
     """
-    with _quiet():
+    folder = Path(output).parent if output.endswith(".json") else Path(output)
+    if output:
+        check_writable(folder)
+    with _quiet(), _explained():
         tracker = EvaluationTracker(output_path=output or None)
         results = simple_evaluate(
             model=model,
@@ -116,6 +121,13 @@ def run(
             for task in results["configs"]:
                 tracker.save_results_samples(task_name=task, samples=samples[task])
             results["samples"] = samples
+            # Of what it cannot write the harness only warns.
+            written = [file for file in folder.rglob("*") if tracker.date_id in file.name]
+            if len(written) < 1 + len(results["configs"]):
+                raise NeoError(
+                    f"not all results could be written in {output}; run the same command again "
+                    "with another --output: finished requests are kept."
+                )
     return results
 
 
@@ -125,6 +137,27 @@ def table(results: dict[str, Any]) -> str:
     if results.get("groups"):
         parts.append(make_table(results, "groups"))
     return "\n".join(parts)
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says in one line what fails in a task: in its templates, functions, filters and metrics."""
+    try:
+        yield
+    except NeoError:
+        raise
+    except Exception as error:
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        package = Path(__file__).parents[1]
+        if any(package in Path(file).parents for file in files if file != __file__):
+            raise  # from the model: a fault of this package
+        raise NeoError(
+            f"a task fails in {files[-1]}: {type(error).__name__}: {_why(error)}; correct the task."
+        ) from error
 
 
 @contextlib.contextmanager

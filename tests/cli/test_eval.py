@@ -59,6 +59,15 @@ def test_what_cannot_be_evaluated(fail, model, args, status, message):
     assert message in fail("eval", *args, *model, status=status)
 
 
+def test_help_says_what_is_a_program(succeed):
+    for args, words in (
+        (["eval"], "Task files are programs"),
+        (["train"], "A .py file is a program that runs"),
+        (["train", "cpu"], "A config is a program that runs"),
+    ):
+        assert words in " ".join(succeed(*args, "--help").replace("│", " ").split())
+
+
 def test_tasks_without_the_harness(fail, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'neo_jax[eval]'" in fail("eval", "--tasks", "piqa", *model)

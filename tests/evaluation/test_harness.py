@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -225,15 +227,168 @@ class Asked:
         ("loglikelihood", ("it", "x y" * 50), "the continuation has .* the model's context 64"),
         ("generate_until", ("it", {"max_gen_toks": 64}), "task 'a' asks for 64 new tokens, the"),
         (
+            "loglikelihood",
+            ("", "<|endoftext|>"),
+            "example 3: the continuation '<|endoftext|>' is",
+        ),
+        ("generate_until", ("it", {"tempature": 1.0}), "task 'a': unknown option 'tempature'. Did"),
+        ("generate_until", ("it", {"do_sample": "yes"}), "task 'a': do_sample must be true or"),
+        ("generate_until", ("it", {"temperature": "hot"}), "task 'a': temperature must be a num"),
+        ("generate_until", ("it", {"max_tokens": "many"}), "task 'a': max_gen_toks must be a"),
+        ("generate_until", ("it", {"until": 5}), "task 'a': stop must be a text or a list"),
+        ("generate_until", ("it", {"until": ["a", 5]}), "task 'a': stop must be a text or a list"),
+        (
             "generate_until",
-            ("it", {"num_beams": 2, "max_gen_toks": 9}),
-            "task 'a' asks for 'num_beams'",
+            ("it", {"max_gen_toks": 9, "max_new_tokens": 8}),
+            "task 'a': max_gen_toks is 9 and max_new_tokens 8, which mean the same; give one",
+        ),
+        (
+            "generate_until",
+            ("it", {"num_beams": 2, "do_sample": True}),
+            "task 'a': temperature has no effect on beam search",
         ),
     ],
 )
 def test_what_a_model_cannot_do(lm, kind, args, message):
-    with pytest.raises(NeoError, match=message):
+    with pytest.raises(NeoError, match=re.escape(message).replace(r"\.\*", ".*")):
         getattr(NeoLM(lm, cache="none"), kind)([Asked(*args)])
+
+
+def go_on(model, *several):
+    """What a model writes after "the dog" with each of several arguments of generation."""
+    requests = [Asked("the dog", {"max_gen_toks": 8} | options) for options in several]
+    return model.generate_until(requests, disable_tqdm=True)
+
+
+def drawn(lm, seed=0, **options):
+    """The same by `LanguageModel`, with transformers' defaults."""
+    options = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | options
+    return lm.generate("the dog", 8, seed=seed, **options)
+
+
+def test_repeats_are_drawn_apart(lm, tmp_path, monkeypatch):
+    """The i-th is the draw of seed + i, also from disk; what is not drawn repeats itself."""
+    cache = str(tmp_path / "answers")
+    hot = {"do_sample": True, "temperature": 1.0}
+    expected = [drawn(lm, seed) for seed in range(4)]
+    assert len(set(expected)) == 4
+    assert go_on(NeoLM(lm, cache=cache), hot, hot) == expected[:2]
+    assert go_on(NeoLM(lm, cache=cache), hot, hot, hot, hot) == expected
+    assert go_on(NeoLM(lm, cache="none"), hot | {"seed": 2}, {}, hot | {"seed": 2}) == [
+        expected[2], lm.generate("the dog", 8, temperature=0), expected[3],
+    ]  # fmt: skip
+    monkeypatch.setattr(lm, "samples", None)  # all of it is on disk
+    assert go_on(NeoLM(lm, cache=cache), hot, hot, hot, hot) == expected
+    monkeypatch.undo()
+    assert len(set(go_on(NeoLM(lm, cache=cache), *[{}] * 3))) == 1
+
+
+def test_whether_a_text_is_drawn(lm):
+    """As in the harness; and what is drawn without a temperature has that of transformers, 1."""
+    model, greedy = NeoLM(lm, cache="none"), lm.generate("the dog", 8, temperature=0)
+    for said, options in (
+        ({"do_sample": True}, {}),
+        ({"do_sample": True, "top_p": 0.95}, {"top_p": 0.95}),
+        ({"do_sample": True, "top_k": 0, "temperature": None}, {"top_k": 0}),
+        ({"temperature": 0.8}, {"temperature": 0.8}),
+    ):
+        assert go_on(model, said) == [drawn(lm, **options)] != [greedy]
+    for said in (
+        {},
+        {"do_sample": False},
+        {"do_sample": False, "temperature": 0.8, "top_p": 0.5, "top_k": 3, "seed": 5},
+        {"do_sample": True, "temperature": 0.0},
+        {"top_p": 0.9},
+    ):
+        assert go_on(model, said) == [greedy]
+
+
+def test_other_names_of_arguments(lm):
+    model = NeoLM(lm, cache="none")
+    expected = lm.generate("the dog", 5, temperature=0)
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        request = Asked("the dog", {name: 5, "max_gen_toks": 5})
+        assert model.generate_until([request], disable_tqdm=True) == [expected]
+    beams = {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True}
+    assert go_on(model, beams | {"do_sample": False, "temperature": 0.0}) == [
+        lm.generate("the dog", 8, temperature=0, **beams)
+    ]
+    assert go_on(model, {"stop": " "}) == go_on(model, {"until": [" ", ""]})
+
+
+def test_a_token_over_the_border(lm, hf):
+    """One token holds the context's end and the continuation, which then is encoded by itself."""
+    word = next(
+        word
+        for word in (lm.tokenizer.decode([i]) for i in range(lm.config.vocab_size))
+        if len(word) > 2 and word.isalpha()
+    )
+    assert len(lm.encode(word)) == 1
+    model = NeoLM(lm, cache="none")
+    border = Asked(word[:-1], word[-1])
+    other = Asked("the dog", " sells")
+    (logprob, _), *others = model.loglikelihood([border, other], disable_tqdm=True)
+    context, ids = lm.encode(word[:-1]), lm.encode(word[-1])
+    (score,) = lm.score([context + ids])
+    assert logprob == pytest.approx(score.logprobs[-len(ids) :].sum(), rel=1e-5)
+    np.testing.assert_allclose(others, hf.loglikelihood([other], disable_tqdm=True), atol=1e-4)
+    with pytest.raises(AssertionError):  # the harness's own ends here
+        hf.loglikelihood([border], disable_tqdm=True)
+
+
+def test_a_context_of_white_space_begins_a_text(lm):
+    model = NeoLM(lm, cache="none")
+    found = model.loglikelihood([Asked(" ", "the dog"), Asked("", " the dog")], disable_tqdm=True)
+    assert found[0] == found[1]
+
+
+def test_damaged_answers_are_computed_again(lm, tmp_path, capsys):
+    cache, requests = tmp_path / "answers", [Asked("the dog", word) for word in (" a", " b", " c")]
+    expected = NeoLM(lm, cache=str(cache)).loglikelihood(requests, disable_tqdm=True)
+    with contextlib.closing(sqlite3.connect(cache)) as database, database:
+        key = database.execute("SELECT min(key) FROM answers").fetchone()
+        database.execute("UPDATE answers SET answer = '[0.0, true]' WHERE key = ?", key)
+    for line in ("1 finished requests on disk are damaged and computed again.\n", ""):
+        found = NeoLM(lm, cache=str(cache)).loglikelihood(requests, disable_tqdm=True)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        assert capsys.readouterr().err == line
+
+
+def test_a_task_that_fails(lm, tasks, tmp_path):
+    """In its filters and metrics, after the model has answered: one line, which names where."""
+    task = yaml.safe_load((tasks / "completion.yaml").read_text())
+    task |= {"repeats": 2, "generation_kwargs": {"max_gen_toks": 3, "do_sample": True}}
+    for name, count in (("few", 2), ("many", 3)):
+        filters = [{"name": "all", "filter": [{"function": "take_first_k", "k": count}]}]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task | {"filter_list": filters}))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = NeoLM(lm, cache="none")
+    (few,) = running.run(model, [str(tmp_path / "few.yaml")], manager, limit=1)["samples"].values()
+    assert len(set(few[0]["resps"][0])) == 2
+    with pytest.raises(
+        NeoError, match=r"selection\.py: AssertionError: Need at least 3 resp.* task"
+    ):
+        running.run(model, [str(tmp_path / "many.yaml")], manager, limit=1)
+
+
+def test_results_that_cannot_be_written(lm, manager, tmp_path, monkeypatch):
+    """Before anything runs; or after, where the harness itself would only have warned."""
+    model, file = NeoLM(lm, cache="none"), tmp_path / "file"
+    file.touch()
+    with pytest.raises(NeoError, match=r"cannot write in .*file"):
+        running.run(model, ["whole"], manager, limit=1, output=str(file))
+    folder = tmp_path / "results"
+    running.run(model, ["whole"], manager, limit=1, output=str(folder))
+    names = [path.name.split("_2")[0] for path in folder.rglob("*.json*")]
+    assert sorted(names) == ["results", "samples_whole"]
+    monkeypatch.setattr(running.EvaluationTracker, "save_results_samples", lambda *_, **__: None)
+    with pytest.raises(NeoError, match=r"not all results could be written in .*results; run"):
+        running.run(model, ["whole"], manager, limit=1, output=str(folder))
+
+
+def test_an_option_of_the_model_that_there_is_not():
+    with pytest.raises(NeoError, match=r"no option 'cache_dtyp'\. Did you mean 'cache_dtype'"):
+        NeoLM(cache_dtyp="int8")
 
 
 def test_what_begins_a_text_and_what_begins_nothing(lm):

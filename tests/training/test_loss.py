@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from transformers import GPTNeoForCausalLM
 from neo_jax.model import Neo, init_params
 from neo_jax.names import tensors
 from neo_jax.pretrained import save_pretrained
-from neo_jax.stacked import stack, unstack
+from neo_jax.sharding import make_sharding
+from neo_jax.stacked import abstract_params, stack, unstack
 from neo_jax.training import loss
 from neo_jax.training.loss import Batch, batch_losses
 
@@ -157,6 +159,17 @@ def test_blocks_of_any_size_and_the_z_loss(tiny, tokens, monkeypatch, block_toke
     assert float(losses.cross_entropy) == pytest.approx(without, rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_parameters_travel_in_the_dtype_of_products(tiny_config):
+    """Devices gather every kernel and the head's table in half of the bytes; ids are ids."""
+    model = Neo(tiny_config, jnp.bfloat16, sharding=make_sharding("fsdp=4"))
+    batch = Batch(jax.ShapeDtypeStruct((4, 41), jnp.int32), jax.ShapeDtypeStruct((4, 40), "f4"))
+    for function in (losses := lambda p, b: batch_losses(model, p, b).objective, jax.grad(losses)):
+        program = str(jax.make_jaxpr(function)(abstract_params(model), batch))
+        gathered = re.findall(r":(\w+)\[[\d,]+\] = all_gather\b", program)
+        assert set(gathered) == {"bf16", "i32"}
+        assert len(gathered) >= 6 * tiny_config.num_layers // 2 + 1  # of one unit, and the table
 
 
 def test_all_logits_never_exist(tiny):

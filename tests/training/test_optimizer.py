@@ -147,6 +147,24 @@ def test_a_step_is_that_of_torch():
             np.testing.assert_allclose(leaf, expected, rtol=1e-6, atol=1e-6, err_msg=path)
 
 
+def test_a_step_of_lion_is_that_of_its_paper():
+    """Chen et al., 2023, algorithm 2: of beta1 is the step, of beta2 the memory."""
+    config = dataclasses.replace(CONFIG, name="lion", warmup_steps=0, schedule="constant")
+    optimizer = make_optimizer(config, STEPS)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=200).astype(np.float32)
+    params = {"kernel": jnp.asarray(weight)}
+    state, memory = optimizer.init(params), np.zeros(200, np.float32)
+    for _ in range(5):
+        grad = rng.normal(size=200).astype(np.float32)
+        updates, state = optimizer.update({"kernel": jnp.asarray(grad)}, state, params)
+        params = optax.apply_updates(params, updates)
+        step = np.sign(0.8 * memory + 0.2 * grad)
+        memory = 0.9 * memory + 0.1 * grad
+        weight -= 3e-2 * (step + 0.3 * weight)
+        np.testing.assert_allclose(params["kernel"], weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [0.5, 3.0])
 def test_the_whole_gradient_is_clipped(size):
     params = {"a": {"kernel": jnp.zeros(2)}, "b": {"kernel": jnp.zeros(1)}}
