@@ -177,6 +177,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             fields = json.loads(line)
         except ValueError as error:
             raise NeoError(f"{path}:{number}: not valid JSON ({error}).") from error
+        except RecursionError as error:
+            raise NeoError(f"{path}:{number}: lists or objects nested too deeply.") from error
         if not isinstance(fields, dict):
             raise NeoError(f"{path}:{number}: a {type(fields).__name__}, not a JSON object.")
         yield f"{path}:{number}", fields

@@ -142,6 +142,8 @@ def test_what_is_not_utf8_is_named_by_its_byte(tmp_path):
         ('{"txt": "a"}', 'b.jsonl:2: no "text"'),
         ('{"text": null}', 'b.jsonl:2: no "text"'),
         ('["text"]', "b.jsonl:2: a list, not a JSON object"),
+        ('{"text": ' + "[" * 200_000, "b.jsonl:2: lists or objects nested too deeply"),
+        ('{"meta": ' + "1" * 5000 + "}", "b.jsonl:2: not valid JSON"),
         ('{"text": "\\ud800"}', 'b.jsonl:2: "text" holds the lone surrogate'),
         (
             '{"prompt": "a"}',
@@ -328,6 +330,15 @@ def test_pairs_are_held_out_and_learned_from_as_text(tmp_path):
         assert len(prompts) == len(results[-1])
     assert results[0] == results[1]
     assert sorted(results[0]) != sorted(texts)
+
+
+def test_which_documents_are_held_out(tmp_path):
+    """A contract with data sets that were made before: the same texts, whatever the version."""
+    (tmp_path / "in.jsonl").write_bytes(json_lines(f"document {i}" for i in range(40)))
+    prepare([tmp_path / "in.jsonl"], tmp_path / "out", Bytes(), held_out=0.2)
+    texts = [Bytes().decode(ids) for ids in load(tmp_path / "out", "held_out")]
+    assert texts == [f"document {i}" for i in (0, 3, 6, 16, 17, 18, 20, 24, 26, 34)]
+    assert len(load(tmp_path / "out")) == 40 - len(texts)
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
