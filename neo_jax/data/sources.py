@@ -1,5 +1,6 @@
 """Where documents come from: files of text, JSON lines or TFRecords, and Hugging Face data sets."""
 
+import codecs
 import dataclasses
 import functools
 import glob
@@ -33,7 +34,53 @@ class Pair(NamedTuple):
         return self.prompt + self.completion
 
 
-Document = str | Record | Pair
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """A file of text, which is read anew each time, a part in memory at a time."""
+
+    path: Path
+
+    def parts(self) -> Iterator[str]:
+        """Yields the text in parts of at most `PART` characters.
+
+        Raises:
+          NeoError: the file is unreadable, damaged or not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        offset, mark, data = 0, _MARK, b"-"
+        with open_unpacked(self.path) as file:
+            while data:
+                data = file.read(PART)
+                held_back = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(self.path, error, offset - held_back) from error
+                offset += len(data)
+                if text:
+                    text, mark = text.removeprefix(mark), ""
+                if text:
+                    yield text
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.parts())
+
+
+Document = str | TextFile | Record | Pair
+
+PART = 1 << 16
+"""Characters of a text that are worth being handled together."""
+
+_MARK = "\ufeff"  # by which some editors begin a file
+
+
+def text_parts(text: str | TextFile) -> Iterator[str]:
+    """Returns the parts of a text, of at most `PART` characters, none of them empty."""
+    if isinstance(text, TextFile):
+        return text.parts()
+    return (text[start : start + PART] for start in range(0, len(text), PART))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +167,8 @@ def _is_document_file(file: Path, folder: Path) -> bool:
 _KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
 
 
-def _read_text(path: Path, _: str) -> Iterator[str]:
-    with open_unpacked(path) as file:
-        yield _decode(path, file.read(), 0)
+def _read_text(path: Path, _: str) -> Iterator[TextFile]:
+    yield TextFile(path)
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[str | Pair]:
@@ -199,15 +245,19 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, decoded.rstrip("\r\n")
 
 
-def _decode(path: Path, data: bytes, offset: int) -> str:
+def _decode(path: Path, line: bytes, offset: int) -> str:
     """Decodes UTF-8, without the byte order mark that some editors begin a file with."""
     try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
+        text = line.decode()
     except UnicodeDecodeError as error:
-        packed = " once decompressed" if path.suffix in UNPACKERS else ""
-        # utf-8-sig counts from behind the mark.
-        mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
-        raise NeoError(
-            f"{path} is not UTF-8: byte {offset + mark + error.start}{packed} is "
-            f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
-        ) from error
+        raise _not_utf8(path, error, offset) from error
+    return text if offset else text.removeprefix(_MARK)
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> NeoError:
+    """Returns what to raise for bytes that begin at an offset in a file."""
+    packed = " once decompressed" if path.suffix in UNPACKERS else ""
+    return NeoError(
+        f"{path} is not UTF-8: byte {offset + error.start}{packed} is "
+        f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
+    )

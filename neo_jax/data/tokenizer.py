@@ -87,6 +87,11 @@ class BytePairTokenizer:
             )
         self.eos_id: int | None = vocab.get(eos)
 
+    @property
+    def pipeline(self) -> Any:
+        """The tokenizer of the `tokenizers` library, to be looked at."""
+        return self._tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text."""
         check_unicode(text)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from neo_jax.data import compression, tokenizing
 from neo_jax.data.prepare import prepare
-from neo_jax.data.sources import find_sources
+from neo_jax.data.sources import TextFile, find_sources
 from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.errors import NeoError
@@ -55,7 +55,8 @@ def json_lines(texts):
 def documents(paths, text_field="text"):
     """Yields the documents of every source."""
     for source in find_sources(paths, text_field):
-        yield from source.documents()
+        for document in source.documents():
+            yield document.text if isinstance(document, TextFile) else document
 
 
 def refused(paths):

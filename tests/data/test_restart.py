@@ -107,7 +107,7 @@ def test_it_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch, capsys, b
 @pytest.mark.parametrize("size", [None, 8 * 30])
 def test_pairs_go_on_too(tmp_path, size):
     """Also where prompts.npy is shorter than the journal says."""
-    lines = [json.dumps({"prompt": "ab" * (i % 7), "completion": str(i)}) for i in range(80)]
+    lines = [json.dumps({"prompt": "ab" * (i % 7 + 1), "completion": str(i)}) for i in range(80)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     prepare([tmp_path / "in.jsonl"], tmp_path / "whole", Bytes(), held_out=0.2)
     for batch in (5, 2):
