@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import functools
-import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neo_jax.data.compression import UNPACKERS, open_unpacked, unpacked_name
+from neo_jax.data.files import data_files
 from neo_jax.data.hugging_face import SCHEME, HubDataset
 from neo_jax.data.tfrecords import Record, read_records
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import file_version, find_files, make_path, match
+from neo_jax.paths import file_version
 
 ENDINGS = (".txt", ".jsonl", ".tfrecord", ".tfrecords")
 """A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}, or a
@@ -98,8 +98,7 @@ def find_sources(
     """Returns what inputs name, in their order.
 
     Args:
-      inputs: files; folders, whose files of a known ending are read in sorted order, those of
-        sub-folders too and hidden ones not; globs, in which ** stands for any sub-folders; and
+      inputs: files, folders and globs, as `files.data_files` takes them; and
         hf://NAME:CONFIG:SPLIT.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
 
@@ -113,7 +112,7 @@ def find_sources(
         try:
             sources += _named(name, text_field)
         except OSError as error:
-            raise NeoError(f"cannot read {name}: {reason(error)}.") from error
+            raise NeoError(f"cannot read {error.filename or name}: {reason(error)}.") from error
     if not sources:
         raise NeoError("no input is named; name text or jsonl files, folders or globs.")
     return sources
@@ -125,43 +124,12 @@ def _named(name: str, text_field: str) -> list[Source]:
         return [Source(name, dataset.version, dataset.texts)]
     return [
         Source(str(path), file_version(path), functools.partial(_read, path, text_field))
-        for path in _files(name)
+        for path in data_files(name, _is_known, _KNOWN)
     ]
 
 
-def _files(path: str) -> list[Path]:
-    named = make_path(path)
-    if named.exists():
-        matches = [named]
-    elif glob.has_magic(path):
-        matches = match(path)
-        if not matches:
-            raise NeoError(f"nothing matches '{path}'; is the folder right?")
-    else:
-        raise NeoError(f"{path} does not exist.")
-    files = []
-    for found in matches:
-        if found.is_dir():
-            inside = [file for file in find_files(found) if _is_document_file(file, found)]
-            if not inside and len(matches) == 1:
-                raise NeoError(f"{found} holds no file that ends in {_KNOWN}.")
-            files += inside
-        elif not _is_known(found):
-            raise NeoError(f"{found}: unknown ending; known are {_KNOWN}.")
-        else:
-            files.append(found)
-    if not files:
-        raise NeoError(f"no file that '{path}' matches ends in {_KNOWN}.")
-    return files
-
-
-def _is_known(file: Path) -> bool:
-    return unpacked_name(file.name).endswith(ENDINGS)
-
-
-def _is_document_file(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return _is_known(file) and not hidden
+def _is_known(name: str) -> bool:
+    return unpacked_name(name).endswith(ENDINGS)
 
 
 _KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
