@@ -5,7 +5,7 @@ import glob
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from neo_jax.errors import NeoError, printable
@@ -80,18 +80,8 @@ def _check_access(path: Path, mode: int) -> None:
 
 def _inside(folder: Path, is_known: Callable[[str], bool], left_out: dict[Path, str]) -> list[Path]:
     """Returns the files in a folder and its sub-folders, and adds what is left out."""
-    if is_remote(folder):
-        entries = find_files(folder)
-    else:
-        entries = [
-            Path(parent, name)
-            for parent, folders, names in os.walk(folder, onerror=_raise)
-            for name in [*names, *(name for name in folders if Path(parent, name).is_symlink())]
-        ]
     files = []
-    for entry in sorted(entries):
-        if any(part.startswith(".") for part in entry.relative_to(folder).parts):
-            continue
+    for entry in sorted(_entries(folder)):
         if not is_remote(entry) and entry.is_dir():
             left_out[entry] = "a link to a folder"
         elif kind := _kind(entry):
@@ -101,6 +91,21 @@ def _inside(folder: Path, is_known: Callable[[str], bool], left_out: dict[Path, 
         else:
             files.append(entry)
     return files
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Yields files, links and all else in a folder and its sub-folders, hidden ones not."""
+    if is_remote(folder):
+        for file in find_files(folder):
+            if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+                yield file
+        return
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in [*names, *links]:
+            if not name.startswith("."):
+                yield Path(parent, name)
 
 
 def _raise(error: OSError) -> None:

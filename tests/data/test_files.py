@@ -127,6 +127,10 @@ def test_what_may_not_be_read_is_refused_at_once(folder, monkeypatch):
         closed.add(f"{folder}/{path}")
         with pytest.raises(NeoError, match=f"^cannot read {folder}/{path}: Permission denied.$"):
             names(inputs)
+    closed.clear()
+    closed.add(f"{folder}/.hidden")
+    (folder / ".hidden").mkdir()
+    assert len(names([folder])) == 3  # hidden folders are not looked into
 
 
 def test_names_are_shown_escaped(tmp_path, capsys):
