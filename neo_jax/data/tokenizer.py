@@ -87,11 +87,6 @@ class BytePairTokenizer:
             )
         self.eos_id: int | None = vocab.get(eos)
 
-    @property
-    def pipeline(self) -> Any:
-        """The tokenizer of the `tokenizers` library, to be looked at."""
-        return self._tokenizer
-
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text."""
         check_unicode(text)
@@ -106,6 +101,11 @@ class BytePairTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
         return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
+
+    @property
+    def pipeline(self) -> Any:
+        """The tokenizer of the `tokenizers` library, to be looked at."""
+        return self._tokenizer
 
     def add_tokens(self, tokens: Sequence[str]) -> None:
         """Adds special tokens at the end of the vocabulary.
