@@ -141,9 +141,9 @@ _KINDS = {
 
 def _loop(path: Path) -> Path | None:
     """Returns the first link on a path that leads to a folder in which it lies, as ** follows."""
-    links = (each for each in (*path.parents, path) if not is_remote(each) and each.is_symlink())
-    back = (each for each in links if each.parent.resolve().is_relative_to(each.resolve()))
-    return min(back, key=lambda each: len(each.parts), default=None)
+    downwards = () if is_remote(path) else reversed([path, *path.parents])
+    links = (each for each in downwards if each.is_symlink())
+    return next((x for x in links if x.parent.resolve().is_relative_to(x.resolve())), None)
 
 
 def _report(path: str, left_out: dict[Path, str]) -> str:

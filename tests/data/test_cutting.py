@@ -219,7 +219,7 @@ from neo_jax.data.prepare import prepare
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 small, large, tokenizer, out = sys.argv[1:]
-prepare([small], out, tokenizer)
+prepare([small], out + "-small", tokenizer)
 before = peak()
 prepare([large], out, tokenizer)
 print(peak() - before)
