@@ -95,7 +95,7 @@ def tokenize(
                     advance(int(piece.is_last), piece.num_bytes / 1e6)
                 extents = {name: writer.extent for name, writer in writers.items()}
                 place = Place(batch.source, batch.read, extents)
-                if journal.is_due:
+                if journal.is_due and any(piece.is_last for piece in batch.pieces):
                     save()
         finally:
             if any(extent.documents for extent in place.extents.values()):

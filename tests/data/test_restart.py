@@ -194,6 +194,26 @@ def test_a_long_document_is_begun_again(inputs, tmp_path, monkeypatch, tokenizer
         shutil.rmtree(tmp_path / "out")
 
 
+def test_stopped_within_the_first_document(
+    inputs, tmp_path, monkeypatch, capsys, tokenizer_folders
+):
+    """There is nothing to go on from, nor another input than before."""
+    (inputs / "a.txt").write_text("a long text, in pieces " * 200)
+    monkeypatch.setattr(sources, "PART", 300)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1000)
+    encode, batches = tokenizing._encode, itertools.count()
+    monkeypatch.setattr(
+        tokenizing,
+        "_encode",
+        lambda *args: encode(*args) if next(batches) != 3 else fail(KeyboardInterrupt())(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prepare([inputs / "a.txt"], tmp_path / "out", tokenizer_folders["bytes"])
+    assert not partial(tmp_path).exists()
+    prepare([inputs / "a.txt"], tmp_path / "out", tokenizer_folders["bytes"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_damaged_input_can_be_replaced(inputs, whole, tmp_path):
     good = (inputs / "b.jsonl").read_text()
     lines = good.splitlines(keepends=True)
