@@ -22,7 +22,7 @@ import tokenizers
 import zstandard
 
 from neo_jax.data.prepare import prepare
-from neo_jax.data.sources import find_sources
+from neo_jax.data.sources import TextFile, find_sources
 from neo_jax.data.tokenizer_training import train_byte_pairs
 
 CORPUS = Path(__file__).parents[1] / "tests" / "text" / "corpus.jsonl.xz"
@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    given = [text for source in find_sources(options.text) for text in source.documents()]
+    found = [document for source in find_sources(options.text) for document in source.documents()]
+    given = [each.text if isinstance(each, TextFile) else each for each in found]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.tokenizer is None:

@@ -12,6 +12,13 @@ class NeoError(ValueError):
     """Something in the user's hands: a file, an option, a prompt. Its message says what to do."""
 
 
+def printable(text: str) -> str:
+    """Returns a text with control characters, and all else that does not show, escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 _KINDS = {
     int: (operator.index, "a whole number"),
     float: (lambda value: value.__float__(), "a number"),

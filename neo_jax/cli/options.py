@@ -59,7 +59,7 @@ def read_prompts(path: str, key: str) -> list[str | list[int]]:
 
     Args:
       path: .jsonl, with {key: text} or {"ids": [...]} a line; else a text a line; or one of
-        them as .gz, .xz or .zst.
+        them as .bz2, .gz, .xz or .zst.
       key: the name of the text in a JSON line.
 
     Raises:

@@ -23,7 +23,7 @@ class Options:
     """
 
     output: str  # the folder to write, also gs://
-    # .txt, .jsonl, .tfrecords, also .gz, .xz, .zst; folders, globs, gs://; hf://NAME:CONFIG:SPLIT
+    # .txt, .jsonl, .tfrecords (.bz2, .gz, .xz, .zst); folders, globs, gs://; hf://NAME:CONFIG:SPLIT
     inputs: Positional[tuple[str, ...]] = ()
     tokenizer: str = ""  # a folder with a tokenizer's files
     train_tokenizer: int = 0  # or the size of a vocabulary to learn from the text

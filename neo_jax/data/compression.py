@@ -1,7 +1,7 @@
-"""Files that may be compressed: .gz, .xz and .zst are read as what they hold."""
+"""Files that may be compressed: .bz2, .gz, .xz and .zst are read as what they hold, all of it."""
 
+import bz2
 import contextlib
-import gzip
 import io
 import lzma
 import os
@@ -16,7 +16,7 @@ from neo_jax.paths import open_binary
 
 @contextlib.contextmanager
 def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file to read what it holds, by its ending decompressed.
+    """Opens a file to read what it holds, by its ending decompressed, a piece at a time.
 
     Raises:
       NeoError: the file cannot be read, or is damaged; from reading inside the context too.
@@ -25,7 +25,7 @@ def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
     try:
         with open_binary(path) as file:
             yield unpack(file) if unpack else file
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except _DamageError as error:
         raise NeoError(f"{path} is damaged ({error}); copy it again.") from error
     except OSError as error:
         raise NeoError(f"cannot read {path}: {reason(error)}.") from error
@@ -37,20 +37,25 @@ def unpacked_name(name: str) -> str:
     return stem if ending in UNPACKERS else name
 
 
-class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, one behind the other.
+class _DamageError(Exception):
+    """What is wrong with a compressed file."""
 
-    zstandard's own reader takes a file that was cut short for one that ends there.
+
+class _Streams(io.RawIOBase):
+    """What the compressed streams of a file hold, one after the other.
+
+    Zeros behind a stream are padding, as for gzip; all else must be another stream. The readers of
+    lzma and bz2 end in silence at what is none, and zstandard's at a frame that is cut short.
+
+    Args:
+      file: has one stream or more.
+      start: begins a stream: returns what has the methods of `lzma.LZMADecompressor`.
+      block: bytes to read at once.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        import zstandard
-
-        self._file = file
-        self._error = zstandard.ZstdError
-        # The Pile is packed with windows larger than the library takes unasked.
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame: Any = None  # None between frames
+    def __init__(self, file: IO[bytes], start: Callable[[], Any], block: int) -> None:
+        self._file, self._start, self._block = file, start, block
+        self._stream = start()  # None between two
         self._packed = b""
         self._unpacked = memoryview(b"")
 
@@ -59,11 +64,12 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._unpacked:
-            self._packed = self._packed or self._file.read(_BLOCK_BYTES)
-            if not self._packed:
-                if self._frame:
-                    raise EOFError("it ends within a frame")
-                return 0
+            if not self._packed and (self._stream is None or self._stream.needs_input):
+                self._packed = self._file.read(self._block)
+                if not self._packed:
+                    if self._stream is not None:
+                        raise _DamageError("it ends within a stream")
+                    return 0
             self._unpack()
         size = min(len(buffer), len(self._unpacked))
         buffer[:size] = self._unpacked[:size]
@@ -71,21 +77,83 @@ class _Zstandard(io.RawIOBase):
         return size
 
     def _unpack(self) -> None:
-        self._frame = self._frame or self._decompressor.decompressobj()
+        if self._stream is None:
+            self._packed = self._packed.lstrip(b"\0")
+            if not self._packed:
+                return
+            self._stream = self._start()
         try:
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            self._unpacked = memoryview(self._stream.decompress(self._packed, _PIECE))
+        except (OSError, lzma.LZMAError, zlib.error) as error:  # bz2 raises OSError
+            raise _DamageError(str(error)) from error
+        self._packed = self._stream.unused_data
+        if self._stream.eof:
+            self._stream = None
+
+
+class _GzipMember:
+    """A member of a .gz file, with the methods of `lzma.LZMADecompressor`."""
+
+    def __init__(self) -> None:
+        self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    def decompress(self, packed: bytes, most: int) -> bytes:
+        return self._member.decompress(packed or self._member.unconsumed_tail, most)
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._member.unconsumed_tail
+
+    @property
+    def eof(self) -> bool:
+        return self._member.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._member.unused_data
+
+
+class _ZstandardFrame:
+    """A frame of a .zst file, with the methods of `lzma.LZMADecompressor`.
+
+    All that a call is given is unpacked at once: a block of four bytes may hold 128 KiB.
+    """
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        # The Pile is packed with windows larger than the library takes by default.
+        self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+    def decompress(self, packed: bytes, _: int) -> bytes:
+        try:
+            return self._frame.decompress(packed)
         except self._error as error:
-            raise EOFError(str(error)) from error
-        self._packed = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
+            raise _DamageError(str(error)) from error
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data
 
 
-_BLOCK_BYTES = 1 << 16
+_PIECE = 1 << 16  # bytes that are unpacked at once
+
+
+def _streams(start: Callable[[], Any], block: int = _PIECE) -> Callable[[IO[bytes]], Any]:
+    return lambda file: io.BufferedReader(_Streams(file, start, block), _PIECE)
+
 
 UNPACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".zst": lambda file: io.BufferedReader(_Zstandard(file), _BLOCK_BYTES),
+    ".bz2": _streams(bz2.BZ2Decompressor),
+    ".gz": _streams(_GzipMember),
+    ".xz": _streams(lzma.LZMADecompressor),
+    ".zst": _streams(_ZstandardFrame, 512),
 }
 """What opens a file of each ending."""

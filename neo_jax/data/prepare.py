@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from neo_jax.data.cutting import LINES, divide
 from neo_jax.data.journal import digests
 from neo_jax.data.progress import Advance, progress_bar
-from neo_jax.data.sources import Pair, Source, find_sources
+from neo_jax.data.sources import Pair, Source, find_sources, text_parts
 from neo_jax.data.staging import TRAINED, WORK, staging
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tfrecords import Record
@@ -43,7 +44,9 @@ def prepare(
 
     Documents without text are left out. Whether a document is held out is a property of its text
     alone, so the splits stay the same when files are added or reordered, and copies of a document
-    stay together. Memory holds some megabytes of documents and the longest one, not the data set.
+    stay together. Memory holds some megabytes of pieces of documents, but for a line of JSON, a row
+    or a record, which is read whole, and for tokenizers whose texts cannot be cut to the same ids
+    (SentencePiece), which is reported.
 
     What was interrupted, even by SIGKILL, goes on where it was when the same is asked for again:
     same output, tokenizer and options, and inputs that have not changed as far as they were read.
@@ -147,9 +150,11 @@ def _not_held_out(sources: Sequence[Source], held_out: float, advance: Advance) 
                     "of training one."
                 )
             text = document.text if isinstance(document, Pair) else document
-            advance(1, len(text) / 1e6)
+            advance(1, 0.0)
             if not is_held_out(text, held_out):
-                yield text
+                for lines in divide(text_parts(text), LINES):
+                    advance(0, len(lines) / 1e6)
+                    yield lines
 
 
 def _finish(

@@ -1,8 +1,8 @@
 """Where documents come from: files of text, JSON lines or TFRecords, and Hugging Face data sets."""
 
+import codecs
 import dataclasses
 import functools
-import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neo_jax.data.compression import UNPACKERS, open_unpacked, unpacked_name
+from neo_jax.data.files import data_files
 from neo_jax.data.hugging_face import SCHEME, HubDataset
 from neo_jax.data.tfrecords import Record, read_records
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import file_version, find_files, make_path, match
+from neo_jax.paths import file_version
 
 ENDINGS = (".txt", ".jsonl", ".tfrecord", ".tfrecords")
 """A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}, or a
@@ -33,7 +34,53 @@ class Pair(NamedTuple):
         return self.prompt + self.completion
 
 
-Document = str | Record | Pair
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """A file of text, which is read anew each time, a part in memory at a time."""
+
+    path: Path
+
+    def parts(self) -> Iterator[str]:
+        """Yields the text in parts of at most `PART` characters.
+
+        Raises:
+          NeoError: the file is unreadable, damaged or not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        offset, mark, data = 0, _MARK, b"-"
+        with open_unpacked(self.path) as file:
+            while data:
+                data = file.read(PART)
+                held_back = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(self.path, error, offset - held_back) from error
+                offset += len(data)
+                if text:
+                    text, mark = text.removeprefix(mark), ""
+                if text:
+                    yield text
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.parts())
+
+
+Document = str | TextFile | Record | Pair
+
+PART = 1 << 16
+"""Characters of a text that are worth being handled together."""
+
+_MARK = "\ufeff"  # by which some editors begin a file
+
+
+def text_parts(text: str | TextFile) -> Iterator[str]:
+    """Returns the parts of a text, of at most `PART` characters, none of them empty."""
+    if isinstance(text, TextFile):
+        return text.parts()
+    return (text[start : start + PART] for start in range(0, len(text), PART))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +98,7 @@ def find_sources(
     """Returns what inputs name, in their order.
 
     Args:
-      inputs: files; folders, whose files of a known ending are read in sorted order, those of
-        sub-folders too and hidden ones not; globs, in which ** stands for any sub-folders; and
+      inputs: files, folders and globs, as `files.data_files` takes them; and
         hf://NAME:CONFIG:SPLIT.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
 
@@ -66,7 +112,7 @@ def find_sources(
         try:
             sources += _named(name, text_field)
         except OSError as error:
-            raise NeoError(f"cannot read {name}: {reason(error)}.") from error
+            raise NeoError(f"cannot read {error.filename or name}: {reason(error)}.") from error
     if not sources:
         raise NeoError("no input is named; name text or jsonl files, folders or globs.")
     return sources
@@ -78,51 +124,19 @@ def _named(name: str, text_field: str) -> list[Source]:
         return [Source(name, dataset.version, dataset.texts)]
     return [
         Source(str(path), file_version(path), functools.partial(_read, path, text_field))
-        for path in _files(name)
+        for path in data_files(name, _is_known, _KNOWN)
     ]
 
 
-def _files(path: str) -> list[Path]:
-    named = make_path(path)
-    if named.exists():
-        matches = [named]
-    elif glob.has_magic(path):
-        matches = match(path)
-        if not matches:
-            raise NeoError(f"nothing matches '{path}'; is the folder right?")
-    else:
-        raise NeoError(f"{path} does not exist.")
-    files = []
-    for found in matches:
-        if found.is_dir():
-            inside = [file for file in find_files(found) if _is_document_file(file, found)]
-            if not inside and len(matches) == 1:
-                raise NeoError(f"{found} holds no file that ends in {_KNOWN}.")
-            files += inside
-        elif not _is_known(found):
-            raise NeoError(f"{found}: unknown ending; known are {_KNOWN}.")
-        else:
-            files.append(found)
-    if not files:
-        raise NeoError(f"no file that '{path}' matches ends in {_KNOWN}.")
-    return files
-
-
-def _is_known(file: Path) -> bool:
-    return unpacked_name(file.name).endswith(ENDINGS)
-
-
-def _is_document_file(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return _is_known(file) and not hidden
+def _is_known(name: str) -> bool:
+    return unpacked_name(name).endswith(ENDINGS)
 
 
 _KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
 
 
-def _read_text(path: Path, _: str) -> Iterator[str]:
-    with open_unpacked(path) as file:
-        yield _decode(path, file.read(), 0)
+def _read_text(path: Path, _: str) -> Iterator[TextFile]:
+    yield TextFile(path)
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[str | Pair]:
@@ -177,6 +191,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             fields = json.loads(line)
         except ValueError as error:
             raise NeoError(f"{path}:{number}: not valid JSON ({error}).") from error
+        except RecursionError as error:
+            raise NeoError(f"{path}:{number}: lists or objects nested too deeply.") from error
         if not isinstance(fields, dict):
             raise NeoError(f"{path}:{number}: a {type(fields).__name__}, not a JSON object.")
         yield f"{path}:{number}", fields
@@ -197,15 +213,19 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, decoded.rstrip("\r\n")
 
 
-def _decode(path: Path, data: bytes, offset: int) -> str:
+def _decode(path: Path, line: bytes, offset: int) -> str:
     """Decodes UTF-8, without the byte order mark that some editors begin a file with."""
     try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
+        text = line.decode()
     except UnicodeDecodeError as error:
-        packed = " once decompressed" if path.suffix in UNPACKERS else ""
-        # utf-8-sig counts from behind the mark.
-        mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
-        raise NeoError(
-            f"{path} is not UTF-8: byte {offset + mark + error.start}{packed} is "
-            f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
-        ) from error
+        raise _not_utf8(path, error, offset) from error
+    return text if offset else text.removeprefix(_MARK)
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> NeoError:
+    """Returns what to raise for bytes that begin at an offset in a file."""
+    packed = " once decompressed" if path.suffix in UNPACKERS else ""
+    return NeoError(
+        f"{path} is not UTF-8: byte {offset + error.start}{packed} is "
+        f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
+    )

@@ -78,9 +78,22 @@ def _next_record(file: IO[bytes]) -> bytes | None:
         return None
     _check(head[:8], head[8:])
     size = int.from_bytes(head[:8], "little")
-    data = file.read(size)
+    if size > _MOST_BYTES:
+        raise _DamageError(f"it claims {size:,} bytes, and an Example has at most {_MOST_BYTES:,}")
+    data = b"".join(_blocks(file, size))
     _check(data, file.read(4))
     return data
+
+
+_MOST_BYTES = 2**31 - 1  # of a protocol buffer
+_READ_BYTES = 1 << 20
+
+
+def _blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yields what a file has of the next `size` bytes: memory grows with them, not with a claim."""
+    while size and (block := file.read(min(size, _READ_BYTES))):
+        size -= len(block)
+        yield block
 
 
 def _check(data: bytes, checksum: bytes) -> None:

@@ -102,6 +102,11 @@ class BytePairTokenizer:
         """Returns the text of ids."""
         return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
 
+    @property
+    def pipeline(self) -> Any:
+        """The tokenizer of the `tokenizers` library, to be looked at."""
+        return self._tokenizer
+
     def add_tokens(self, tokens: Sequence[str]) -> None:
         """Adds special tokens at the end of the vocabulary.
 

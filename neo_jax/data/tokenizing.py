@@ -2,23 +2,26 @@
 
 A thread reads ahead while the tokenizer uses all cores. Documents keep their order, so the files
 are the same, byte for byte, however many cores there are and wherever the work was interrupted.
+Long documents are read, tokenized and written in pieces.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from neo_jax.data.cutting import divide, exact_cuts
 from neo_jax.data.journal import Journal, Place
 from neo_jax.data.progress import progress_bar
-from neo_jax.data.sources import Document, Pair, Source
+from neo_jax.data.sources import PART, Document, Pair, Source, TextFile, text_parts
 from neo_jax.data.staging import JOURNAL, WORK, clear
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.tokenizer import Tokenizer
@@ -64,6 +67,10 @@ def tokenize(
     if found is None:
         clear(folder)
     place = found or Place(0, 0, dict.fromkeys(names, Extent()))
+    divided = _divider(tokenizer, progress)
+    pieces = functools.partial(
+        _pieces, tokenizer=tokenizer, end=end, held_out=held_out, divided=divided
+    )
     if was_stopped and progress is not False:
         print(_greeting(place), file=sys.stderr)
     with contextlib.ExitStack() as stack:
@@ -71,7 +78,7 @@ def tokenize(
             name: stack.enter_context(SplitWriter(folder / name, dtype, extent, pairs))
             for name, extent in place.extents.items()
         }
-        read_ahead = _read_ahead(_batches(sources, place, pairs))
+        read_ahead = _read_ahead(_batches(sources, place, pairs, pieces))
         batches = stack.enter_context(contextlib.closing(read_ahead))
         advance = stack.enter_context(progress_bar("tokenizing", progress))
 
@@ -82,13 +89,13 @@ def tokenize(
 
         try:
             for batch in batches:
-                for text, ids, prompt in _encode(batch.documents, tokenizer, end):
-                    split = HELD_OUT if is_held_out(text, held_out) else TRAIN
-                    writers[split].write(len(text), ids, prompt)
-                    advance(1, len(text) / 1e6)
+                for piece, ids in _encode(batch.pieces, tokenizer, end):
+                    writer = writers[HELD_OUT if piece.is_held_out else TRAIN]
+                    writer.write(ids, piece.num_bytes, piece.is_prompt, piece.is_last)
+                    advance(int(piece.is_last), piece.num_bytes / 1e6)
                 extents = {name: writer.extent for name, writer in writers.items()}
                 place = Place(batch.source, batch.read, extents)
-                if journal.is_due:
+                if journal.is_due and any(piece.is_last for piece in batch.pieces):
                     save()
         finally:
             if any(extent.documents for extent in place.extents.values()):
@@ -103,20 +110,99 @@ def _greeting(place: Place) -> str:
     return "starts over: inputs, tokenizer or options are others than when it was stopped"
 
 
+class _Piece(NamedTuple):
+    """A document, or the next piece of a long one."""
+
+    content: str | np.ndarray  # a text, or ids
+    num_bytes: int  # of the text in UTF-8
+    is_held_out: bool
+    is_prompt: bool = False
+    is_last: bool = True
+
+
+def _pieces(
+    document: Document,
+    tokenizer: Tokenizer,
+    end: int,
+    held_out: float,
+    divided: Callable[[str | TextFile], Iterator[str]],
+) -> Iterator[_Piece]:
+    """Yields the pieces of a document, none of one without text.
+
+    A prompt is encoded apart from its completion: it has the ids that it will have alone.
+    """
+    if isinstance(document, Record):
+        if len(document.ids):
+            ids = _checked(document, tokenizer, end)
+            text = tokenizer.decode(ids.tolist())
+            yield _Piece(ids, len(text.encode()), is_held_out(text, held_out))
+        return
+    prompt, rest = document if isinstance(document, Pair) else ("", document)
+    is_out = is_held_out(document.text if isinstance(document, Pair) else document, held_out)
+    for text in divided(prompt):
+        yield _Piece(text, len(text.encode()), is_out, is_prompt=True, is_last=False)
+    for text, following in itertools.pairwise(itertools.chain(divided(rest), [""])):
+        yield _Piece(text, len(text.encode()), is_out, is_last=not following)
+
+
+def _checked(record: Record, tokenizer: Tokenizer, end: int) -> np.ndarray:
+    """Returns the ids of a record, with the end of text behind a document."""
+    ids = record.ids
+    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if wrong.size:
+        raise NeoError(
+            f"{record.where} holds the id {wrong[0]}, which is not in the tokenizer's "
+            f"vocabulary of {tokenizer.vocab_size}; give the tokenizer that made the file."
+        )
+    return np.append(ids, end) if record.is_document and ids[-1] != end else ids
+
+
+def _divider(
+    tokenizer: Tokenizer, progress: bool | None
+) -> Callable[[str | TextFile], Iterator[str]]:
+    """Returns what gives a text in pieces whose ids are its own, and reports if it cannot."""
+    cuts = exact_cuts(tokenizer)
+    report = functools.cache(lambda: print(_WHOLE, file=sys.stderr))  # once
+
+    def divided(text: str | TextFile) -> Iterator[str]:
+        parts = text_parts(text)
+        if cuts:
+            yield from divide(parts, cuts)
+            return
+        first = list(itertools.islice(parts, 2))
+        if len(first) == 2 and progress is not False:
+            report()
+        if first:
+            yield "".join([*first, *parts])
+
+    return divided
+
+
+_WHOLE = (
+    f"documents of more than {PART:,} characters are tokenized whole, and take memory by their "
+    "length: where this tokenizer's texts can be cut to the same ids is not known"
+)
+
+
 class _Batch(NamedTuple):
-    documents: list[Document]
+    pieces: list[_Piece]
     source: int  # the input in which it ends
-    read: int  # the documents of that input up to there
+    read: int  # the documents of that input that end up to there
 
 
 _BATCH_CHARACTERS = 1_000_000
 _BATCH_DOCUMENTS = 1024
 
 
-def _batches(sources: Sequence[Source], place: Place, pairs: bool) -> Iterator[_Batch]:
+def _batches(
+    sources: Sequence[Source],
+    place: Place,
+    pairs: bool,
+    pieces: Callable[[Document], Iterator[_Piece]],
+) -> Iterator[_Batch]:
     """Yields the documents behind a place, those that are empty left out."""
-    documents: list[Document] = []
-    size = 0
+    batch: list[_Piece] = []
+    size = documents = 0
     number, read = place.source, place.documents
     for number in range(place.source, len(sources)):
         skip = place.documents if number == place.source else 0
@@ -127,21 +213,15 @@ def _batches(sources: Sequence[Source], place: Place, pairs: bool) -> Iterator[_
                     f"{sources[number].name} brings plain text and pairs of prompt and completion "
                     "together; prepare them apart, and train on both: --data TEXT=0.9,PAIRS=0.1"
                 )
-            length = _length(document)
-            if length:
-                documents.append(document)
-                size += length
-            if size >= _BATCH_CHARACTERS or len(documents) == _BATCH_DOCUMENTS:
-                yield _Batch(documents, number, read)
-                documents, size = [], 0
-    if documents:
-        yield _Batch(documents, number, read)
-
-
-def _length(document: Document) -> int:
-    if isinstance(document, Record):
-        return len(document.ids)
-    return len(document.text if isinstance(document, Pair) else document)
+            for piece in pieces(document):
+                batch.append(piece)
+                size += len(piece.content)
+                documents += piece.is_last
+                if size >= _BATCH_CHARACTERS or documents == _BATCH_DOCUMENTS:
+                    yield _Batch(batch, number, read if piece.is_last else read - 1)
+                    batch, size, documents = [], 0, 0
+    if batch:
+        yield _Batch(batch, number, read)
 
 
 _AHEAD = 4
@@ -160,43 +240,17 @@ def _read_ahead(items: Iterator[T]) -> Generator[T]:
             thread.shutdown(cancel_futures=True)
 
 
-class _Encoded(NamedTuple):
-    text: bytes
-    ids: Sequence[int] | np.ndarray  # with the end of text
-    prompt: int = 0  # of the ids
-
-
-def _encode(documents: Sequence[Document], tokenizer: Tokenizer, end: int) -> Iterator[_Encoded]:
-    """Yields the text of every document in UTF-8, and its ids.
-
-    A prompt is encoded apart from its completion: it has the ids that it will have alone.
-    """
-    texts = iter(tokenizer.encode_batch([text for each in documents for text in _texts(each)]))
-    for document in documents:
-        if isinstance(document, str):
-            yield _Encoded(document.encode(), [*next(texts), end])
-            continue
-        if isinstance(document, Pair):
-            prompt = next(texts)
-            yield _Encoded(document.text.encode(), [*prompt, *next(texts), end], len(prompt))
-            continue
-        ids = document.ids
-        wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
-        if wrong.size:
-            raise NeoError(
-                f"{document.where} holds the id {wrong[0]}, which is not in the tokenizer's "
-                f"vocabulary of {tokenizer.vocab_size}; give the tokenizer that made the file."
-            )
-        if document.is_document and ids[-1] != end:
-            ids = np.append(ids, end)
-        yield _Encoded(tokenizer.decode(ids.tolist()).encode(), ids)
-
-
-def _texts(document: Document) -> tuple[str, ...]:
-    """Returns what of a document is to be encoded."""
-    if isinstance(document, Record):
-        return ()
-    return tuple(document) if isinstance(document, Pair) else (document,)
+def _encode(
+    pieces: Sequence[_Piece], tokenizer: Tokenizer, end: int
+) -> Iterator[tuple[_Piece, Sequence[int] | np.ndarray]]:
+    """Yields every piece and its ids, with the end of text behind the last of a text."""
+    contents = [piece.content for piece in pieces]
+    texts = iter(tokenizer.encode_batch([each for each in contents if isinstance(each, str)]))
+    for piece in pieces:
+        if isinstance(piece.content, str):
+            yield piece, [*next(texts), end] if piece.is_last else next(texts)
+        else:
+            yield piece, piece.content
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -204,8 +258,9 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
 
 
-def is_held_out(text: str | bytes, share: float) -> bool:
+def is_held_out(text: str | TextFile, share: float) -> bool:
     """Returns whether a document is among the share that is held out; its text alone decides."""
-    data = text.encode() if isinstance(text, str) else text
-    digest = hashlib.blake2b(data, digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
+    hasher = hashlib.blake2b(digest_size=8)
+    for part in text_parts(text) if share else ():
+        hasher.update(part.encode())
+    return int.from_bytes(hasher.digest(), "little") < share * 2**64

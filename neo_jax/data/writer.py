@@ -26,7 +26,7 @@ TOKENS_FILE, OFFSETS_FILE, PROMPTS_FILE = "tokens.bin", "offsets.npy", "prompts.
 
 
 class Extent(NamedTuple):
-    """How much of a split is written."""
+    """How much of a split is written, in whole documents."""
 
     documents: int = 0
     bytes: int = 0  # of the documents' text in UTF-8
@@ -46,6 +46,7 @@ class SplitWriter:
     def __init__(self, folder: Path, dtype: np.dtype[Any], extent: Extent, pairs: bool) -> None:
         folder.mkdir(exist_ok=True)
         self.extent = extent
+        self._document = (0, 0, 0)  # bytes, tokens and prompt of the one that is being written
         self._dtype = dtype
         with contextlib.ExitStack() as files:
             self._tokens = files.enter_context(_open(folder / TOKENS_FILE))
@@ -65,11 +66,24 @@ class SplitWriter:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def write(self, num_bytes: int, ids: Sequence[int] | np.ndarray, prompt: int = 0) -> None:
-        """Appends a document of `num_bytes` bytes of text; `prompt` of its ids are a prompt."""
+    def write(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        num_bytes: int,
+        is_prompt: bool = False,
+        is_last: bool = True,
+    ) -> None:
+        """Appends ids to a document, of `num_bytes` bytes of text; the last ones end it."""
         self._tokens.write(np.asarray(ids, self._dtype))
-        documents, size, tokens = self.extent
-        self.extent = Extent(documents + 1, size + num_bytes, tokens + len(ids))
+        size, tokens, prompt = self._document
+        size, tokens = size + num_bytes, tokens + len(ids)
+        prompt += len(ids) if is_prompt else 0
+        self._document = (size, tokens, prompt)
+        if not is_last:
+            return
+        self._document = (0, 0, 0)
+        documents, total, before = self.extent
+        self.extent = Extent(documents + 1, total + size, before + tokens)
         for numbers, number in zip(self._numbers, (self.extent.tokens, prompt), strict=False):
             numbers.append(number)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from neo_jax.data.compression import open_unpacked, unpacked_name
-from neo_jax.data.sources import Pair, find_sources, json_lines
+from neo_jax.data.sources import TextFile, find_sources, json_lines
 from neo_jax.errors import NeoError
 from neo_jax.evaluation import wikitext
 from neo_jax.language_model import LanguageModel
@@ -85,9 +85,10 @@ def _texts(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
                 yield str(subset or source.name), text
             continue
         for document in source.documents():
-            if isinstance(document, Pair) or not isinstance(document, str):
+            text = document.text if isinstance(document, TextFile) else document
+            if not isinstance(text, str):
                 raise NeoError(f"{source.name} holds no plain text; name .txt or .jsonl files.")
-            yield source.name, document
+            yield source.name, text
 
 
 @dataclasses.dataclass

@@ -1,11 +1,13 @@
 """neo_jax/data/{sources,prepare}.py: documents from files, data sets on disk."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
 import lzma
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from neo_jax.data import compression, tokenizing
 from neo_jax.data.prepare import prepare
-from neo_jax.data.sources import find_sources
+from neo_jax.data.sources import TextFile, find_sources
 from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.errors import NeoError
@@ -53,7 +55,8 @@ def json_lines(texts):
 def documents(paths, text_field="text"):
     """Yields the documents of every source."""
     for source in find_sources(paths, text_field):
-        yield from source.documents()
+        for document in source.documents():
+            yield document.text if isinstance(document, TextFile) else document
 
 
 def refused(paths):
@@ -74,7 +77,8 @@ def load(folder, split="train"):
 
 def test_every_ending_is_read(tmp_path):
     for name, opener in (
-        ("", open), (".gz", gzip.open), (".xz", lzma.open), (".zst", zstandard.open)
+        ("", open), (".bz2", bz2.open), (".gz", gzip.open), (".xz", lzma.open),
+        (".zst", zstandard.open),
     ):  # fmt: skip
         with opener(tmp_path / f"a.txt{name}", "wb") as file:
             file.write(TEXTS[0].encode())
@@ -139,6 +143,8 @@ def test_what_is_not_utf8_is_named_by_its_byte(tmp_path):
         ('{"txt": "a"}', 'b.jsonl:2: no "text"'),
         ('{"text": null}', 'b.jsonl:2: no "text"'),
         ('["text"]', "b.jsonl:2: a list, not a JSON object"),
+        ('{"text": ' + "[" * 200_000, "b.jsonl:2: lists or objects nested too deeply"),
+        ('{"meta": ' + "1" * 5000 + "}", "b.jsonl:2: not valid JSON"),
         ('{"text": "\\ud800"}', 'b.jsonl:2: "text" holds the lone surrogate'),
         (
             '{"prompt": "a"}',
@@ -155,6 +161,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 PACKERS = {
+    ".bz2": bz2.compress,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,  # as the program zstd
@@ -183,7 +190,38 @@ def test_damage_in_the_middle_is_an_error_there(tmp_path, ending):
     refused([path])
     path.write_bytes(packed[:half])
     assert f"a.jsonl{ending} is damaged (" in refused([path])
-    assert "ends" in refused([path]) or "end-of-stream" in refused([path])
+    assert "ends" in refused([path])
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_every_stream_of_a_file_is_read_or_refused(tmp_path, ending):
+    """One behind the other, with padding between; whatever else stands there is no end."""
+    path, pack = tmp_path / f"a.jsonl{ending}", PACKERS[ending]
+    one, two = (pack(json_lines(TEXTS[i::2])) for i in (0, 1))
+    padding = bytes(8)
+    both = TEXTS[::2] + TEXTS[1::2]
+    for whole in (one + two, one + padding + two + padding, one + pack(b"") + two):
+        path.write_bytes(whole)
+        assert list(documents([path])) == both
+    for wrong in (b"?" + two[1:], two[1:], two[:-1], two[:1], b"garbage", padding + b"\1", b"\n"):
+        path.write_bytes(one + wrong)
+        assert f"a.jsonl{ending} is damaged (" in refused([path]), wrong
+    for nothing in (b"", padding):
+        path.write_bytes(nothing)
+        assert f"a.jsonl{ending} is damaged (" in refused([path])
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_what_is_packed_tightly_is_unpacked_in_pieces(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(PACKERS[ending](bytes(50_000_000)))
+    tracemalloc.start()
+    with compression.open_unpacked(path) as file:
+        assert file.read(1) == b"\0"
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size < 1e5
+    assert peak < 20e6
 
 
 @given(st.lists(st.binary(max_size=40_000), max_size=5), st.integers(1, 70_000))
@@ -293,6 +331,15 @@ def test_pairs_are_held_out_and_learned_from_as_text(tmp_path):
         assert len(prompts) == len(results[-1])
     assert results[0] == results[1]
     assert sorted(results[0]) != sorted(texts)
+
+
+def test_which_documents_are_held_out(tmp_path):
+    """A contract with data sets that were made before: the same texts, whatever the version."""
+    (tmp_path / "in.jsonl").write_bytes(json_lines(f"document {i}" for i in range(40)))
+    prepare([tmp_path / "in.jsonl"], tmp_path / "out", Bytes(), held_out=0.2)
+    texts = [Bytes().decode(ids) for ids in load(tmp_path / "out", "held_out")]
+    assert texts == [f"document {i}" for i in (0, 3, 6, 16, 17, 18, 20, 24, 26, 34)]
+    assert len(load(tmp_path / "out")) == 40 - len(texts)
 
 
 @pytest.mark.parametrize("first", ["a", "b"])

@@ -1,8 +1,10 @@
 """neo_jax/data/{journal,staging,tokenizing}.py: what was stopped goes on, to the same bytes."""
 
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from neo_jax.cli import main
-from neo_jax.data import journal, tokenizing
+from neo_jax.data import journal, sources, tokenizing
 from neo_jax.data.prepare import prepare
 from neo_jax.data.staging import staging
+from neo_jax.data.tokenizer import BytePairTokenizer
 from neo_jax.errors import NeoError
 from neo_jax.paths import find_files
 
@@ -107,7 +110,7 @@ def test_it_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch, capsys, b
 @pytest.mark.parametrize("size", [None, 8 * 30])
 def test_pairs_go_on_too(tmp_path, size):
     """Also where prompts.npy is shorter than the journal says."""
-    lines = [json.dumps({"prompt": "ab" * (i % 7), "completion": str(i)}) for i in range(80)]
+    lines = [json.dumps({"prompt": "ab" * (i % 7 + 1), "completion": str(i)}) for i in range(80)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     prepare([tmp_path / "in.jsonl"], tmp_path / "whole", Bytes(), held_out=0.2)
     for batch in (5, 2):
@@ -160,6 +163,55 @@ def test_killed(inputs, whole, tmp_path):
     prepare([inputs], out, rest, held_out=0.2)
     assert contents(out) == whole
     assert rest.documents == DOCUMENTS - 8 * 7
+
+
+def test_a_long_document_is_begun_again(inputs, tmp_path, monkeypatch, tokenizer_folders):
+    """Wherever it was stopped, what was written of it is cut off, in either split."""
+    text = "a long text, in pieces " * 200
+    for i, name in enumerate(("a_long.txt", "c_long.txt", "e.jsonl", "f.txt")):
+        data = f"{i} {text}"
+        (inputs / name).write_text(json.dumps({"text": data}) if "json" in name else data)
+    monkeypatch.setattr(sources, "PART", 300)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1000)
+    encode, batches, stop_at = BytePairTokenizer.encode_batch, itertools.count(), -1
+
+    def encode_batch(tokenizer, texts):
+        if next(batches) == stop_at:
+            raise KeyboardInterrupt
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(BytePairTokenizer, "encode_batch", encode_batch)
+    fields = prepare([inputs], tmp_path / "whole", tokenizer_folders["bytes"], held_out=0.5)
+    assert all(split["lengths"]["longest"] > 500 for split in fields["splits"].values())
+    for stop_at in range(2, next(batches), 7):  # noqa: B007  (encode_batch looks at it)
+        batches = itertools.count()
+        with pytest.raises(KeyboardInterrupt):
+            prepare([inputs], tmp_path / "out", tokenizer_folders["bytes"], held_out=0.5)
+        assert not (tmp_path / "out").exists()
+        assert partial(tmp_path).exists()
+        prepare([inputs], tmp_path / "out", tokenizer_folders["bytes"], held_out=0.5)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_stopped_within_the_first_document(
+    inputs, tmp_path, monkeypatch, capsys, tokenizer_folders
+):
+    """There is nothing to go on from, nor another input than before."""
+    (inputs / "a.txt").write_text("a long text, in pieces " * 200)
+    monkeypatch.setattr(sources, "PART", 300)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1000)
+    encode, batches = tokenizing._encode, itertools.count()
+    monkeypatch.setattr(
+        tokenizing,
+        "_encode",
+        lambda *args: encode(*args) if next(batches) != 3 else fail(KeyboardInterrupt())(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prepare([inputs / "a.txt"], tmp_path / "out", tokenizer_folders["bytes"])
+    assert not partial(tmp_path).exists()
+    prepare([inputs / "a.txt"], tmp_path / "out", tokenizer_folders["bytes"])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_damaged_input_can_be_replaced(inputs, whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import tracemalloc
 
 import google_crc32c
 import numpy as np
@@ -92,6 +93,18 @@ def test_files_that_were_cut_short(size):
     if size != boundary:
         message = refused(whole[:size])
         assert message.startswith(f"a.tfrecords: record {1 + (size > boundary)} is damaged (the fi")
+
+
+@pytest.mark.parametrize("size", [2**64 - 1, 2**48, 2**31, 2**31 - 1])
+def test_lengths_that_the_file_does_not_have(size):
+    """Refused before so much memory is taken."""
+    length = size.to_bytes(8, "little")
+    tracemalloc.start()
+    message = refused(whole + length + checksum(length) + b"x")
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+    assert message.startswith("a.tfrecords: record 3 is damaged (")
+    assert ("ends within it" if size < 2**31 else f"claims {size:,} bytes") in message
 
 
 @given(st.integers(0, len(whole) - 1), st.integers(1, 255))
