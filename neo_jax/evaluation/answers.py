@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.axes import Array, Params
-from neo_jax.distributed import to_host
+from neo_jax.axes import Params
+from neo_jax.checksums import checksums
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 
@@ -92,8 +92,7 @@ def fingerprint(model: Neo, params: Params) -> str:
 
     Where it lies does not matter: sums of whole numbers are the same in any order.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = to_host(_checksums([leaf for _, leaf in leaves]))
+    leaves, sums = jax.tree_util.tree_leaves_with_path(params), checksums(params).values()
     parts = [
         f"{model.config} {jnp.dtype(model.dtype)} {jax.default_backend()}",
         *(
@@ -102,22 +101,3 @@ def fingerprint(model: Neo, params: Params) -> str:
         ),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@jax.jit
-def _checksums(leaves: list[Array]) -> Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
-
-
-def _checksum(leaf: Array) -> Array:
-    """The sum of a hash of each element's bits and place, modulo 2^32."""
-    kind = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    mixed = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-    stride = 1
-    for axis in reversed(range(leaf.ndim)):
-        places = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        mixed += places * jnp.uint32(stride * 2654435761 % 2**32)
-        stride *= leaf.shape[axis]
-    for _ in range(2):
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x45D9F3B)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
