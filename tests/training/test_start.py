@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, GPTNeoForCausalLM
 
 import neo_jax
@@ -156,8 +158,28 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tuning, finished, 
     files = [Path(c.output) / "adapter" / "adapter_model.safetensors" for c in (config, tuning)]
     assert files[0].read_bytes() == files[1].read_bytes()
     other = dataclasses.replace(tuning, lora=dataclasses.replace(LORA, rank=2))
-    with pytest.raises(NeoError, match="this output folder trains other adapters; choose another"):
+    with pytest.raises(
+        NeoError, match=r"trains other adapters \(lora.rank 4 -> 2\); choose"
+    ):
         train(other)
+
+
+def test_adapters_go_on_with_their_model_alone(tuning, checkpoints, tmp_path):
+    """By any name, on any mesh, in any dtype; another one of its shape is refused."""
+    one = dataclasses.replace(tuning, steps=1)
+    train(one)
+    for name, change in (("same", 0.0), ("other", 1e-6)):
+        shutil.copytree(checkpoints["pieces"], tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["transformer.h.1.mlp.c_fc.weight"][3, 4] += change
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+    same = dataclasses.replace(tuning, steps=2, pretrained=str(tmp_path / "same"))
+    train(dataclasses.replace(same, mesh="fsdp=4,model=2", dtype="bfloat16"))
+    before = sorted(os.listdir(Path(tuning.output) / "checkpoints"))
+    other = dataclasses.replace(tuning, pretrained=str(tmp_path / "other"))
+    with pytest.raises(NeoError, match=r"adapters of another model than the one in pretrained, .*"):
+        train(dataclasses.replace(one, pretrained=other.pretrained))
+    assert sorted(os.listdir(Path(tuning.output) / "checkpoints")) == before
 
 
 def test_parts_of_a_batch_on_a_mesh(tuning, finished):
