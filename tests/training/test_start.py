@@ -158,9 +158,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tuning, finished, 
     files = [Path(c.output) / "adapter" / "adapter_model.safetensors" for c in (config, tuning)]
     assert files[0].read_bytes() == files[1].read_bytes()
     other = dataclasses.replace(tuning, lora=dataclasses.replace(LORA, rank=2))
-    with pytest.raises(
-        NeoError, match=r"trains other adapters \(lora.rank 4 -> 2\); choose"
-    ):
+    with pytest.raises(NeoError, match=r"trains other adapters \(lora.rank 4 -> 2\); choose"):
         train(other)
 
 
