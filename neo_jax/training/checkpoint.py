@@ -55,7 +55,7 @@ class Checkpoints:
           base: of the model that adapters are trained for, see `snapshot.base_of`.
 
         Raises:
-          NeoError: the folder cannot be written, or its bucket not be asked about.
+          NeoError: the folder cannot be written or listed, or its bucket not be asked about.
         """
         self._folder = absolute(make_path(folder))
         check_writable(self._folder)
@@ -81,7 +81,13 @@ class Checkpoints:
             # Called when a checkpoint is whole, and before older ones are removed.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._name_best),
         )
-        return ocp.CheckpointManager(self._folder, options=options)
+        try:
+            return ocp.CheckpointManager(self._folder, options=options)
+        except Exception as error:  # of several libraries, which share no base
+            raise NeoError(
+                f"cannot list the checkpoints in {self._folder} ({snapshot.short(error)}); give "
+                "the same command again."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -203,8 +209,8 @@ class Checkpoints:
         if not all_processes(error is None):
             why = reason(error) if error else "process 0 says why"
             raise NeoError(
-                f"cannot rename the checkpoint {newer} in {self._folder}, which cannot be read "
-                f"({why}); move it out of the way."
+                f"cannot rename all of the checkpoints {', '.join(map(str, unread))} in "
+                f"{self._folder}, which cannot be read ({why}); move them out of the way."
             ) from error
         self._manager.close()
         self._manager = self._open()
@@ -212,7 +218,7 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Returns the steps of all checkpoints, the oldest first, as process 0 sees them."""
         steps = np.asarray(self._manager.all_steps(), np.int32)
-        count = int(from_leader(np.asarray(len(steps))))
+        count = int(from_leader(np.asarray(len(steps), np.int32)))
         return from_leader(np.resize(steps, count)).tolist()
 
     def _find_best(self) -> None:
