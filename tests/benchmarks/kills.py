@@ -7,11 +7,11 @@ once by nobody's hand, and then into another output, by as many processes of the
 takes: `--kills` of them get a SIGKILL at a random moment, of training one in three in the middle of
 a save; one cannot write more than a few bytes to a file, as on a full disk, and must end with one
 line. Training also gets SIGTERMs, after which it exits with 0, and before some of its starts a file
-of its newest checkpoint is truncated, removed, or has a bit flipped, or the checkpoint is away for
-two seconds. The last process is left to the end.
+of its newest checkpoint is truncated, removed, or has a bit flipped, or its arrays are away for
+some seconds. The last process is left to the end.
 
 Fails unless what is left is, byte for byte, what the undisturbed command left (of training, weights
-and every loss; of samples, all but log-probabilities), and unless everything that was damaged is still there.
+and every loss; of samples, all but log-probabilities), and everything that was damaged is there.
 """
 
 import argparse
