@@ -180,6 +180,7 @@ class Checkpoints:
             )
         if saved:
             self.changes = snapshot.changes(saved, config)
+            self._base = saved.get("base", {}) | self._base  # also of the dtypes of earlier runs
             load = functools.partial(snapshot.read_state, folder, abstract)
             read, why = snapshot.attempt(load)
         if all_processes(read is not None):

@@ -217,7 +217,7 @@ def stop(job: Job, i: int, number: signal.Signals, longest: float, draw: random.
     _, err = process.communicate()
     ended = process.returncode == -number or (number, process.returncode) == (signal.SIGTERM, 0)
     if ended and not job.is_refused(err):
-        print(f"  {number.name}: {err.splitlines()[-1] if err else 'it had not begun'}", flush=True)
+        print(f"  {number.name}: {err.splitlines()[-1] if err else 'nothing said'}", flush=True)
         return True
     assert process.returncode == 0 or job.is_refused(err), (process.returncode, err)
     return False
