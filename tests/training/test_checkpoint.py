@@ -291,6 +291,28 @@ def test_a_half_written_checkpoint_is_none(config, save, folder):
     assert save({5: NAN}, keep=3) == {"2", "4", "5"}
 
 
+@pytest.mark.parametrize(("change", "dtype", "fine"), [
+    (0.0, "float32", True), (0.0, "bfloat16", True), (1e-6, "float32", False),
+    (1e-6, "bfloat16", True), (0.1, "bfloat16", False),
+])  # fmt: skip
+def test_adapters_go_on_with_their_model_alone(config, change, dtype, fine):
+    """In any dtype of products, in which alone a difference can tell; and it is remembered."""
+    frozen = {"kernel": jnp.linspace(1, 2, 64)}
+    other = {"kernel": (frozen["kernel"].at[7].add(change)).astype(dtype)}
+    folder = Path(config.output) / "checkpoints"
+    with Checkpoints(folder, base=snapshot.base_of(frozen)) as checkpoints:
+        checkpoints.save(state(1), config)
+    with Checkpoints(folder, base=snapshot.base_of(other)) as checkpoints:
+        if not fine:
+            with pytest.raises(NeoError, match="trains adapters of another model than the one in"):
+                checkpoints.restore_latest(abstract(), config)
+            return
+        assert_is_step(checkpoints.restore_latest(abstract(), config), 1)
+        checkpoints.save(state(2), config)
+    fields = snapshot.read(folder / "2", "config")
+    assert fields["base"] == snapshot.base_of(frozen)
+
+
 # What cannot be written.
 
 
