@@ -52,9 +52,9 @@ def main() -> None:
         (folder / "text.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
         theirs = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
         rates = ([], [])
-        for _ in range(options.rounds):
+        for i in range(options.rounds):
             start = time.perf_counter()
-            prepare([folder / "text.jsonl.zst"], folder / "out", source)
+            prepare([folder / "text.jsonl.zst"], folder / f"out-{i}", source)
             between = time.perf_counter()
             theirs.encode_batch(texts)
             end = time.perf_counter()

@@ -23,7 +23,7 @@ from neo_jax.model import Neo
 from neo_jax.names import tensors
 from neo_jax.paths import is_remote, make_path
 from neo_jax.pretrained import load_params, read_config, stored_leaves
-from neo_jax.saving import Leaf, write_model
+from neo_jax.saving import Leaf, new_folder, write_model
 from neo_jax.stacked import stack, unstack
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
@@ -94,11 +94,11 @@ def convert(source: Source, output: str, dtype: str = "", max_shard_bytes: int =
     Raises:
       NeoError: the folder holds files, or cannot be written.
     """
-    folder = _new(output)
-    write_model(folder, source.config, _cast(source, dtype), source.tokenizer, max_shard_bytes)
-    theirs = make_path(source.name) / "generation_config.json"
-    if theirs.is_file():
-        (folder / theirs.name).write_bytes(theirs.read_bytes())
+    with new_folder(output) as folder:
+        write_model(folder, source.config, _cast(source, dtype), source.tokenizer, max_shard_bytes)
+        theirs = make_path(source.name) / "generation_config.json"
+        if theirs.is_file():
+            (folder / theirs.name).write_bytes(theirs.read_bytes())
     return folder
 
 
@@ -135,24 +135,19 @@ def convert_to_run(source: Source, output: str, config: TrainConfig) -> Path:
             f"the config trains another model than {source.name} holds ({'; '.join(differences)}); "
             "change its field model."
         )
-    folder = _new(output)
-    arrays = {
-        row.path: copy(source.leaves[row.path].read()[: row.shape[0]], np.dtype("f4"), row.shape)
-        for row in tensors(config.model)
-    }
-    params = stack(unflatten_dict(arrays), config.model)
-    del arrays
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    start = jax.jit(functools.partial(state_of, optimizer=optimizer), donate_argnums=0)
-    with Checkpoints(folder / "checkpoints", config.keep) as checkpoints:
-        checkpoints.save(start(params), dataclasses.replace(config, output=output))
-    return folder
-
-
-def _new(output: str) -> Path:
-    folder = make_path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise NeoError(f"{output} is there already; choose a new folder, or remove that one.")
+    with new_folder(output) as folder:
+        arrays = {
+            row.path: copy(
+                source.leaves[row.path].read()[: row.shape[0]], np.dtype("f4"), row.shape
+            )
+            for row in tensors(config.model)
+        }
+        params = stack(unflatten_dict(arrays), config.model)
+        del arrays
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        start = jax.jit(functools.partial(state_of, optimizer=optimizer), donate_argnums=0)
+        with Checkpoints(folder / "checkpoints", config.keep) as checkpoints:
+            checkpoints.save(start(params), dataclasses.replace(config, output=output))
     return folder
 
 

@@ -4,11 +4,13 @@ Every process runs the same program. Process 0 leads: it alone prints and writes
 sharded. Joining must come before anything that makes JAX look for devices.
 """
 
+import contextlib
 import os
 import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from neo_jax.axes import Array
 from neo_jax.errors import NeoError
+from neo_jax.locks import locked
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 START_TIMEOUT = 300  # seconds in which all processes must come
@@ -156,6 +159,25 @@ def from_leader(array: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+@contextlib.contextmanager
+def holding(output: Path, inside: bool = False) -> Iterator[None]:
+    """Holds an output for this run, by process 0 alone; all must call this. See `locked`.
+
+    Raises:
+      NeoError: in all processes, where another run holds it or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        error = None
+        try:
+            if is_leader():
+                stack.enter_context(locked(output, inside))
+        except NeoError as caught:
+            error = caught
+        if not all_processes(error is None):
+            raise error or NeoError(f"process 0 cannot write {output}; it says why.")
+        yield
 
 
 def barrier(name: str) -> None:

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,6 +102,51 @@ def file_version(path: Path) -> str:
         return _store().ukey(str(path))
     stat = path.stat()
     return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def cache_folder() -> Path:
+    """Returns the folder of this package for what it keeps for itself; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neo_jax"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that others see either as it was or as it is to be, whatever happens.
+
+    Raises:
+      OSError: it cannot be written, and is as it was.
+    """
+    if is_remote(path):  # an object is there when all of it is
+        path.write_text(text, encoding="utf-8")
+        return
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def rmtree(folder: Path) -> None:
+    """Removes a folder with all that it holds.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    if is_remote(folder):
+        folder.rmtree()  # type: ignore[attr-defined]  # of epath
+    else:
+        shutil.rmtree(folder)
+
+
+def move_folder(folder: Path, to: Path) -> None:
+    """Renames a folder; on gs://, which has no folders, copies its objects there, then removes it.
+
+    Raises:
+      OSError: it cannot be moved, and stays.
+    """
+    if not is_remote(folder):
+        folder.rename(to)
+        return
+    paths = find_files(folder)
+    _store().copy(list(map(str, paths)), [str(to / path.relative_to(folder)) for path in paths])
+    rmtree(folder)
 
 
 def check_writable(folder: Path) -> None:

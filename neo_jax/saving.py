@@ -15,12 +15,15 @@ import numpy as np
 
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, reason
+from neo_jax.locks import LOCK, locked
 from neo_jax.names import Tensor, tensors
-from neo_jax.paths import is_remote
+from neo_jax.paths import is_remote, make_path, rmtree
 from neo_jax.transfer import copy
 from neo_jax.weights import CODES, INDEX, SINGLE
 
 T = TypeVar("T")
+
+_STAGING = ".saving-"  # begins the name of a folder whose files are not whole
 
 
 class Leaf(NamedTuple):
@@ -72,14 +75,45 @@ def groups(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator
 
 
 @contextlib.contextmanager
+def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder to write that is new, or empty, and that no other process writes meanwhile.
+
+    Raises:
+      NeoError: it holds something, which nobody wants to lose, or cannot be written.
+    """
+    folder = make_path(output)
+    if folder.exists() and not folder.is_dir():
+        raise _taken(output)
+    with locked(folder, inside=True):
+        remove_leftovers(folder)
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+            raise _taken(output)
+        yield folder
+
+
+def _taken(output: str | os.PathLike[str]) -> NeoError:
+    return NeoError(f"{output} is there already; choose a new folder, or remove that one.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote a folder have left in it.
+
+    Args:
+      folder: nobody else writes it now.
+    """
+    for path in folder.glob(f"{_STAGING}*") if folder.is_dir() else ():
+        rmtree(path)
+
+
+@contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """Gives a folder inside `folder` that is gone at the end."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as name:
             yield Path(name)
         return
-    staging: Any = folder / f".saving-{uuid.uuid4().hex}"
+    staging: Any = folder / f"{_STAGING}{uuid.uuid4().hex}"
     try:
         yield staging
     finally:

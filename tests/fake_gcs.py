@@ -153,6 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.objects[f"{bucket}/{to_name}"] = self.objects.pop(f"{bucket}/{name}")
         self.send_json(self.metadata(f"{bucket}/{to_name}"))
 
+    def copy_object(self, bucket, name, to_bucket, to_name):
+        self.objects[f"{to_bucket}/{to_name}"] = self.objects[f"{bucket}/{name}"]
+        self.send_json({"kind": "storage#rewriteResponse", "done": True})
+
     def upload(self, bucket):
         """Takes an object in one request, with or without metadata, or a chunk of a long one."""
         kind = self.query.get("uploadType")
@@ -235,5 +239,10 @@ _ROUTES = [
     ("GET", "(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)", _Handler.get_object),
     ("DELETE", "/storage/v1/b/([^/]+)/o/([^/]+)", _Handler.delete_object),
     ("POST", "/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", _Handler.move_object),
+    (
+        "POST",
+        "/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)",
+        _Handler.copy_object,
+    ),
     ("POST", "/upload/storage/v1/b/([^/]+)/o", _Handler.upload),
 ]

@@ -14,8 +14,9 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 LAYERS = [
     ["axes", "errors"],
     ["paths"],
+    ["locks"],
     ["chips", "config", "distributed", "memory"],
-    ["names", "mesh_tf", "hub", "data"],
+    ["names", "mesh_tf", "hub", "data", "checksums"],
     ["weights"],
     ["transfer"],
     ["saving"],
@@ -41,8 +42,8 @@ LAYERS = [
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-FILES_OF_CHECKPOINTS = {"paths", "names", "weights", "hub", "data", "transfer", "saving", "mesh_tf",
-                        "pretrained"}  # fmt: skip
+FILES_OF_CHECKPOINTS = {"paths", "locks", "names", "weights", "hub", "data", "transfer", "saving",
+                        "mesh_tf", "pretrained"}  # fmt: skip
 MATHEMATICS = {
     "torus",
     "sharding",

@@ -22,6 +22,7 @@ from neo_jax.errors import NeoError
 from neo_jax.language_model import enable_compilation_cache
 from neo_jax.pretrained import load_params, read_config, save_pretrained, stored_dtypes
 from neo_jax.stacked import unstack
+from neo_jax.training import snapshot
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import train
 
@@ -83,10 +84,9 @@ def test_batches_are_the_same_as_here_and_read_what_they_need(cloud, bucket, dat
     assert_identical(*map(list, pair))
 
 
-def test_a_new_data_set_replaces_the_old_or_leaves_none(cloud, bucket, documents, tmp_path):
+def test_a_data_set_is_there_when_all_of_it_is(cloud, bucket, documents, tmp_path):
     output = f"gs://{bucket}/data"
     tokenizer = train_sentencepiece([documents[0].joinpath("a.jsonl").read_text()], 320, tmp_path)
-    prepare([f"{documents[1]}/*.jsonl"], output, tokenizer, held_out=0.1)
     prepare([f"{documents[1]}/**/*.gz"], output, tokenizer)
     assert cloud.names(f"{bucket}/data") == [
         "dataset.json",
@@ -97,8 +97,9 @@ def test_a_new_data_set_replaces_the_old_or_leaves_none(cloud, bucket, documents
     order = [name for method, name, _ in cloud.requests if method == "PUT" and bucket in name]
     assert order[-1] == f"{bucket}/data/dataset.json"
 
+    del cloud[f"{bucket}/data/dataset.json"]
     cloud[f"{bucket}/data/other"] = b""
-    with pytest.raises(NeoError, match="holds 'other' beside a data set; choose another output"):
+    with pytest.raises(NeoError, match="holds 'other' already; choose another output"):
         prepare([documents[1]], output, tokenizer)
 
 
@@ -293,6 +294,23 @@ def test_old_checkpoints_are_removed(cloud, bucket, config):
     assert folders == {"2"}
 
 
+def test_what_cannot_be_read_is_set_aside(cloud, bucket, config, capsys, monkeypatch):
+    """No object of it is lost, and no later run takes it for one that was cut off."""
+    monkeypatch.setattr(snapshot, "_PAUSES", ())
+    config = dataclasses.replace(config, eval_every=0)
+    whole = train(config)
+    place = f"{bucket}/run/checkpoints"
+    cloud[f"{place}/2/state/_METADATA"] = b"damaged"
+    left = {name: cloud[f"{place}/2/{name}"] for name in cloud.names(f"{place}/2")}
+    for _ in range(2):
+        assert_identical(train(config), whole)
+        name = f"{place}/2.unreadable"
+        assert {each: cloud[f"{name}/{each}"] for each in cloud.names(name)} == left
+    err = capsys.readouterr().err
+    assert err.count("it is now called 2.unreadable, going on from 1.\n") == 1
+    assert {name.split("/")[0] for name in cloud.names(place)} == {"1", "2", "2.unreadable"}
+
+
 def test_a_run_that_may_not_ask_about_its_bucket_says_so_first(cloud, bucket, config):
     cloud.discreet.add(bucket)
     with pytest.raises(NeoError, match=r"cannot keep checkpoints in .*; ask for storage\.buckets"):
@@ -304,5 +322,5 @@ def test_a_run_that_may_not_write_says_so_first(cloud, bucket, config):
     cloud.read_only.add(bucket)
     with pytest.raises(NeoError, match=rf"cannot write in gs://{bucket}/run/checkpoints \(Forb"):
         train(config)
-    with pytest.raises(NeoError, match=rf"cannot write in gs://{bucket}/data \(Forbidden"):
-        prepare(["gs://nowhere"], config.data, train_tokenizer=320)
+    with pytest.raises(NeoError, match=rf"cannot write in gs://{bucket}/more \(Forbidden"):
+        prepare(["gs://nowhere"], f"gs://{bucket}/more", train_tokenizer=320)

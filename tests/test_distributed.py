@@ -195,7 +195,9 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
     assert ended(second) == (0, "", [])
     status, out, err = ended(first)
     assert (status, out) == (0, f"{config.output}/model\n")
-    assert all(line.startswith("step ") for line in err)
+    assert err[0].startswith("resuming at step ")
+    assert err[0].endswith(" of 24; mesh fsdp=4,model=2 -> model=4,data=2")
+    assert all(line.startswith("step ") for line in err[1:])
 
     alone = dataclasses.replace(config, output=f"{config.output}-alone")
     train(alone)

@@ -3,7 +3,11 @@
 import json
 import lzma
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -26,6 +30,14 @@ from neo_jax.training.config import TrainConfig
 from neo_jax.training.start import find_pretrained
 from neo_jax.training.state import state_of
 
+KILLED = """
+import os, signal, sys
+from neo_jax import saving
+from neo_jax.cli import main
+
+saving._write_weights = lambda path, rows: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
 HELD_OUT = Path(__file__).parent / "text" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 4]
@@ -207,3 +219,25 @@ def stored(tmp_path_factory, int8):
     folder = tmp_path_factory.mktemp("int8")
     save_int8(folder, int8.config, int8.params, tokenizer=int8.tokenizer)
     return folder, int8
+
+
+def test_killed_and_done_again_and_nothing_replaced(checkpoints, tmp_path, capsys):
+    """What a kill leaves goes, and what is whole stays; `convert` writes by the same functions."""
+    args = ["quantize", str(checkpoints["bare"]), str(tmp_path / "out")]
+    root = str(Path(neo_jax.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *args],
+        env=os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name[:8] for path in sorted((tmp_path / "out").iterdir())] == [".lock", ".saving-"]
+    assert main(args) == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(files) == {"config.json", "generation_config.json", "model.safetensors"}
+    capsys.readouterr()
+    assert main(args) == 1
+    assert capsys.readouterr().err == (
+        f"neo-jax: {tmp_path}/out is there already; choose a new folder, or remove that one.\n"
+    )
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

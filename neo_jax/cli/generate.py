@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
+from neo_jax import __version__
+from neo_jax.checksums import checksums
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import (
@@ -26,7 +28,6 @@ from neo_jax.decode.speculative import NUM_DRAFTED
 from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError
 from neo_jax.generation import BATCH_SIZE, TextOptions, check_together, fit
-from neo_jax.paths import is_remote
 
 if TYPE_CHECKING:
     from neo_jax.language_model import LanguageModel, Prompt, Sample
@@ -157,7 +158,7 @@ def _write(
         )
 
     if keeps(options.output):
-        _keep(samples, prompts, options.output, _what_decides(lm, prompts, options))
+        _keep(samples, prompts, options.output, _what_decides(lm, draft, prompts, options))
     else:
         _print(samples(prompts, lambda index, done: None), options.output, plain)
     if drafted and is_leader():
@@ -196,13 +197,28 @@ def _keep(
                 pass  # it is kept
 
 
-def _what_decides(lm: "LanguageModel", prompts: Sequence["Prompt"], options: Options) -> Any:
-    """What the samples depend on: the command, the prompts and the files of the model."""
+def _what_decides(
+    lm: "LanguageModel",
+    draft: "LanguageModel | str | None",
+    prompts: Sequence["Prompt"],
+    options: Options,
+) -> Any:
+    """What the samples depend on: the command, the prompts, and all that was loaded."""
     command = dataclasses.asdict(options)
     for name in ("output", "json", "batch_size", "prompts_file", "cluster"):
         del command[name]
-    files = [] if is_remote(lm.folder) else [path.stat() for path in sorted(lm.folder.iterdir())]
-    return [command, prompts, [(stat.st_size, stat.st_mtime_ns) for stat in files]]
+    models = [lm] if isinstance(draft, str | None) else [lm, draft]
+    loaded = [
+        [
+            dataclasses.asdict(each.config),
+            str(each.model.dtype),
+            str(each.model.cache_dtype),
+            checksums(each.params),  # of weights with adapters merged, whatever files they are of
+            each.tokenizer and each.tokenizer.decode(list(range(each.tokenizer.vocab_size))),
+        ]
+        for each in models
+    ]
+    return [__version__, command, prompts, [lm.encode(prompt) for prompt in prompts], loaded]
 
 
 @contextlib.contextmanager

@@ -109,17 +109,21 @@ def check_output(path: str, source: str = "") -> None:
 def output_lines(path: str) -> Iterator[IO[str]]:
     """Opens a file to write lines to, or stdout where the path is empty.
 
-    Of several processes the first writes the file, and the others nothing.
+    Of several processes of a run the first writes the file, and the others nothing.
 
     Raises:
-      NeoError: the file cannot be written.
+      NeoError: the file cannot be written, or another run is writing it.
     """
-    from neo_jax.distributed import is_leader
+    from neo_jax.distributed import holding, is_leader
 
     if not path:
         yield sys.stdout
         return
-    with _open(path if is_leader() else os.devnull, "w") as file:
+    stored = is_remote(path) or os.path.isfile(path) or not os.path.exists(path)
+    with (
+        holding(make_path(path)) if stored else contextlib.nullcontext(),  # no pipe, no device
+        _open(path if is_leader() else os.devnull, "w") as file,
+    ):
         yield file
 
 

@@ -22,7 +22,7 @@ class Options:
     What was interrupted goes on where it was: give the same command again.
     """
 
-    output: str  # the folder to write, also gs://
+    output: str  # the folder to write, also gs://; new, or empty
     # .txt, .jsonl, .tfrecords (.bz2, .gz, .xz, .zst); folders, globs, gs://; hf://NAME:CONFIG:SPLIT
     inputs: Positional[tuple[str, ...]] = ()
     tokenizer: str = ""  # a folder with a tokenizer's files

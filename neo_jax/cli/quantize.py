@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from tyro.conf import Positional
 
 from neo_jax.cli import UsageError, parse
-from neo_jax.paths import check_writable, make_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +13,7 @@ class Options:
     """Writes a checkpoint with int8 weights, which every verb but train and convert takes."""
 
     source: Positional[str] = ""  # a folder, also gs://, a hub name, or an adapter
-    output: Positional[str] = ""  # the folder to write
+    output: Positional[str] = ""  # the folder to write; new, or empty
 
 
 def main(args: Sequence[str]) -> None:
@@ -24,10 +23,11 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(
             "name a model and the folder to write, as in: neo-jax quantize gpt-neo-1.3b small"
         )
-    check_writable(make_path(options.output))
     from neo_jax.int8_checkpoint import save_int8
     from neo_jax.language_model import load
+    from neo_jax.saving import new_folder
 
-    lm = load(options.source, quantize="int8", dtype="float32")
-    save_int8(options.output, lm.config, lm.params, tokenizer=lm.tokenizer)
+    with new_folder(options.output) as folder:
+        lm = load(options.source, quantize="int8", dtype="float32")
+        save_int8(folder, lm.config, lm.params, tokenizer=lm.tokenizer)
     print(options.output)

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from neo_jax.distributed import from_leader, is_leader
+from neo_jax.distributed import from_leader, holding, is_leader
 from neo_jax.errors import NeoError, reason
 from neo_jax.paths import is_remote
 
@@ -47,12 +47,19 @@ def kept_samples(path: str, run: Any, num_prompts: int) -> Iterator[Kept]:
       num_prompts: of the run.
 
     Raises:
-      NeoError: the file cannot be written.
+      NeoError: the file cannot be written, or another process is writing it.
       KeyboardInterrupt: was raised; the message tells what is kept.
     """
     name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:8]
     target = Path(os.path.realpath(path))
     partial = target.with_name(f"{target.name}.partial-{name}")
+    with holding(target), _kept(partial, num_prompts, target) as kept:
+        yield kept
+
+
+@contextlib.contextmanager
+def _kept(partial: Path, num_prompts: int, target: Path) -> Iterator[Kept]:
+    """See `kept_samples`; no other process writes these files."""
     there = np.zeros(num_prompts, bool)
     if is_leader():
         there[list(_lines(partial, num_prompts))] = True

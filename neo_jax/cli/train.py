@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> None:
     try:
         with options.cluster.joined(bool(config.mesh or config.rules)):
             step = int(train(config).step)
-            if step == config.steps:
+            if step >= config.steps:
                 print(f"{config.output}/model")
             elif is_leader():
                 line = f"stopped after step {step}; the same command goes on from there"

@@ -54,8 +54,8 @@ def prepare(
 
     Args:
       inputs: files, folders, globs and hf:// names, as `sources.find_sources` takes them.
-      output: the folder to write; a data set that is there already is replaced at the end. Until
-        then it is made in .NAME.partial beside it, or in ~/.cache/neo_jax for one on gs://.
+      output: the folder to write, new or empty. Until all is there it is made in .NAME.partial next
+        to it, or in ~/.cache/neo_jax for one on gs://.
       tokenizer: a tokenizer, or the folder or file of one.
       train_tokenizer: instead of `tokenizer`, the size of one to train on the documents that are
         not held out.
@@ -74,7 +74,7 @@ def prepare(
     Raises:
       NeoError: no tokenizer or two, one that takes no new tokens, a tokenizer without an end of
         text, an input that cannot be read or holds no text, pairs together with plain text, a split
-        without documents, or an output that is something else.
+        without documents, or an output that is there already or being written.
     """
     _check_options(tokenizer, train_tokenizer, held_out)
     with staging(absolute(make_path(output))) as folder:

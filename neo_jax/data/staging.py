@@ -1,18 +1,16 @@
-"""A folder that takes the place of another when it is complete."""
+"""A folder that gets its name when it is complete."""
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from neo_jax.data.tokenizer import TOKENIZER_FILES
 from neo_jax.data.writer import DATASET_FILE, HELD_OUT, TRAIN
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import check_writable, find_files, is_remote
+from neo_jax.locks import locked
+from neo_jax.paths import cache_folder, check_writable, find_files, is_remote
 
 WORK = "work"  # a sub-folder for what the data set does not hold
 JOURNAL, TRAINED = "journal.jsonl", "trained"  # files in it that are worth going on from
@@ -20,7 +18,7 @@ JOURNAL, TRAINED = "journal.jsonl", "trained"  # files in it that are worth goin
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """Gives a local folder that takes the place of a data set at the end.
+    """Gives a local folder that becomes a data set at the end.
 
     Where it ends early it stays, for the same command to go on from, if its sub-folder `WORK` has
     a `JOURNAL` or `TRAINED` that is not empty.
@@ -30,22 +28,21 @@ def staging(target: Path) -> Iterator[Path]:
         ~/.cache/neo_jax/prepare, which XDG_CACHE_HOME moves.
 
     Raises:
-      NeoError: the target is something else than a data set, cannot be written, or is being made
-        by another process.
+      NeoError: the target is there, cannot be written, or is being made by another process.
     """
-    _check_replaceable(target)
+    _check_new(target)
     if is_remote(target):
         check_writable(target)
     folder = _folder(target)
     work = folder / WORK
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NeoError(f"cannot write in {folder.parent}: {reason(error)}.") from error
-    with lock:
-        _lock(lock, target)
+    with locked(target):
+        _check_new(target)  # another process may just have made it
         try:
+            work.mkdir(parents=True, exist_ok=True)
             yield folder
             _finish(folder, target)
         except (NeoError, OSError, KeyboardInterrupt) as error:
@@ -67,18 +64,8 @@ def clear(folder: Path) -> None:
 def _folder(target: Path) -> Path:
     if not is_remote(target):
         return target.with_name(f".{target.name}.partial")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.blake2b(str(target).encode(), digest_size=8).hexdigest()
-    return Path(home) / "neo_jax" / "prepare" / name
-
-
-def _lock(file: IO[str], target: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise NeoError(f"another process is making {target}; wait for it, or stop it.") from error
-    except OSError:
-        pass  # a file system without locks
+    return cache_folder() / "prepare" / name
 
 
 def _is_worth_keeping(work: Path) -> bool:
@@ -101,45 +88,39 @@ def _finish(folder: Path, target: Path) -> None:
         _upload(folder, target)
         shutil.rmtree(folder)
         return
-    replaced = target.with_name(f".{target.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    try:
-        folder.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
+    folder.rename(target)
     shutil.rmtree(target / WORK)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _upload(folder: Path, target: Path) -> None:
-    """Replaces a data set in the cloud; without its dataset.json it is none, so that goes last."""
-    old = {path.relative_to(target).as_posix() for path in find_files(target)}
+    """Copies a data set to the cloud; without its dataset.json it is none, so that goes last."""
+    old = {path.relative_to(target).as_posix() for path in find_files(target)}  # of a killed upload
     new = {path.relative_to(folder).as_posix() for path in find_files(folder)}
     new = {name for name in new if not name.startswith(f"{WORK}/")}
-    (target / DATASET_FILE).unlink(missing_ok=True)
+    for name in old - new:
+        (target / name).unlink()
     for name in sorted(new, key=lambda name: name == DATASET_FILE):
         with (folder / name).open("rb") as source, (target / name).open("wb") as file:
             shutil.copyfileobj(source, file, _UPLOAD_BYTES)
-    for name in old - new - {DATASET_FILE}:
-        (target / name).unlink()
 
 
 _UPLOAD_BYTES = 8 << 20
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_new(target: Path) -> None:
+    """Checks that nothing is lost where the data set will be.
+
+    Raises:
+      NeoError: there is a file, or a folder that holds more than an upload that was killed.
+    """
     if not target.exists():
         return
     mend = "choose another output, or remove it first."
     if not target.is_dir():
         raise NeoError(f"{target} is a file; {mend}")
     inside = {path.name for path in target.iterdir()}
-    if inside and DATASET_FILE not in inside:
-        raise NeoError(f"{target} is a folder that holds no data set; {mend}")
-    other = sorted(inside - {DATASET_FILE, TRAIN, HELD_OUT, WORK, *TOKENIZER_FILES})
+    if DATASET_FILE in inside:
+        raise NeoError(f"{target} holds a data set already; {mend}")
+    other = sorted(inside - {TRAIN, HELD_OUT, *TOKENIZER_FILES} if is_remote(target) else inside)
     if other:
-        raise NeoError(f"{target} holds '{other[0]}' beside a data set; {mend}")
+        raise NeoError(f"{target} holds '{other[0]}' already; {mend}")

@@ -23,9 +23,9 @@ import jaxlib
 import numpy as np
 
 import neo_jax
-from neo_jax.axes import Array, Params
+from neo_jax.axes import Params
+from neo_jax.checksums import checksums
 from neo_jax.data.tokenizer import Tokenizer
-from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
 from neo_jax.sharding import device_of
@@ -150,8 +150,7 @@ def fingerprint(model: Neo, params: Params, tokenizer: Tokenizer | None = None) 
     fields["dtype"] = jnp.dtype(model.dtype)
     fields["cache_dtype"] = jnp.dtype(model.cache_dtype or model.dtype)
     device = device_of(model.sharding)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = to_host(_checksums([leaf for _, leaf in leaves]))
+    leaves, sums = jax.tree_util.tree_leaves_with_path(params), checksums(params).values()
     parts = [
         *fields.items(),
         (neo_jax.__version__, jax.__version__, jaxlib.__version__),
@@ -174,22 +173,3 @@ def _saved(tokenizer: Tokenizer | None) -> Iterator[tuple[str, str]]:
             tokenizer.save(Path(folder))
         for file in sorted(Path(folder).iterdir()):
             yield file.name, hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-@jax.jit
-def _checksums(leaves: list[Array]) -> Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
-
-
-def _checksum(leaf: Array) -> Array:
-    """The sum of a hash of each element's bits and place, modulo 2^32."""
-    kind = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    mixed = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-    stride = 1
-    for axis in reversed(range(leaf.ndim)):
-        places = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        mixed += places * jnp.uint32(stride * 2654435761 % 2**32)
-        stride *= leaf.shape[axis]
-    for _ in range(2):
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x45D9F3B)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

@@ -1,41 +1,32 @@
 """Checkpoints of training: orbax, asynchronous; the newest few are kept, and the best.
 
-A checkpoint is a folder named for its step: `state` (its arrays; the step is one of them), and as
-JSON `config` (the seed, from which every random key comes, included), `versions` of the libraries,
-and `evaluation`, the held-out loss where there is one. It has that name as soon as it is whole.
+A checkpoint is a folder named for its step, which `snapshot` describes. It has that name as soon as
+it is whole. What cannot be read is set aside, and never removed.
 """
 
 import contextlib
 import dataclasses
-import gc
+import functools
 import json
 import logging
 import math
 import os
-import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from neo_jax import __version__
-from neo_jax.config import ModelConfig
-from neo_jax.distributed import all_processes, check_shared, is_leader
+from neo_jax.distributed import all_processes, check_shared, from_leader, is_leader
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import absolute, check_writable, is_remote, make_path
+from neo_jax.paths import absolute, check_writable, is_remote, make_path, move_folder, write_whole
+from neo_jax.training import snapshot
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import TrainState
-
-# What fields of a model were before they were there.
-_MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 class SaveError(NeoError):
@@ -48,16 +39,23 @@ class Checkpoints:
     The best one is named in best.json beside the folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2, keep_every: int = 0):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int = 2,
+        keep_every: int = 0,
+        base: snapshot.Base | None = None,
+    ):
         """Opens the folder, creating it if need be, and removes what a kill left half written.
 
         Args:
           folder: of the checkpoints of this run and nothing else.
           keep: how many of the newest stay.
           keep_every: steps that are a multiple of this stay too; 0 is none.
+          base: of the model that adapters are trained for, see `snapshot.base_of`.
 
         Raises:
-          NeoError: the folder cannot be written, or its bucket not be asked about.
+          NeoError: the folder cannot be written or listed, or its bucket not be asked about.
         """
         self._folder = absolute(make_path(folder))
         check_writable(self._folder)
@@ -66,18 +64,30 @@ class Checkpoints:
         check_shared(self._folder)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_news)
-        kept: list[Any] = [policies.LatestN(keep), _Best(self)]
+        self._base = base or {}
+        self._kept = [policies.LatestN(keep), _Best(self)]
         if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
+            self._kept.append(policies.EveryNSteps(keep_every))
+        self._manager = self._open()
+        self.best = math.inf, 0  # the least held-out loss of a checkpoint, and its step
+        self._unknown: set[int] = set()  # steps whose held-out loss cannot be read
+        self.changes: dict[str, str] = {}
+
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(self._kept),
             lightweight_initialize=True,  # reads nothing that may be damaged
             cleanup_tmp_directories=True,
             # Called when a checkpoint is whole, and before older ones are removed.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._name_best),
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
-        self.best = math.inf, 0  # the least held-out loss of a checkpoint, and its step
+        try:
+            return ocp.CheckpointManager(self._folder, options=options)
+        except Exception as error:  # of several libraries, which share no base
+            raise NeoError(
+                f"cannot list the checkpoints in {self._folder} ({snapshot.short(error)}); give "
+                "the same command again."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -93,6 +103,10 @@ class Checkpoints:
         """Tells whether a held-out loss is below that of every checkpoint; NaN never is."""
         return loss < self.best[0]
 
+    def may_be_best(self, step: int) -> bool:
+        """Tells whether a checkpoint is the best, as far as the evaluations can be read."""
+        return step == self.best[1] or step in self._unknown
+
     def save(self, state: TrainState, config: TrainConfig, loss: float = math.nan) -> None:
         """Starts to write a checkpoint in the background; a step that is there is left alone.
 
@@ -106,27 +120,23 @@ class Checkpoints:
             be written.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self._steps():
             return
         self._check_room(state)
         with self._explained():
             self._manager.wait_until_finished()
             if self.is_best(loss):
                 self.best = loss, step
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    config=ocp.args.JsonSave(dataclasses.asdict(config)),
-                    versions=ocp.args.JsonSave(_versions()),
-                    evaluation=ocp.args.JsonSave({} if math.isnan(loss) else {"loss": loss}),
-                ),
-            )
+            self._manager.save(step, args=snapshot.items(state, config, loss, self._base))
 
     def restore_latest(self, abstract: TrainState, config: TrainConfig) -> TrainState | None:
         """Returns the newest checkpoint that can be read; None if there is none at all.
 
-        Newer ones that cannot are reported and removed: their steps will be done again.
+        Newer ones that some process cannot read, after several attempts, are reported and renamed,
+        STEP.unreadable: their steps will be done again. Nothing removes them. (On gs://, where no
+        folder has a name of its own, their objects are copied to the new name, then removed.)
+
+        `changes` then holds the fields of the config that are others than they were, by name.
 
         Args:
           abstract: a ShapeDtypeStruct with a sharding in the place of each array: where the state
@@ -134,80 +144,123 @@ class Checkpoints:
           config: what to train.
 
         Raises:
-          NeoError: the run in this folder trains another model, no checkpoint can be read, or the
+          NeoError: the run in this folder trains something else, no checkpoint can be read, or the
             disk has no room for one more.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if config.steps not in steps:
+        steps = self._steps()[::-1]
+        if config.steps > max(steps, default=0):
             self._check_room(abstract)
-        reasons: list[str] = []
+        unread: dict[int, str] = {}
         for step in steps:
-            state, why = self._restore(step, abstract, config)
-            if state is None:
-                reasons.append(why)
-                continue
-            for damaged, words in zip(steps, reasons, strict=False):
-                _warn(
-                    f"checkpoint {damaged} in {self._folder} is damaged ({words}); removed it, "
-                    f"going on from {step}"
-                )
-                self._manager.delete(damaged)
-            self.best = self._find_best()
-            self._name_best()
-            return state
+            state, why = self._restore(self._folder / str(step), abstract, config)
+            if state is not None:
+                self._set_aside(unread, step)
+                self._find_best()
+                return state
+            unread[step] = why
         if not steps:
             return None
         raise NeoError(
-            f"no checkpoint in {self._folder} can be read (the newest, {steps[0]}: {reasons[0]}); "
-            "bring back the folder or the config it was written by, or choose another output."
+            f"no checkpoint in {self._folder} can be read (the newest, {steps[0]}: "
+            f"{unread[steps[0]]}); bring back the folder or the config it was written by, or "
+            "choose another output."
         )
 
     def _restore(
-        self, step: int, abstract: TrainState, config: TrainConfig
+        self, folder: Path, abstract: TrainState, config: TrainConfig
     ) -> tuple[TrainState | None, str]:
         """Reads a checkpoint; where any process cannot, returns None and the reason."""
-        state, saved, why = None, None, "another process cannot read it"
-        ours = json.loads(json.dumps(dataclasses.asdict(config)))
-        with _quiet():
-            try:
-                read = self._read(step, config=ocp.args.JsonRestore()).config
-                saved = {"lora": ours["lora"], **read, "model": _MODEL | read["model"]}
-            except Exception as error:  # damage shows in many ways
-                why = _short(error)
-        for name, what in (("model", "another model"), ("lora", "other adapters")):
-            if not all_processes(saved is None or saved[name] == ours[name]):
-                raise NeoError(
-                    f"the run in this output folder trains {what}; choose another output, or "
-                    "delete the folder."
-                )
-        with _quiet():
-            try:
-                if saved is not None:
-                    state = self._read(step, state=ocp.args.StandardRestore(abstract)).state
-            except Exception as error:
-                why = _short(error)
-        return (state, "") if all_processes(state is not None) else (None, why)
+        read = None
+        saved, why = snapshot.attempt(functools.partial(snapshot.read, folder, "config"))
+        other = snapshot.other(saved, config, self._base) if saved else ""
+        if not all_processes(not other):
+            raise NeoError(
+                f"the run in this output folder trains {other or 'something else'}; choose another "
+                "output, or delete the folder."
+            )
+        if saved:
+            self.changes = snapshot.changes(saved, config)
+            self._base = saved.get("base", {}) | self._base  # also of the dtypes of earlier runs
+            load = functools.partial(snapshot.read_state, folder, abstract)
+            read, why = snapshot.attempt(load)
+        if all_processes(read is not None):
+            assert read is not None
+            why = snapshot.difference(*read)
+            if all_processes(not why):
+                return read[0], ""
+        return None, why or "another process cannot read it"
 
-    def _read(self, step: int, **items: Any) -> Any:
-        # Not by the manager: a process that fails would leave the others at its barrier.
-        handler = ocp.CompositeCheckpointHandler()
-        return handler.restore(self._folder / str(step), ocp.args.Composite(**items))
+    def _set_aside(self, unread: dict[int, str], step: int) -> None:
+        """Renames checkpoints that cannot be read, before going on from an older one."""
+        if not unread:
+            return
+        error = None
+        for newer, why in unread.items() if is_leader() else ():
+            names = (f"{newer}.unreadable{end}" for end in ("", *map("-{}".format, range(2, 99))))
+            name = next(name for name in names if not (self._folder / name).exists())
+            try:
+                move_folder(self._folder / str(newer), self._folder / name)
+            except Exception as caught:  # of several libraries, which share no base
+                error = caught
+                break
+            _warn(
+                f"checkpoint {newer} in {self._folder} cannot be read ({why}); it is now called "
+                f"{name}, going on from {step}"
+            )
+        if not all_processes(error is None):
+            why = reason(error) if error else "process 0 says why"
+            raise NeoError(
+                f"cannot rename all of the checkpoints {', '.join(map(str, unread))} in "
+                f"{self._folder}, which cannot be read ({why}); move them out of the way."
+            ) from error
+        self._manager.close()
+        self._manager = self._open()
 
-    def _find_best(self) -> tuple[float, int]:
-        """Returns what `best` is to be, infinity where there was no evaluation."""
-        best = math.inf, 0
-        for step in self._manager.all_steps():
-            with _quiet(), contextlib.suppress(Exception):  # a damaged one is not the best
-                read = self._read(step, evaluation=ocp.args.JsonRestore())
-                best = min(best, (read.evaluation.get("loss", math.inf), step))
-        return best
+    def _steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, the oldest first, as process 0 sees them."""
+        steps = np.asarray(self._manager.all_steps(), np.int32)
+        count = int(from_leader(np.asarray(len(steps), np.int32)))
+        return from_leader(np.resize(steps, count)).tolist()
+
+    def _find_best(self) -> None:
+        """Finds the best checkpoint, and those that may be it, for process 0 to say.
+
+        An evaluation that cannot be read is what best.json says of that step, or may be any.
+        """
+        steps = self._steps()
+        losses = np.full(len(steps), math.nan)
+        for i, step in enumerate(steps) if is_leader() else ():
+            folder = self._folder / str(step)
+            found, why = snapshot.attempt(functools.partial(snapshot.read, folder, "evaluation"))
+            if found is None:
+                losses[i] = self._named_loss(step)
+                what = "it stays" if math.isnan(losses[i]) else "best.json has it"
+                _warn(f"the held-out loss of {folder} cannot be read ({why}); {what}")
+            else:
+                losses[i] = found.get("loss", math.inf)
+        losses = from_leader(losses.view(np.uint32)).view(np.float64)  # bit by bit
+        self._unknown = {step for step, loss in zip(steps, losses, strict=True) if loss != loss}
+        known = zip(losses.tolist(), steps, strict=True)
+        self.best = min((pair for pair in known if pair[0] < math.inf), default=(math.inf, 0))
+        self._name_best()
+
+    @property
+    def _best_file(self) -> Path:
+        return self._folder.parent / "best.json"
+
+    def _named_loss(self, step: int) -> float:
+        """Returns the held-out loss of a step if best.json names it, else NaN."""
+        with contextlib.suppress(Exception):
+            fields = json.loads(self._best_file.read_text(encoding="utf-8"))
+            if fields["step"] == step:
+                return float(fields["eval_loss"])
+        return math.nan
 
     def _name_best(self) -> None:
         loss, step = self.best
         if is_leader() and step:
             fields = {"step": step, "eval_loss": loss, "checkpoint": f"checkpoints/{step}"}
-            path = self._folder.parent / "best.json"
-            path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+            write_whole(self._best_file, json.dumps(fields) + "\n")
 
     def _check_room(self, state: TrainState) -> None:
         """Tells of a full disk before orbax does, whose threads have a lot to say."""
@@ -228,15 +281,15 @@ class Checkpoints:
             yield
         except Exception as error:  # of orbax, tensorstore or the system
             raise SaveError(
-                f"cannot write a checkpoint in {self._folder} ({_short(error)}); make room there "
-                "or ask for write access, then give the same command: it goes on from the last "
-                "whole checkpoint."
+                f"cannot write a checkpoint in {self._folder} ({snapshot.short(error)}); make room "
+                "there or ask for write access, then give the same command: it goes on from the "
+                "last whole checkpoint."
             ) from error
 
 
 @dataclasses.dataclass
 class _Best(policies.PreservationPolicy):
-    """Keeps the best checkpoint."""
+    """Keeps the best checkpoint, and those of which nobody knows."""
 
     of: Checkpoints
 
@@ -247,39 +300,12 @@ class _Best(policies.PreservationPolicy):
         context: policies.PreservationContext,
     ) -> Sequence[bool]:
         """Tells of each checkpoint whether to keep it."""
-        return [info.step == self.of.best[1] for info in checkpoints]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what Python prints of reads that are given up because one of them failed."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            yield
-        finally:
-            gc.collect()  # it is now that it would print
-            sys.unraisablehook = hook
+        return [self.of.may_be_best(info.step) for info in checkpoints]
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Tells a message from what orbax and its tasks log, at length, beside raising it."""
     return "orbax" not in record.pathname and not str(record.msg).startswith("Task exception")
-
-
-def _versions() -> dict[str, str]:
-    libraries = {name: version(name) for name in _LIBRARIES}
-    return {"neo_jax": __version__, "python": platform.python_version(), **libraries}
-
-
-def _short(error: BaseException) -> str:
-    """Returns why in a few words: orbax and tensorstore add the specification of an array."""
-    while error.__cause__:
-        error = error.__cause__
-    words = reason(error).split(" [")[0].rstrip(".")
-    while len(words) > 150 and ": " in words:  # the innermost is the last
-        words = words.split(": ", 1)[1]
-    return words[:150]
 
 
 def _warn(line: str) -> None:

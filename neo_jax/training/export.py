@@ -12,6 +12,7 @@ from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, reason
 from neo_jax.paths import absolute
 from neo_jax.stacked import unstack
+from neo_jax.training import snapshot
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -34,11 +35,7 @@ def read_model(folder: Path) -> tuple[ModelConfig, str]:
     """
     folder = absolute(folder)
     try:
-        config = (
-            ocp.CompositeCheckpointHandler()
-            .restore(folder, ocp.args.Composite(config=ocp.args.JsonRestore()))
-            .config
-        )
+        config = snapshot.read(folder, "config")
         fields = {field.name for field in dataclasses.fields(ModelConfig)}
         model = ModelConfig(**{k: v for k, v in config["model"].items() if k in fields})
     except NeoError:
@@ -71,6 +68,9 @@ def read_params(folder: Path, config: ModelConfig) -> Params:
                 item={"params": abstract}, restore_args={"params": places}, partial_restore=True
             ),
         )["params"]
+        wrong = snapshot.difference(params, snapshot.state_checks(folder), prefix=".params")
     except Exception as error:
         raise NeoError(f"{folder} is damaged ({reason(error)[:150]}); choose another.") from None
+    if wrong:
+        raise NeoError(f"{folder} is damaged ({wrong}); choose another.")
     return unstack(params, config)

@@ -17,11 +17,13 @@ from neo_jax.data.feed import Batch as HostBatch
 from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from neo_jax.distributed import holding
 from neo_jax.errors import NeoError
 from neo_jax.lora import merge
 from neo_jax.model import Neo
 from neo_jax.paths import make_path
 from neo_jax.pretrained import save_pretrained
+from neo_jax.saving import remove_leftovers
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
 from neo_jax.training.check import check_run
@@ -32,6 +34,7 @@ from neo_jax.training.loss import Batch, batch_losses
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.report import Evaluation, Report
 from neo_jax.training.samples import Sampler
+from neo_jax.training.snapshot import base_of
 from neo_jax.training.start import find_pretrained, first_state, load_stacked
 from neo_jax.training.state import TrainState, abstract_state, make_step, whole
 from neo_jax.training.trace import Trace
@@ -48,12 +51,19 @@ def train(config: TrainConfig) -> TrainState:
     and return; the second one does what it always did.
 
     Returns:
-      The final state, or that of the step at which the run was asked to stop: then without model/.
+      The final state, which may be of a later step if the run has gone further before; or that of
+      the step at which the run was asked to stop: then without model/.
 
     Raises:
       NeoError: see `check_run`; the data set does not fit the model, or the folder cannot be
-        written.
+        written, or another run writes to it.
     """
+    with holding(make_path(config.output), inside=True):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainState:
+    """`train`, in an output folder that no other run writes to."""
     config, folder = find_pretrained(config)
     dataset = _open(config, "train")
     sharding = make_sharding(config.mesh, config.rules)
@@ -69,14 +79,14 @@ def train(config: TrainConfig) -> TrainState:
     abstract = abstract_state(model, optimizer, config.lora)
     sample = Sampler(config, model, tokenizer)
     check_run(config, model, train_step, abstract, dataset.has_starts)
-    output = make_path(config.output)
+    frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
+    base, output = base_of(frozen) if frozen else {}, make_path(config.output)
     with (
         Interrupt() as interrupt,
-        Checkpoints(output / "checkpoints", config.keep, config.keep_every) as checkpoints,
+        Checkpoints(output / "checkpoints", config.keep, config.keep_every, base) as checkpoints,
     ):
         restored = checkpoints.restore_latest(abstract, config)
         state = restored or first_state(config, model, optimizer, folder)
-        frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
         trained = functools.partial(whole, frozen=frozen, lora=config.lora)
         start = int(state.step)
         feed = batches(
@@ -87,7 +97,7 @@ def train(config: TrainConfig) -> TrainState:
             rows=place.rows,
         )
         num_devices = sharding.mesh.size if sharding else 1
-        numbers = Report(config, start, dataset.bytes_per_token, num_devices)
+        numbers = Report(config, start, dataset.bytes_per_token, num_devices, checkpoints.changes)
         with numbers as report, Trace(config, start) as trace:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)), frozen)
@@ -105,7 +115,7 @@ def train(config: TrainConfig) -> TrainState:
                     checkpoints.save(state, config, loss)
                 if stop:
                     break
-    if int(state.step) == config.steps:
+    if int(state.step) >= config.steps:
         _export(config, unstack(trained(state.params), config.model), tokenizer)
     return state
 
@@ -122,6 +132,7 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
             base=config.pretrained,
             tokenizer=tokenizer,
         )
+    remove_leftovers(output / "model")
     # The frozen weights of adapters are of the dtype of products; every run leaves float32.
     save_pretrained(
         output / "model", config.model, merge(params), tokenizer=tokenizer, dtype=jnp.float32

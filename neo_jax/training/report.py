@@ -6,7 +6,8 @@ Of several processes the first shows and writes them; the others go through the 
 import math
 import sys
 import time
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from rich.console import Console
@@ -40,7 +41,12 @@ class Report:
     """Follows a run. A context manager: the bar is drawn between entering and leaving."""
 
     def __init__(
-        self, config: TrainConfig, start_step: int, bytes_per_token: float, num_devices: int = 1
+        self,
+        config: TrainConfig,
+        start_step: int,
+        bytes_per_token: float,
+        num_devices: int = 1,
+        changes: Mapping[str, str] = types.MappingProxyType({}),
     ):
         """Opens the files in the run's folder, to go on after `start_step`.
 
@@ -49,11 +55,13 @@ class Report:
           start_step: the step of the checkpoint that it goes on from, or 0.
           bytes_per_token: of the training text; NaN where there is none, as of completions.
           num_devices: that the run has, of all processes.
+          changes: what is other than before in the config of a run that goes on, by field.
 
         Raises:
           NeoError: a file cannot be written, or a package that the config asks for is not there.
         """
         self._config = config
+        self._resumes = _resuming(config, start_step, changes) if start_step else ""
         self._sinks: list[Sink] = []
         self._samples: LineFile | None = None
         self._plot: LossPlot | None = None
@@ -89,6 +97,8 @@ class Report:
     def __enter__(self) -> "Report":
         self._logged_time = time.perf_counter()
         self._progress.start()
+        if self._resumes:
+            self._say(self._resumes)
         if not LossPlot.available:
             self._say("no loss.png without matplotlib; pip install 'neo_jax[plot]'")
         return self
@@ -180,3 +190,9 @@ class Report:
             print(line, file=sys.stderr, flush=True)
         elif is_leader():
             self._progress.console.print(line, markup=False, highlight=False)
+
+
+def _resuming(config: TrainConfig, step: int, changes: Mapping[str, str]) -> str:
+    finished = ": already finished" if step >= config.steps else ""
+    changed = "".join(f"; {name} {change}" for name, change in changes.items())
+    return f"resuming at step {step} of {config.steps}{finished}{changed}"

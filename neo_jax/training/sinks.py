@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import is_remote, make_path
+from neo_jax.paths import is_remote, make_path, write_whole
 from neo_jax.training.config import TrainConfig
 
 
@@ -59,7 +59,7 @@ class LineFile:
         kept = [line for line in self.read() if line["step"] <= start_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         try:
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
             remote = is_remote(path)
             self._file: IO[str] = io.StringIO() if remote else path.open("a", encoding="utf-8")
             if remote:

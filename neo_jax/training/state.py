@@ -146,7 +146,8 @@ def make_step(model: Neo, optimizer: optax.GradientTransformation, config: Train
     It takes a state, a batch and, where adapters are trained, the frozen stacked parameters. These
     get no gradient.
 
-    A step whose gradients are not finite changes nothing but the counters. Metrics are scalars:
+    A step whose gradients are not finite changes nothing but the counters; the learning rate
+    follows the step, such steps included. Metrics are scalars:
     loss (nats a token), gradient_norm (before clipping), learning_rate, skipped (steps so far) and
     skipped_in_a_row.
     """
@@ -157,7 +158,8 @@ def make_step(model: Neo, optimizer: optax.GradientTransformation, config: Train
     ) -> tuple[TrainState, Metrics]:
         losses, grads = _gradients(model, config, state, batch, frozen)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        slots = _at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(grads, slots, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
@@ -180,6 +182,22 @@ def make_step(model: Neo, optimizer: optax.GradientTransformation, config: Train
         return state, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _at_step(opt_state: Any, step: Array) -> Any:
+    """Returns what optax keeps, with the schedules at a step of the run.
+
+    optax's own count lacks the steps that were skipped. It is alone in what a schedule keeps.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return getattr(node, "_fields", None) == ("count",)
+
+    return jax.tree.map(
+        lambda node: node._replace(count=step) if is_schedule(node) else node,
+        opt_state,
+        is_leaf=is_schedule,
+    )
 
 
 def _gradients(

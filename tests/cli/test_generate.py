@@ -2,13 +2,21 @@
 
 import hashlib
 import json
+import shutil
 import sys
 
+import jax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import neo_jax
+from neo_jax.adapters import save_adapter
+from neo_jax.cli.generate import Options, _what_decides
+from neo_jax.cli.options import ModelOptions
 from neo_jax.cli.samples import Kept, kept_samples
 from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.lora import LoraConfig, attach, init_adapters
+from neo_jax.stacked import stack, unstack
 
 FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
 OPTIONS = ["--max-new-tokens", 12, "--temperature", 0]
@@ -158,6 +166,27 @@ def test_an_interrupted_run_goes_on_where_it_was(run, many, monkeypatch, torn):
         line["logprobs"] = pytest.approx(line["logprobs"], abs=1e-5)
     assert found == expected
     assert sorted(path.name for path in output.parent.iterdir()) == ["prompts.txt", output.name]
+
+
+def test_another_model_behind_the_same_names_starts_over(checkpoints, tmp_path):
+    """Neither the base of an adapter nor a draft lies in the folder that --model names."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints["bytes"], base)
+    lora, lm = LoraConfig(rank=2, targets=("c_fc",)), neo_jax.load(base)
+    adapters = init_adapters(lm.config, lora, jax.random.key(0))
+    params = unstack(attach(stack(lm.params, lm.config), adapters, lora.scale), lm.config)
+    save_adapter(tmp_path / "adapter", lm.config, lora, params, base=str(base))
+    options = Options("The fox", model=ModelOptions(model=str(tmp_path / "adapter")))
+    weights = load_file(base / "model.safetensors")
+    adapted, drafted = [], []
+    for change in (0.0, 0.0, 1e-4):  # the second time nothing but the time of the file
+        weights["transformer.wpe.weight"][3, 4] += change
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        other = options.model.load()
+        adapted.append(json.dumps(_what_decides(other, None, ["The fox"], options)))
+        drafted.append(json.dumps(_what_decides(lm, other, ["The fox"], options)))
+    for same, again, changed in (adapted, drafted):
+        assert same == again != changed
 
 
 def test_nothing_kept_is_not_spoken_of(run, many, monkeypatch):

@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -324,10 +325,11 @@ def test_pairs_are_held_out_and_learned_from_as_text(tmp_path):
     for cut in (3, 9):
         (tmp_path / "in.jsonl").write_bytes(pair_lines([(t[:cut], t[cut:]) for t in texts]))
         options = {"train_tokenizer": 280, "tokenizer_kind": "bpe", "held_out": 0.3}
-        prepare([tmp_path / "in.jsonl"], tmp_path / "out", **options)
-        tokenizer = load_tokenizer(tmp_path / "out")
-        results.append([tokenizer.decode(ids) for ids in load(tmp_path / "out", "held_out")])
-        prompts = np.load(tmp_path / "out" / "held_out" / "prompts.npy")
+        out = tmp_path / f"out-{cut}"
+        prepare([tmp_path / "in.jsonl"], out, **options)
+        tokenizer = load_tokenizer(out)
+        results.append([tokenizer.decode(ids) for ids in load(out, "held_out")])
+        prompts = np.load(out / "held_out" / "prompts.npy")
         assert len(prompts) == len(results[-1])
     assert results[0] == results[1]
     assert sorted(results[0]) != sorted(texts)
@@ -365,7 +367,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     assert prepare([tmp_path], tmp_path / "out", Large())["dtype"] == "uint32"
     assert load(tmp_path / "out") == [[65377, 65475, 65471, 256]]
     Large.vocab_size = 65536
-    assert prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes())["dtype"] == "uint16"
+    assert prepare([tmp_path / "in.txt"], tmp_path / "small", Bytes())["dtype"] == "uint16"
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -377,6 +379,7 @@ def test_documents_are_held_out_by_their_text(tmp_path, texts, random):
     for _ in range(2):
         random.shuffle(texts)
         (tmp_path / "in.jsonl").write_bytes(json_lines(texts))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         prepare([tmp_path / "in.jsonl"], tmp_path / "out", Bytes(), held_out=0.4)
         splits.append([sorted(load(tmp_path / "out", split)) for split in ("train", "held_out")])
     assert splits[0] == splits[1]
@@ -414,10 +417,10 @@ def test_a_tokenizer_is_named_by_its_folder(tmp_path):
     (tmp_path / "in.txt").write_text(TEXTS[0] * 20)
     train_sentencepiece([TEXTS[0], TEXTS[1]], 300, tmp_path / "tokenizer")
     prepare([tmp_path / "in.txt"], tmp_path / "out", tmp_path / "tokenizer")
-    # Again, with the tokenizer of the folder that is replaced.
-    again = prepare([tmp_path / "in.txt"], tmp_path / "out", tmp_path / "out")
-    tokenizer = load_tokenizer(tmp_path / "out")
-    assert load(tmp_path / "out") == [[*tokenizer.encode(TEXTS[0] * 20), tokenizer.eos_id]]
+    # Again, with the tokenizer of the data set.
+    again = prepare([tmp_path / "in.txt"], tmp_path / "again", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "again")
+    assert load(tmp_path / "again") == [[*tokenizer.encode(TEXTS[0] * 20), tokenizer.eos_id]]
     assert again["splits"]["train"]["tokens"] < again["splits"]["train"]["bytes"]
 
 
@@ -464,35 +467,32 @@ def test_a_tokenizer_needs_an_end_of_text(tmp_path):
         prepare([tmp_path], tmp_path / "out", Endless())
 
 
-def test_a_failure_keeps_the_old_data_set(tmp_path):
-    (tmp_path / "in.txt").write_text("old")
-    prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes())
+def test_a_failure_leaves_nothing(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "new"}\n{"text": ')
     with pytest.raises(NeoError, match=r"bad.jsonl:2"):
         prepare([tmp_path / "bad.jsonl"], tmp_path / "out", Bytes())
-    assert load(tmp_path / "out") == [[*b"old", 256]]
-    (tmp_path / "in.txt").write_text("new")
-    prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes())
-    assert load(tmp_path / "out") == [[*b"new", 256]]
-    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "in.txt", "out"]
+    assert os.listdir(tmp_path) == ["bad.jsonl"]
 
 
-def test_only_data_sets_are_replaced(tmp_path):
-    (tmp_path / "in.txt").write_text("a")
+def test_nothing_is_replaced(tmp_path):
+    (tmp_path / "in.txt").write_text("old")
     out = tmp_path / "out"
     out.mkdir()
     prepare([tmp_path / "in.txt"], out, Bytes())  # an empty folder is fine
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(NeoError, match=r"holds 'notes.txt' beside a data set; choose another"):
+    (tmp_path / "in.txt").write_text("new")
+    with pytest.raises(NeoError, match=r"out holds a data set already; choose another output, or"):
         prepare([tmp_path / "in.txt"], out, Bytes())
-    (out / "dataset.json").unlink()
-    with pytest.raises(NeoError, match="is a folder that holds no data set; choose another"):
+    assert load(out) == [[*b"old", 256]]
+    (out / "dataset.json").rename(out / "notes.txt")
+    (out / "tokenizer.json").touch()
+    shutil.rmtree(out / "train")
+    with pytest.raises(NeoError, match=r"out holds 'notes.txt' already; choose another output"):
         prepare([tmp_path / "in.txt"], out, Bytes())
     with pytest.raises(NeoError, match=r"in.txt is a file; choose another output"):
         prepare([tmp_path / "in.txt"], tmp_path / "in.txt", Bytes())
     with pytest.raises(NeoError, match="cannot write in"):
         prepare([tmp_path / "in.txt"], tmp_path / "in.txt" / "out", Bytes())
-    assert (out / "notes.txt").read_text() == "mine"
+    assert sorted(os.listdir(out)) == ["notes.txt", "tokenizer.json"]
 
 
 def test_batches_are_bounded(tmp_path, monkeypatch):
@@ -516,7 +516,7 @@ def test_progress_is_for_terminals(tmp_path, capsys):
     (tmp_path / "in.txt").write_text(TEXTS[1] * 20)
     prepare([tmp_path], tmp_path / "out", Bytes())
     assert capsys.readouterr() == ("", "")
-    prepare([tmp_path / "in.txt"], tmp_path / "out", Bytes(), progress=True)
+    prepare([tmp_path / "in.txt"], tmp_path / "shown", Bytes(), progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "tokenizing 1 documents" in err

@@ -251,14 +251,14 @@ def test_other_options_start_over(inputs, tmp_path):
     class Other(Bytes):
         eos_id = 255
 
-    for arguments in ((Other(), 0.2, "text"), (Bytes(), 0.0, "text"), (Bytes(), 0.3, "text")):
-        tokenizer, held_out, text_field = arguments
+    others = (Other(), 0.2, "text"), (Bytes(), 0.0, "text"), (Bytes(), 0.3, "text")
+    for i, (tokenizer, held_out, text_field) in enumerate(others):
         options = {"held_out": held_out, "text_field": text_field}
-        out = tmp_path / "out"
+        out, new = tmp_path / f"out-{i}", tmp_path / f"new-{i}"
         stopped(inputs, out, 8, KeyboardInterrupt())
         prepare([inputs], out, tokenizer, **options)
-        prepare([inputs], tmp_path / "new", tokenizer, **options)
-        assert contents(out) == contents(tmp_path / "new")
+        prepare([inputs], new, tokenizer, **options)
+        assert contents(out) == contents(new)
 
 
 def test_another_tokenizer_starts_over(inputs, tmp_path, tokenizer_folders, capsys):
@@ -327,10 +327,8 @@ def test_a_full_disk(inputs, whole, tmp_path):
 
 
 def test_a_failure_at_the_very_end(inputs, whole, tmp_path, monkeypatch):
-    """The old data set stays, and nothing is tokenized again."""
-    out = tmp_path / "out"
-    prepare([inputs / "d.txt"], out, Bytes())
-    old, rename = contents(out), Path.rename
+    """Nothing is tokenized again."""
+    out, rename = tmp_path / "out", Path.rename
     with monkeypatch.context() as patch:
 
         def broken(path, to):
@@ -341,7 +339,7 @@ def test_a_failure_at_the_very_end(inputs, whole, tmp_path, monkeypatch):
         patch.setattr(Path, "rename", broken)
         with pytest.raises(NeoError, match=rf"cannot write .*out: Input/output error; .* \({HOPE}"):
             prepare([inputs], out, Bytes(), held_out=0.2)
-    assert contents(out) == old
+    assert not out.exists()
     rest = Bytes()
     prepare([inputs], out, rest, held_out=0.2)
     assert contents(out) == whole
@@ -363,7 +361,7 @@ def test_a_folder_that_may_not_be_written(inputs, tmp_path):
 def test_one_process_at_a_time(inputs, tmp_path):
     with (
         staging(tmp_path / "out"),
-        pytest.raises(NeoError, match=r"another process is making .*/out; wait for it"),
+        pytest.raises(NeoError, match=r"another process is writing .*/out; wait for it"),
     ):
         prepare([inputs], tmp_path / "out", Bytes())
 
@@ -391,13 +389,24 @@ def test_the_cloud_goes_on_too(inputs, whole, cloud, bucket):
     assert rest.documents == DOCUMENTS - 8 * 7
 
 
+def test_an_upload_that_was_killed_is_done_again(inputs, whole, cloud, bucket):
+    """What is there then is no data set; a data set is not replaced."""
+    cloud[f"{bucket}/data/train/tokens.bin"] = b"half of them"
+    cloud[f"{bucket}/data/train/prompts.npy"] = b"of other inputs"
+    prepare([inputs], f"gs://{bucket}/data", Bytes(), held_out=0.2)
+    assert {name: cloud[f"{bucket}/data/{name}"] for name in cloud.names(f"{bucket}/data")} == whole
+    with pytest.raises(NeoError, match="data holds a data set already; choose another output, or"):
+        prepare([inputs], f"gs://{bucket}/data", Bytes(), held_out=0.2)
+
+
 def test_cores_and_batches_change_nothing(inputs, tmp_path, monkeypatch, tokenizer_folders):
     results = []
     for kind in ("bytes", "pieces"):
         for parallel, size in (("false", 1), ("true", 7), ("true", 1000)):
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
             monkeypatch.setattr(tokenizing, "_BATCH_DOCUMENTS", size)
-            prepare([inputs], tmp_path / "out", tokenizer_folders[kind], held_out=0.2)
-            results.append(contents(tmp_path / "out"))
+            out = tmp_path / f"{kind}-{parallel}-{size}"
+            prepare([inputs], out, tokenizer_folders[kind], held_out=0.2)
+            results.append(contents(out))
     assert results[0] == results[1] == results[2]
     assert results[3] == results[4] == results[5]

@@ -6,7 +6,14 @@ import pytest
 from neo_jax.config import ModelConfig
 from neo_jax.data.prepare import prepare
 from neo_jax.language_model import enable_compilation_cache
+from neo_jax.training import snapshot
 from neo_jax.training.config import OptimizerConfig, TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    """What cannot be read is read again at once."""
+    monkeypatch.setattr(snapshot, "_PAUSES", (0.0,))
 
 
 @pytest.fixture(scope="session")

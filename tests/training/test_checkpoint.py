@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from neo_jax.errors import NeoError
-from neo_jax.training import checkpoint
+from neo_jax.paths import find_files
+from neo_jax.training import checkpoint, snapshot
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.state import TrainState
 
@@ -113,10 +114,20 @@ def test_a_checkpoint_says_what_wrote_it(config, save):
 # What a kill, a disk or a hand has damaged.
 
 
+@pytest.fixture(scope="module")
+def three(six_steps, tmp_path_factory):
+    """The output of a run with checkpoints of the steps 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("three")
+    with Checkpoints(output / "checkpoints", keep=3) as checkpoints:
+        for step in (2, 4, 6):
+            checkpoints.save(state(step), six_steps, 1.0)
+    return output
+
+
 @pytest.fixture
-def folder(config, save):
-    """Checkpoints of the steps 2, 4 and 6."""
-    save(dict.fromkeys((2, 4, 6), 1.0), keep=3)
+def folder(config, three):
+    """A copy of its checkpoints."""
+    shutil.copytree(three, config.output)
     return Path(config.output) / "checkpoints"
 
 
@@ -132,25 +143,42 @@ def scramble(path):
     path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
 
 
+def flip(path):
+    """One bit: what is read then has the right shape and the right form."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in find_files(folder)}
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
         ("config/metadata", remove),
+        ("config/metadata", flip),  # not "another model"
+        ("checks/metadata", truncate),
         ("state/_METADATA", scramble),
         ("largest", truncate),
         ("largest", scramble),
+        ("largest", flip),
     ],
 )
 def test_the_one_before_a_damaged_checkpoint_is_used(config, save, folder, capfd, file, damage):
     files = [path for path in (folder / "6").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     damage(largest if file == "largest" else folder / "6" / file)
+    left = contents(folder / "6")
     assert_is_step(restore(config, folder), 4)
     out, err = capfd.readouterr()
-    assert err.startswith(f"neo-jax: checkpoint 6 in {folder} is damaged (")
-    assert err.endswith("); removed it, going on from 4.\n")
+    assert err.startswith(f"neo-jax: checkpoint 6 in {folder} cannot be read (")
+    assert err.endswith("); it is now called 6.unreadable, going on from 4.\n")
     assert (out, err.count("\n")) == ("", 1)
-    assert save({5: 1.0, 6: 1.0}, keep=3) == {"4", "5", "6"}  # their steps are done again
+    # Its steps are done again; nothing removes what was set aside, or counts it.
+    assert save({5: 1.0, 6: 1.0}, keep=1) == {"5", "6", "6.unreadable"}
+    assert contents(folder / "6.unreadable") == left
     assert_is_step(restore(config, folder), 6)
     assert capfd.readouterr() == ("", "")
 
@@ -158,13 +186,69 @@ def test_the_one_before_a_damaged_checkpoint_is_used(config, save, folder, capfd
 def test_two_damaged_checkpoints(config, folder, capfd):
     for step in ("4", "6"):
         shutil.rmtree(folder / step / "state")
+    (folder / "6.unreadable").mkdir()  # of another day
     assert_is_step(restore(config, folder), 2)
     err = capfd.readouterr().err
-    assert all(f"checkpoint {i} in {folder} is damaged" in err for i in (4, 6))
+    assert all(f"checkpoint {i} in {folder} cannot be read" in err for i in (4, 6))
     assert err.count("going on from 2.") == 2
+    assert {path.name for path in folder.iterdir()} == {
+        "2", "4.unreadable", "6.unreadable", "6.unreadable-2",
+    }  # fmt: skip
 
 
-def test_where_all_are_damaged_none_is_removed(config, folder):
+def failing(monkeypatch, names, times):
+    """Makes the first reads of checkpoints or items of these names time out."""
+    read, left = snapshot._read, iter(range(times))
+
+    def fail(folder, name, how):
+        if names & {folder.name, name} and next(left, None) is not None:
+            raise OSError(110, "Connection timed out")
+        return read(folder, name, how)
+
+    monkeypatch.setattr(snapshot, "_read", fail)
+
+
+@pytest.mark.parametrize("name", ["6", "state", "evaluation"])
+def test_what_cannot_be_read_for_a_while_is_read(config, folder, capfd, monkeypatch, name):
+    failing(monkeypatch, {name}, times=1)
+    assert_is_step(restore(config, folder), 6)
+    assert capfd.readouterr() == ("", "")
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "6"}
+
+
+def test_what_cannot_be_read_for_long_can_be_brought_back(config, folder, capfd, monkeypatch):
+    left = contents(folder / "6")
+    with monkeypatch.context() as patch:
+        failing(patch, {"6"}, times=2)
+        assert_is_step(restore(config, folder), 4)
+    assert "(Connection timed out); it is now called 6.unreadable" in capfd.readouterr().err
+    assert contents(folder / "6.unreadable") == left
+    (folder / "6.unreadable").rename(folder / "6")
+    assert_is_step(restore(config, folder), 6)
+
+
+@pytest.mark.parametrize("what", ["config", "state"])
+def test_what_another_process_cannot_read_is_not_lost(config, folder, capfd, monkeypatch, what):
+    """Which step to go on from is for all to agree; a fault of one removes nothing for all."""
+    answers = iter([True, False] if what == "config" else [True, True, False])
+    monkeypatch.setattr(checkpoint, "all_processes", lambda here: here and next(answers, True))
+    assert_is_step(restore(config, folder), 4)
+    assert "(another process cannot read it); it is now called 6." in capfd.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "6.unreadable"}
+
+
+def test_what_cannot_be_renamed_ends_the_run(config, folder, monkeypatch):
+    def fail(folder, to):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "move_folder", fail)
+    shutil.rmtree(folder / "6" / "state")
+    with pytest.raises(NeoError, match=r"cannot rename all of the checkpoints 6 in .* \("):
+        restore(config, folder)
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "6"}
+
+
+def test_where_all_are_damaged_none_is_touched(config, folder):
     for path in folder.glob("*/config/metadata"):
         remove(path)
     with pytest.raises(
@@ -174,16 +258,59 @@ def test_where_all_are_damaged_none_is_removed(config, folder):
     assert {path.name for path in folder.iterdir()} == {"2", "4", "6"}
 
 
-def test_a_damaged_evaluation_is_only_not_the_best(config, save, folder, capfd):
-    scramble(folder / "2" / "evaluation" / "metadata")
+def test_a_checkpoint_of_an_older_version_has_no_checksums(config, folder, capfd):
+    shutil.rmtree(folder / "6" / "checks")
     assert_is_step(restore(config, folder), 6)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_best_is_not_lost_where_its_loss_cannot_be_read(config, save, capfd, named):
+    """Nor does another one become the best, as long as best.json says which it was."""
+    folder, file = Path(config.output) / "checkpoints", Path(config.output) / "best.json"
+    save({2: 1.0, 4: 3.0, 6: 2.0}, keep=3)
+    flip(folder / "2" / "evaluation" / "metadata")
+    if not named:
+        file.unlink()
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.restore_latest(abstract(), config)
+        assert checkpoints.best == ((1.0, 2) if named else (2.0, 6))
+        for step in (8, 10):
+            checkpoints.save(state(step), config, 4.0)
+    end = "best.json has it" if named else "it stays"
+    err = capfd.readouterr().err
+    assert err.startswith(f"neo-jax: the held-out loss of {folder}/2 cannot be read (")
+    assert err.endswith(f"); {end}.\n")
+    assert {path.name for path in folder.iterdir()} == ({"2", "10"} if named else {"2", "6", "10"})
+    assert json.loads(file.read_text())["step"] == (2 if named else 6)
 
 
 def test_a_half_written_checkpoint_is_none(config, save, folder):
     (folder / "6").rename(folder / "6.orbax-checkpoint-tmp")
     assert_is_step(restore(config, folder), 4)
     assert save({5: NAN}, keep=3) == {"2", "4", "5"}
+
+
+@pytest.mark.parametrize(("change", "dtype", "fine"), [
+    (0.0, "float32", True), (0.0, "bfloat16", True), (1e-6, "float32", False),
+    (1e-6, "bfloat16", True), (0.1, "bfloat16", False),
+])  # fmt: skip
+def test_adapters_go_on_with_their_model_alone(config, change, dtype, fine):
+    """In any dtype of products, in which alone a difference can tell; and it is remembered."""
+    frozen = {"kernel": jnp.linspace(1, 2, 64)}
+    other = {"kernel": (frozen["kernel"].at[7].add(change)).astype(dtype)}
+    folder = Path(config.output) / "checkpoints"
+    with Checkpoints(folder, base=snapshot.base_of(frozen)) as checkpoints:
+        checkpoints.save(state(1), config)
+    with Checkpoints(folder, base=snapshot.base_of(other)) as checkpoints:
+        if not fine:
+            with pytest.raises(NeoError, match="trains adapters of another model than the one in"):
+                checkpoints.restore_latest(abstract(), config)
+            return
+        assert_is_step(checkpoints.restore_latest(abstract(), config), 1)
+        checkpoints.save(state(2), config)
+    fields = snapshot.read(folder / "2", "config")
+    assert fields["base"] == snapshot.base_of(frozen)
 
 
 # What cannot be written.

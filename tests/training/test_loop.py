@@ -170,6 +170,42 @@ def test_what_a_run_tells_changes_nothing_of_it(config, finished):
         assert (output / name).exists()
 
 
+def test_what_a_run_goes_on_with_is_said(config, capsys):
+    three = dataclasses.replace(config, steps=3)
+    train(three)
+    assert "resuming" not in capsys.readouterr().err
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
+    train(dataclasses.replace(config, batch_size=4, optimizer=optimizer))
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == (
+        "resuming at step 3 of 6; steps 3 -> 6; batch_size 8 -> 4; optimizer.learning_rate "
+        "0.003 -> 0.001"
+    )
+    shutil.rmtree(Path(config.output) / "model")
+    assert int(train(three).step) == 6  # and what it has come to is there
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("resuming at step 6 of 3: already finished; steps 6 -> 3; batch_size")
+    assert neo_jax.load(Path(config.output) / "model").config == config.model
+
+
+def test_a_second_run_into_the_same_folder(config, monkeypatch):
+    """Neither loses anything; the first goes on."""
+    errors = []
+
+    def second(*args, **options):
+        with pytest.raises(NeoError) as error:
+            train(config)
+        errors.append(str(error.value))
+        return batches(*args, **options)
+
+    monkeypatch.setattr(loop, "batches", second)
+    assert int(train(config).step) == 6
+    assert errors == [
+        f"another process is writing {config.output}; wait for it, stop it, or choose another "
+        "output."
+    ]
+
+
 # What it learns from.
 
 
@@ -397,13 +433,23 @@ def test_tokens_that_cannot_be(config, tmp_path):
 def test_an_output_that_belongs_to_another_model(config):
     train(dataclasses.replace(config, steps=1))
     other = dataclasses.replace(config.model, window_size=9)
-    with pytest.raises(NeoError, match="trains another model; choose another output"):
-        train(dataclasses.replace(config, model=other))
+    lion = dataclasses.replace(config.optimizer, name="lion")
+    for field, value, what in (
+        ("model", other, "another model (model.window_size 8 -> 9)"),
+        ("optimizer", lion, "another optimizer (optimizer.name adamw -> lion)"),
+    ):
+        with pytest.raises(NeoError) as error:
+            train(dataclasses.replace(config, **{field: value}))
+        assert str(error.value) == (
+            f"the run in this output folder trains {what}; choose another output, or delete the "
+            "folder."
+        )
+    assert os.listdir(Path(config.output) / "checkpoints") == ["1"]
 
 
 def test_an_output_that_is_a_file(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NeoError, match=r"file/checkpoints \(Not a directory\); choose another"):
+    with pytest.raises(NeoError, match=r"cannot write in .*file \(File exists\); choose another"):
         train(dataclasses.replace(config, output=str(tmp_path / "file")))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, GPTNeoForCausalLM
 
 import neo_jax
@@ -133,7 +134,9 @@ def test_a_run_in_bfloat16_leaves_float32(tuning, checkpoints):
         assert np.array_equal(array, rounded) != adapted, name
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tuning, finished, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    tuning, finished, monkeypatch, checkpoints, tmp_path
+):
     config, whole = finished
 
     class Killed(BaseException):
@@ -156,8 +159,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tuning, finished, 
     files = [Path(c.output) / "adapter" / "adapter_model.safetensors" for c in (config, tuning)]
     assert files[0].read_bytes() == files[1].read_bytes()
     other = dataclasses.replace(tuning, lora=dataclasses.replace(LORA, rank=2))
-    with pytest.raises(NeoError, match="this output folder trains other adapters; choose another"):
+    with pytest.raises(NeoError, match=r"trains other adapters \(lora.rank 4 -> 2\); choose"):
         train(other)
+    # Nor do adapters go on with another model of the same shape.
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints["pieces"], base)
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][3, 4] += 1e-6
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NeoError, match="trains adapters of another model than the one in pretr"):
+        train(dataclasses.replace(tuning, pretrained=str(base)))
 
 
 def test_parts_of_a_batch_on_a_mesh(tuning, finished):

@@ -13,9 +13,10 @@ from neo_jax.lora import LoraConfig
 from neo_jax.model import Neo, init_params
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import stack
+from neo_jax.training import state as training_state
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.loss import Batch, batch_losses
-from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.loss import Batch, Losses, batch_losses
+from neo_jax.training.optimizer import make_optimizer, make_schedule
 from neo_jax.training.state import init_state, make_step, state_of, state_shardings
 
 CONFIG = TrainConfig(
@@ -44,10 +45,14 @@ def batch():
     return Batch(jnp.asarray(rng.integers(0, 96, (8, 33), np.int32)), jnp.asarray(weights))
 
 
+def params_copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+
 def one_step(config, params, batch, sharding=None):
     model = Neo(config.model, sharding=sharding, dropout=config.dropout)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = state_of(jax.tree.map(jnp.copy, params), optimizer)
+    state = state_of(params_copy(params), optimizer)
     if sharding:
         state = jax.device_put(state, state_shardings(model, optimizer, state))
         batch = jax.device_put(batch, sharding.named(("batch", None), (8, 33), "batch"))
@@ -129,7 +134,7 @@ def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batc
     optimizer = make_optimizer(CONFIG.optimizer, CONFIG.steps)
     step = make_step(model, optimizer, CONFIG)
     broken = batch._replace(weights=batch.weights.at[3, 4].set(jnp.nan))
-    state = state_of(jax.tree.map(jnp.copy, params), optimizer)
+    state = state_of(params_copy(params), optimizer)
     counts = []
     for part in (batch, broken, broken, batch, broken):
         before = jax.tree.map(np.array, (state.params, state.opt_state))
@@ -137,8 +142,63 @@ def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batc
         counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
         same = jax.tree.map(np.array_equal, before, (state.params, state.opt_state))
         assert all(jax.tree.leaves(same)) == (part is broken)
+        if part is not broken:  # the schedule was at this step, skipped ones included
+            assert int(state.opt_state[1][-1].count) == int(state.step)
     assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
     assert int(state.step) == 5
+
+
+def test_a_prediction_counts_by_its_share_of_all_weights(params, batch):
+    """Gradients are those of the mean loss: half the weights, or as many again of none, no less."""
+    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    step = make_step(Neo(CONFIG.model), optimizer, CONFIG)
+    found = []
+    for weights in (batch.weights, batch.weights / 2):
+        state = state_of(params_copy(params), optimizer)
+        found.append(step(state, batch._replace(weights=weights))[1])
+    for name in ("loss", "gradient_norm"):
+        assert float(found[1][name]) == pytest.approx(float(found[0][name]), rel=1e-5)
+
+
+def test_each_part_of_a_batch_draws_its_own_dropout(params, batch, monkeypatch):
+    """Else what is dropped of one sequence would be dropped of those in its place elsewhere."""
+
+    def drawn(model, params, part, *, key, **options):
+        draw = jax.random.uniform(key) + 0 * params["wpe"]["embedding"].sum()
+        return Losses(draw, draw**2, jnp.ones(()))
+
+    monkeypatch.setattr(training_state, "batch_losses", drawn)
+    for accumulation in (1, 4):
+        config = dataclasses.replace(CONFIG, accumulation=accumulation, dropout=0.5)
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        draws = [jax.random.uniform(jax.random.fold_in(key, i)) for i in range(accumulation)]
+        found = one_step(config, params, batch)[1]["loss"]
+        assert float(found) == pytest.approx(float(np.mean(draws)), rel=1e-6)
+
+
+SCHEDULED = OptimizerConfig(
+    learning_rate=1e-3, warmup_steps=1, schedule="linear", final_fraction=0.1, clip_norm=0.0
+)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_the_learning_rate_follows_the_step_also_past_skipped_ones(name):
+    """What is reported is what is applied, and the last step has the final rate.
+
+    Of Lion every weight moves by the rate; of the others, the more their gradients are alike.
+    """
+    optimizer = make_optimizer(dataclasses.replace(SCHEDULED, name=name), 5)
+    params = {"layer": {"kernel": jnp.ones((4, 3))}}
+    state = optimizer.init(params)
+    rates = []
+    for step in range(5):
+        slots = training_state._at_step(state, jnp.int32(step))
+        updates, new = optimizer.update(jax.tree.map(jnp.ones_like, params), slots, params)
+        rates.append(float(jnp.abs(updates["layer"]["kernel"]).max()))
+        state = state if step in (1, 2) else new  # those were skipped
+    schedule = make_schedule(SCHEDULED, 5)
+    expected = [float(schedule(step)) for step in range(5)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-3, atol=1e-9)
 
 
 def test_dropout_depends_on_seed_and_step_alone(params, batch):

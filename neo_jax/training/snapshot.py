@@ -1,0 +1,202 @@
+"""One checkpoint on disk: what it holds, and reading it back as it was.
+
+Its items are `state` (the arrays; the step is one of them) and, as JSON, `config` (with the seed,
+from which every random key comes, and with what tells the model that adapters are for from
+others), `versions` of the libraries, `evaluation`, the held-out loss where there is one, and
+`checks`, the checksums of the others: a disk may return other bits than it was given.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from neo_jax import __version__
+from neo_jax.axes import Params
+from neo_jax.checksums import checksums
+from neo_jax.errors import reason
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.state import TrainState
+
+T = TypeVar("T")
+
+Base = dict[str, dict[str, int]]  # checksums of a frozen model, by the dtype that they are of
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+_PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts: a file system may be away for a while
+# A run cannot go on with others of these fields.
+_FIXED = {"model": "another model", "lora": "other adapters", "optimizer.name": "another optimizer"}
+
+
+def base_of(frozen: Params) -> Base:
+    """Returns what tells a frozen model from others.
+
+    Checksums of its own dtype, and as bfloat16: the dtype of a run's products may change.
+    """
+    dtype = jax.tree.leaves(frozen)[0].dtype
+    return {name: checksums(frozen, name) for name in {"bfloat16", dtype.name}}
+
+
+def items(state: TrainState, config: TrainConfig, loss: float, base: Base) -> ocp.args.Composite:
+    """Returns what a checkpoint is to hold, as orbax takes it.
+
+    Args:
+      state: of the run.
+      config: of the run.
+      loss: on held-out text, nats a token; NaN where there was no evaluation.
+      base: what `base_of` returned where adapters are trained, else empty.
+    """
+    libraries = {name: version(name) for name in _LIBRARIES}
+    texts = {
+        "config": {**dataclasses.asdict(config), "base": base},
+        "versions": {"neo_jax": __version__, "python": platform.python_version(), **libraries},
+        "evaluation": {} if math.isnan(loss) else {"loss": loss},
+    }
+    checks = {name: _digest(fields) for name, fields in texts.items()}
+    texts["checks"] = {"state": checksums(state), **checks}
+    saved = {name: ocp.args.JsonSave(fields) for name, fields in texts.items()}
+    return ocp.args.Composite(state=ocp.args.StandardSave(state), **saved)
+
+
+def read(folder: Path, name: str) -> Any:
+    """Returns a JSON item of the checkpoint in a folder.
+
+    Raises:
+      Exception: it cannot be read; of many kinds.
+    """
+    fields, expected = _read(folder, name, ocp.args.JsonRestore()), _checks(folder).get(name)
+    if expected not in (None, _digest(fields)):
+        raise ValueError(f"its {name} is not what was written")
+    return fields
+
+
+def read_state(folder: Path, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+    """Returns the state of the checkpoint in a folder, and the checksums that it is to have.
+
+    Args:
+      folder: of the checkpoint.
+      abstract: see `Checkpoints.restore_latest`.
+
+    Raises:
+      Exception: it cannot be read; of many kinds.
+    """
+    state = _read(folder, "state", ocp.args.StandardRestore(abstract))
+    return state, state_checks(folder)
+
+
+def state_checks(folder: Path) -> dict[str, int]:
+    """Returns the checksums of the state in a folder as it was written.
+
+    Raises:
+      Exception: they cannot be read; of many kinds.
+    """
+    return _checks(folder).get("state", {})
+
+
+def difference(state: Any, expected: dict[str, int], prefix: str = "") -> str:
+    """Says which array is not what was written, if one is; all processes must call this.
+
+    Args:
+      state: arrays that were read.
+      expected: their checksums; nothing is compared where there are none.
+      prefix: where in the state they are, in the notation of `jax.tree_util.keystr`.
+    """
+    found = checksums(state) if expected else {}
+    wrong = [path for path, number in found.items() if expected.get(prefix + path) != number]
+    return f"{prefix}{wrong[0]} is not what was written" if wrong else ""
+
+
+def attempt(read: Callable[[], T]) -> tuple[T | None, str]:
+    """Returns what a function reads, or None and why it cannot, after some attempts."""
+    why = ""
+    with _quiet():
+        for pause in (*_PAUSES, 0.0):
+            try:
+                return read(), ""
+            except Exception as error:  # damage shows in many ways
+                why = short(error)
+            gc.collect()  # it is now that Python would print of it
+            time.sleep(pause)
+    return None, why
+
+
+def short(error: BaseException) -> str:
+    """Returns why in a few words: orbax and tensorstore add the specification of an array."""
+    while error.__cause__:
+        error = error.__cause__
+    words = reason(error).split(" [")[0].rstrip(".")
+    while len(words) > 150 and ": " in words:  # the innermost is the last
+        words = words.split(": ", 1)[1]
+    return words[:150]
+
+
+def changes(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """Returns which fields of a config are others than in a checkpoint, "8 -> 16" each by name."""
+    ours = _flat(dataclasses.asdict(config))
+    defaults = _flat(dataclasses.asdict(TrainConfig("", "", 1, 1)))
+    # A field that an older version had not has its default in what it saved.
+    theirs = {"data": None, "steps": None, "batch_size": None} | defaults | _flat(saved)
+    return {
+        name: f"{theirs[name]} -> {value}"
+        for name, value in ours.items()
+        if name != "output" and theirs[name] != value
+    }
+
+
+def other(saved: dict[str, Any], config: TrainConfig, base: Base) -> str:
+    """Says what a checkpoint was saved by if this run cannot go on from it, else ""."""
+    found = changes(saved, config)
+    for field, what in _FIXED.items():
+        changed = [f"{name} {found[name]}" for name in found if name.startswith(field)]
+        if changed:
+            return f"{what} ({', '.join(changed)})"
+    theirs = saved.get("base", {})
+    if any(theirs[dtype] != base[dtype] for dtype in base.keys() & theirs.keys()):
+        return f"adapters of another model than the one in pretrained, {config.pretrained}"
+    return ""
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    return flatten_dict(json.loads(json.dumps(fields)), sep=".")
+
+
+def _read(folder: Path, name: str, how: Any) -> Any:
+    # Not by orbax's manager: a process that fails would leave the others at its barrier.
+    handler = ocp.CompositeCheckpointHandler()
+    return handler.restore(folder, ocp.args.Composite(**{name: how}))[name]
+
+
+def _checks(folder: Path) -> dict[str, Any]:
+    """Returns the checksums of a checkpoint; older versions wrote none."""
+    if not (folder / "checks").is_dir():
+        return {}
+    return _read(folder, "checks", ocp.args.JsonRestore())
+
+
+def _digest(fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Python prints of reads that are given up because one of them failed."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            yield
+        finally:
+            sys.unraisablehook = hook
