@@ -25,7 +25,7 @@ from neo_jax.decode.sampling import logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, checked
 from neo_jax.model import Neo
-from neo_jax.sharding import device_of, padded_rows
+from neo_jax.sharding import device_of, padded_rows, pick
 
 _STEP = 16  # widths are multiples of this, and of an eighth of the next power of two
 _BATCH_TOKENS = 8192  # of one forward pass, where nobody says how many rows
@@ -117,9 +117,8 @@ def judge(
     for start in range(0, targets.shape[1], size):
         block = slice(start, start + size)
         logits = model.apply({"params": params}, hidden[:, block], method=Neo.unembed)
-        chosen = jnp.take_along_axis(logits, targets[:, block, None], axis=-1)[..., 0]
         logprobs.append(logprobs_of(logits, targets[:, block]))
-        greedy.append(chosen >= jnp.max(logits, axis=-1))
+        greedy.append(pick(logits, targets[:, block]) >= jnp.max(logits, axis=-1))
     return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
 
 

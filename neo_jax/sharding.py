@@ -17,6 +17,7 @@ from types import EllipsisType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -122,6 +123,16 @@ def constrain(
         )
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def pick(x: Array, ids: Array) -> Array:
+    """Returns the entries at `ids`, [...], of the last axis of `x`, [..., V], which may be split.
+
+    A sum of which all terms but one are zero. Of a gather along a split axis XLA's partitioner
+    aborts the process where a second mesh axis splits rows and a third one is taken by a share.
+    """
+    here = jax.lax.broadcasted_iota(ids.dtype, x.shape, x.ndim - 1) == ids[..., None]
+    return jnp.sum(jnp.where(here, x, 0), axis=-1)
 
 
 def device_of(sharding: Sharding | None) -> jax.Device:
