@@ -179,10 +179,9 @@ class Run:
         ]
 
     def scores(self):
-        """Returns the log-probabilities of texts, one of them longer than the context."""
+        """Returns the log-probabilities of the longer prompts."""
         params = self._placed()
-        texts = [PROMPTS[1], list(range(100, 190)) * 3, PROMPTS[2]]
-        return np.concatenate(list(token_logprobs(self.model, params, texts)))
+        return np.concatenate(list(token_logprobs(self.model, params, PROMPTS[1:])))
 
     def _placed(self):
         params = self.params(width=0.1)
