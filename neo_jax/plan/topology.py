@@ -1,10 +1,11 @@
 """Devices to compile for that need not be here, by a name such as "v5e:4x4"."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,9 +80,6 @@ def _tpu_devices(slices: str | None, kind: str, shape: str) -> Sequence[jax.Devi
         )
     if importlib.util.find_spec("libtpu") is None:
         raise NeoError("planning for TPUs needs their compiler: pip install 'neo_jax[tpu]'.")
-    # The compiler looks for the TPU that it runs on, and for other processes that use it.
-    for variable, value in _NO_TPU_HERE.items():
-        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     options = dict(_KINDS[kind])
@@ -90,16 +88,33 @@ def _tpu_devices(slices: str | None, kind: str, shape: str) -> Sequence[jax.Devi
     if slices:
         options["num_slices"] = int(slices)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", **options
-        )
+        with _no_tpu_here():
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{kind}:{shape}", **options
+            )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise NeoError(f"there is no topology {kind}:{shape} ({reason}).") from None
     return found.devices
 
 
-_NO_TPU_HERE = {
+@contextlib.contextmanager
+def _no_tpu_here() -> Iterator[None]:
+    """Within, the environment says where it does not yet that this machine is no TPU host.
+
+    The compiler, as it starts, looks for the TPU that it runs on and for other processes that use
+    it. What is left of this would tell later calls, as `distributed.join`, of a TPU of one host.
+    """
+    added = {name: value for name, value in _VARIABLES.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+_VARIABLES = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",

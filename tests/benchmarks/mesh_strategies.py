@@ -5,7 +5,8 @@
 Eight CPU devices train for three steps and continue three prompts: losses, the first gradients, the
 parameters after the last step, greedy texts and the log-probabilities of given ones are to be those
 of one device. A triple that is refused with a line is drawn again. --run-only leaves the comparison
-out, to find what the compiler cannot do among more of them; --no-shardy takes XLA's older partitioner.
+out, to find what the compiler cannot do among more of them; --no-shardy takes XLA's older
+partitioner.
 
 RESULTS.jsonl gets a line for each triple: what it is, and "equal", "refused" or "wrong" with the
 reason. Triples run in processes that are started anew after one that aborts, which so is named; a
