@@ -24,6 +24,7 @@ from neo_jax.decode.engine import bucket
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, checked
+from neo_jax.memory import check_batch
 from neo_jax.model import Neo
 from neo_jax.sharding import device_of, padded_rows, pick
 
@@ -58,6 +59,9 @@ def score_rows(
       params: its parameters.
       rows: what to read and to ask.
       batch_size: rows of a forward pass; 0 is as many as have some thousand tokens together.
+
+    Raises:
+      NeoError: see `check_batch`.
     """
     context = model.config.max_length
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
@@ -66,6 +70,8 @@ def score_rows(
         most = batch_size or max(_batch_tokens(model) // width, 1)
         batch, order = order[:most], order[most:]
         size = padded_rows(model.sharding, bucket(len(batch), 1, most))
+        num_devices = model.sharding.mesh.size if model.sharding else 1
+        check_batch(size, width, 4 * width * model.config.embed_dim, num_devices)
         asked = bucket(max(len(rows[i].targets) for i in batch), 1, 1 << 30)
         tokens = np.zeros((size, width), np.int32)
         positions, targets = np.zeros((2, size, asked), np.int32)

@@ -44,6 +44,8 @@ STRATEGIES = {
 
 _BATCH_AXES = ("data", "fsdp")  # split the batch where the rules do not say
 
+_MOST_DEVICES = 2**20  # of a mesh that is drawn; the largest that exist have some thousands
+
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -248,6 +250,8 @@ def _parse_mesh(text: str, num_devices: int, some: bool) -> dict[str, int]:
         raise NeoError(f"mesh '{text}' has more than one -1; give all sizes but one.")
     if -1 in sizes.values():
         sizes = {name: num_devices // fixed if n == -1 else n for name, n in sizes.items()}
+    elif fixed > _MOST_DEVICES:
+        raise NeoError(f"mesh '{text}' has more than {_MOST_DEVICES} devices; make it smaller.")
     elif some and fixed < num_devices:
         return sizes
     if math.prod(sizes.values()) != num_devices:

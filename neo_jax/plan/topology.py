@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "v6e": {},
     "tpu7x": {},
 }
+_MOST_DEVICES = 2**16  # each is an object; the largest TPUs have some ten thousand
 _EXAMPLES = "v5e:4x4, v4:2x2x1, 2*v5e:16x16 (two slices) or cpu:8"
 
 
@@ -58,6 +60,8 @@ def find_topology(name: str) -> Topology:
     if not match or (match[2] == "cpu" and not match[3].isdecimal()):
         raise NeoError(f"'{name}' is not a topology; write for example {_EXAMPLES}.")
     slices, kind, shape = match.groups()
+    if math.prod(map(int, (slices or "1", *shape.split("x")))) > _MOST_DEVICES:
+        raise NeoError(f"'{name}' has more than {_MOST_DEVICES} devices; name fewer.")
     devices = _cpu_devices(int(shape)) if kind == "cpu" else _tpu_devices(slices, kind, shape)
     return Topology(name, devices, chip(devices[0].device_kind))
 
