@@ -58,7 +58,7 @@ PROMPT = [[1, 2, 3]]
 )
 def test_texts_that_are_written_together(lm, monkeypatch, compilations, options):
     monkeypatch.setattr(memory, "machine_bytes", lambda: 3e6)
-    with compilations() as compiled, pytest.raises(NeoError, match="a batch of [0-9]+ sequences"):
+    with compilations() as compiled, pytest.raises(NeoError, match=r"a batch of \d+ sequences"):
         lm.sample(PROMPT, 32, **options)
     assert not compiled
 
