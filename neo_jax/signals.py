@@ -43,6 +43,7 @@ class Watch:
         """Watches for nothing yet."""
         self.is_on = False
         self.takes: Callable[[], bool] | None = None  # see `taken`
+        self.hint = ""  # what the thread says where it ends the process: "; so many are kept"
         self._inside = False  # where the main thread may get a KeyboardInterrupt
         self._raised = self._ending = self._told = False
         self._pipe = self._main = -1
@@ -124,8 +125,9 @@ class Watch:
     def _force(self) -> None:
         if self.tell():
             show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+            line = f"{show_cursor}neo-jax: interrupted{self.hint}\n"
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.write(sys.stderr.fileno(), f"{show_cursor}neo-jax: interrupted\n".encode())
+                os.write(sys.stderr.fileno(), line.encode())
         os._exit(STATUS)
 
 

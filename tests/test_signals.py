@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import neo_jax
+from neo_jax import cli
 from neo_jax.signals import STATUS, WATCH
 
 ROOT = Path(neo_jax.__file__).parents[1]
@@ -107,6 +108,11 @@ except KeyboardInterrupt:
     assert interrupted(body, signal.SIGINT) == (STATUS, "went on\nleft\n", "")
 
 
+def test_the_line_may_say_what_is_kept():
+    body = 'WATCH.hint = "; 2 are kept"; ready(); busy()'
+    assert interrupted(body, signal.SIGINT) == (STATUS, "", "neo-jax: interrupted; 2 are kept\n")
+
+
 @pytest.mark.parametrize("swallowed", [True, False])
 def test_one_that_does_not_come_out_is_ended(swallowed):
     body = f"""
@@ -161,6 +167,13 @@ def test_a_job_in_the_background_goes_on_ignoring_interrupts():
     assert process.returncode == 0
 
 
+def test_a_verb_is_a_place_where_an_interrupt_may_come_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr("neo_jax.cli.info.main", lambda _: seen.append(WATCH._inside))
+    assert cli.main(["info"]) == 0
+    assert (seen, WATCH._inside) == ([True], False)
+
+
 def test_a_program_that_uses_the_package_keeps_its_handlers():
     assert not WATCH.is_on
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -183,6 +196,7 @@ def test_the_command_line_says_a_line(delay):
         process.kill()
         pytest.skip("needs /proc, to see when a process has its handlers")
     while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1:
+        assert process.poll() is None
         time.sleep(0.001)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
