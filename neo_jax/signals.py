@@ -126,9 +126,16 @@ class Watch:
         if self.tell():
             show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
             line = f"{show_cursor}neo-jax: interrupted{self.hint}\n"
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.write(sys.stderr.fileno(), line.encode())
+            with contextlib.suppress(OSError):
+                os.write(_stderr(), line.encode())
         os._exit(STATUS)
+
+
+def _stderr() -> int:
+    try:
+        return sys.stderr.fileno()  # one of several processes has it elsewhere
+    except (OSError, ValueError, AttributeError):  # it is redirected into a text
+        return 2
 
 
 def _nothing(_: int, __: FrameType | None) -> None:

@@ -108,6 +108,12 @@ except KeyboardInterrupt:
     assert interrupted(body, signal.SIGINT) == (STATUS, "went on\nleft\n", "")
 
 
+def test_the_line_is_shown_where_stderr_is_redirected():
+    """As it is while options are read."""
+    body = "import io\nwith contextlib.redirect_stderr(io.StringIO()): ready(); busy()"
+    assert interrupted(body, signal.SIGTERM) == (STATUS, "", LINE)
+
+
 def test_the_line_may_say_what_is_kept():
     body = 'WATCH.hint = "; 2 are kept"; ready(); busy()'
     assert interrupted(body, signal.SIGINT) == (STATUS, "", "neo-jax: interrupted; 2 are kept\n")
