@@ -1,7 +1,15 @@
-"""`python -m neo_jax` is `neo-jax`."""
+"""`neo-jax` and `python -m neo_jax`: the command line, with an eye on signals from here on."""
 
-import sys
+from neo_jax.signals import WATCH
 
-from neo_jax.cli import main
 
-sys.exit(main())
+def main() -> None:
+    """Runs the command line that this process was started by, and ends the process."""
+    WATCH.start()
+    from neo_jax import cli
+
+    WATCH.end(cli.main())
+
+
+if __name__ == "__main__":
+    main()

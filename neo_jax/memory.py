@@ -1,4 +1,4 @@
-"""How many bytes of a device's memory an array takes, and how many a machine has."""
+"""How many bytes of a device's memory an array takes, and how many there are; what cannot fit."""
 
 import itertools
 import math
@@ -8,6 +8,10 @@ from typing import Any
 
 import jax
 
+from neo_jax.errors import NeoError
+
+_MOST_TOKENS = 2**31 - 1  # of a batch: indices have 32 bits
+
 
 def machine_bytes() -> float:
     """Returns the bytes of this machine's memory; infinity where the system does not say."""
@@ -15,6 +19,46 @@ def machine_bytes() -> float:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return math.inf
+
+
+def device_memory(num_devices: int = 0) -> float:
+    """Returns the bytes that a device of this process has; infinity where that is not known.
+
+    Devices of a CPU have equal shares of the machine's memory: of as many as are told, or all.
+    """
+    devices = jax.local_devices()
+    num_devices = num_devices or len(devices)
+    if devices[0].platform != "cpu":
+        limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices]
+        return min(limits)
+    return machine_bytes() / num_devices
+
+
+def check_batch(rows: int, length: int, row_bytes: float = 0, num_devices: int = 1) -> None:
+    """Checks by arithmetic alone, before anything is allocated, that a batch can be.
+
+    Args:
+      rows: sequences of the batch.
+      length: tokens of each.
+      row_bytes: that a sequence takes of the devices, at least; 0 where they need not be here.
+      num_devices: that share the batch.
+
+    Raises:
+      NeoError: it has more tokens than there are indices, or takes more memory than there is.
+    """
+    if rows * length > _MOST_TOKENS:
+        raise NeoError(
+            f"a batch of {rows} sequences of {length} tokens has more than {_MOST_TOKENS} tokens; "
+            "take fewer at a time."
+        )
+    if not row_bytes:
+        return
+    needed, there = rows * row_bytes, num_devices * device_memory(num_devices)
+    if needed > there:
+        raise NeoError(
+            f"a batch of {rows} sequences of {length} tokens takes at least {needed / 1e9:,.0f} GB "
+            f"of {there / 1e9:,.0f}; take fewer at a time."
+        )
 
 
 def device_bytes(leaf: Any, tiled: bool) -> int:

@@ -24,8 +24,9 @@ from neo_jax.decode.engine import bucket
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, checked
+from neo_jax.memory import check_batch
 from neo_jax.model import Neo
-from neo_jax.sharding import device_of, padded_rows
+from neo_jax.sharding import device_of, padded_rows, pick
 
 _STEP = 16  # widths are multiples of this, and of an eighth of the next power of two
 _BATCH_TOKENS = 8192  # of one forward pass, where nobody says how many rows
@@ -58,6 +59,9 @@ def score_rows(
       params: its parameters.
       rows: what to read and to ask.
       batch_size: rows of a forward pass; 0 is as many as have some thousand tokens together.
+
+    Raises:
+      NeoError: see `check_batch`.
     """
     context = model.config.max_length
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
@@ -66,6 +70,8 @@ def score_rows(
         most = batch_size or max(_batch_tokens(model) // width, 1)
         batch, order = order[:most], order[most:]
         size = padded_rows(model.sharding, bucket(len(batch), 1, most))
+        num_devices = model.sharding.mesh.size if model.sharding else 1
+        check_batch(size, width, 4 * width * model.config.embed_dim, num_devices)
         asked = bucket(max(len(rows[i].targets) for i in batch), 1, 1 << 30)
         tokens = np.zeros((size, width), np.int32)
         positions, targets = np.zeros((2, size, asked), np.int32)
@@ -117,9 +123,8 @@ def judge(
     for start in range(0, targets.shape[1], size):
         block = slice(start, start + size)
         logits = model.apply({"params": params}, hidden[:, block], method=Neo.unembed)
-        chosen = jnp.take_along_axis(logits, targets[:, block, None], axis=-1)[..., 0]
         logprobs.append(logprobs_of(logits, targets[:, block]))
-        greedy.append(chosen >= jnp.max(logits, axis=-1))
+        greedy.append(pick(logits, targets[:, block]) >= jnp.max(logits, axis=-1))
     return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
 
 

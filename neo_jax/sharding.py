@@ -17,6 +17,7 @@ from types import EllipsisType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -42,6 +43,8 @@ STRATEGIES = {
 """The named strategies: a mesh, taken where none is given, whose axes each needs; and rules."""
 
 _BATCH_AXES = ("data", "fsdp")  # split the batch where the rules do not say
+
+_MOST_DEVICES = 2**20  # of a mesh that is drawn; the largest that exist have some thousands
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -122,6 +125,16 @@ def constrain(
         )
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def pick(x: Array, ids: Array) -> Array:
+    """Returns the entries at `ids`, [...], of the last axis of `x`, [..., V], which may be split.
+
+    A sum of which all terms but one are zero. Of a gather along a split axis XLA's partitioner
+    aborts the process where a second mesh axis splits rows and a third one is taken by a share.
+    """
+    here = jax.lax.broadcasted_iota(ids.dtype, x.shape, x.ndim - 1) == ids[..., None]
+    return jnp.sum(jnp.where(here, x, 0), axis=-1)
 
 
 def device_of(sharding: Sharding | None) -> jax.Device:
@@ -237,6 +250,8 @@ def _parse_mesh(text: str, num_devices: int, some: bool) -> dict[str, int]:
         raise NeoError(f"mesh '{text}' has more than one -1; give all sizes but one.")
     if -1 in sizes.values():
         sizes = {name: num_devices // fixed if n == -1 else n for name, n in sizes.items()}
+    elif fixed > _MOST_DEVICES:
+        raise NeoError(f"mesh '{text}' has more than {_MOST_DEVICES} devices; make it smaller.")
     elif some and fixed < num_devices:
         return sizes
     if math.prod(sizes.values()) != num_devices:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from mesh_triples import Triple, compare
 
 from neo_jax import cache as caching
 from neo_jax.config import PRESETS, ModelConfig, preset
@@ -60,6 +61,8 @@ DRAWN = [
     ("data=2,fsdp=2,model=2", "positions:data+fsdp,heads:model"),
     ("context=2,fsdp=2,model=2", "mlp:context,kv_length:context,embed:fsdp,length:model"),
     ("context=2,fsdp=2,model=2", "kv_length:context,embed:context+fsdp,head_dim:model"),
+    # Picking logits by a gather, this once aborted the process in XLA's partitioner.
+    ("data=2,context=2,model=2", "batch:data,length:context,heads:model,vocab:model"),
 ]
 
 
@@ -187,6 +190,26 @@ def distance(ours, theirs):
     """Returns the norm of the difference over the norm."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def test_a_triple_changes_no_number():
+    """One such as `benchmarks/mesh_strategies.py` draws: GPT-2 XL's 25 heads, unequal weights."""
+    model = ModelConfig(
+        num_layers=1,
+        embed_dim=100,
+        num_heads=25,
+        mlp_dim=32,
+        vocab_size=200,
+        max_length=240,
+        attention_types=("global",),
+        eos_token_id=-1,
+        qkv_bias=True,
+        scale_attention=True,
+        tied_head=False,
+    )
+    rules = "embed:fsdp,mlp:context+model,kv_length:context,vocab:model"
+    triple = Triple("fsdp=2,context=2,model=2", rules, model, has_starts=True)
+    assert compare(triple)["gradient"] < 1e-5
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,10 +15,10 @@ from neo_jax.axes import Params
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.errors import NeoError
-from neo_jax.memory import tree_bytes
+from neo_jax.memory import device_memory, tree_bytes
 from neo_jax.model import Neo
 from neo_jax.plan.flops import traced_flops
-from neo_jax.training.check import check_run, device_memory
+from neo_jax.training.check import check_run
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.loss import Batch
 from neo_jax.training.optimizer import make_optimizer

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from neo_jax import __version__
 from neo_jax.cli.wording import as_typed, one_line
 from neo_jax.errors import NeoError, suggest
+from neo_jax.signals import STATUS, WATCH
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UsageError(f"'{verb}' is not a verb.{suggest(verb, VERBS)}")
-        importlib.import_module(f"neo_jax.cli.{verb}").main(args[1:])
+        with WATCH.inside():
+            importlib.import_module(f"neo_jax.cli.{verb}").main(args[1:])
         return 0
     except EXPECTED as error:
         return explain(error, args[1:])
@@ -65,10 +67,12 @@ def explain(error: BaseException, args: Sequence[str] = ()) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     interrupted = isinstance(error, KeyboardInterrupt)
+    if interrupted and not WATCH.tell():
+        return STATUS
     words = [*(["interrupted"] if interrupted else []), *map(str, error.args)]
     print(f"neo-jax: {as_typed('; '.join(words), args)}", file=sys.stderr, flush=True)
     if interrupted:
-        return 130
+        return STATUS
     return 2 if isinstance(error, UsageError) else 1
 
 

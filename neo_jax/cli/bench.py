@@ -64,6 +64,7 @@ def _request(options: Options) -> "Request":
     from neo_jax.benchmark.cells import MIN_LENGTH
     from neo_jax.benchmark.run import Request, random_params
     from neo_jax.language_model import compute_dtype, enable_compilation_cache
+    from neo_jax.memory import check_batch
     from neo_jax.model import Neo
     from neo_jax.sharding import make_sharding
 
@@ -76,6 +77,7 @@ def _request(options: Options) -> "Request":
     lengths = options.length or tuple(usual)
     if not MIN_LENGTH <= min(lengths) <= max(lengths) <= context:
         raise UsageError(f"--length takes {MIN_LENGTH} to {context} tokens, the model's context.")
+    check_batch(max(options.batch), max(lengths))
     enable_compilation_cache()
     sharding = make_sharding(chosen.mesh, chosen.rules, default="decode")
     model = Neo(config, compute_dtype(chosen.dtype), chosen.kernel, sharding)

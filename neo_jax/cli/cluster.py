@@ -2,20 +2,21 @@
 
 When a process dies, JAX's runtime ends the others by abort(), each with a dozen lines of its own,
 whatever Python does at that time. A user is to read one line: so what the libraries below Python
-print goes to a file of this process, and abort() is caught and explained.
+print goes to a file of this process, and abort() is noticed and explained.
 """
 
 import contextlib
-import ctypes
 import dataclasses
+import faulthandler
 import os
-import signal
+import socket
+import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
@@ -25,10 +26,7 @@ from neo_jax.errors import NeoError
 
 _FATAL = b"the JAX distributed service detected fatal errors"
 
-_PyOS_setsig = ctypes.pythonapi.PyOS_setsig
-_PyOS_setsig.restype = ctypes.c_void_p
-_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_handlers: list[Any] = []
+_STAND_STILL = struct.pack("ll", 0, 50_000)  # a timeval, for each write of faulthandler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +61,8 @@ class ClusterOptions:
         log, restore = _divert()
         several = False
         try:
-            _on_abort(
-                log,
+            said = _on_abort(log)
+            said.append(
                 f"not all processes of this run came within {self.start_timeout} s, or process 0 "
                 "cannot be reached; start the same command for each of them, or give "
                 "--coordinator none to run alone.",
@@ -76,8 +74,7 @@ class ClusterOptions:
         if not several:
             yield
             return
-        _on_abort(
-            log,
+        said.append(
             "another process of this run died or cannot be reached; start all of them again: "
             "training goes on from its newest checkpoint.",
         )
@@ -124,7 +121,7 @@ def _divert() -> tuple[int, Callable[[], None]]:
     os.dup2(fd, 2)
 
     def restore() -> None:
-        signal.signal(signal.SIGABRT, signal.getsignal(signal.SIGABRT))
+        faulthandler.disable()
         os.dup2(copies[0], 1)
         os.dup2(copies[1], 2)
         sys.stdout.close()
@@ -136,16 +133,34 @@ def _divert() -> tuple[int, Callable[[], None]]:
     return fd, restore
 
 
-def _on_abort(log: int, line: str) -> None:
-    """Turns JAX's abort() into one line and exit status 1; any other goes on, its reason shown."""
+def _on_abort(log: int) -> list[str]:
+    """Turns JAX's abort() into a line and exit status 1; any other goes on, its reason shown.
 
-    @_Handler
-    def explained(_: int) -> None:
+    A handler of Python's would run after the end. That of faulthandler is C and writes to a socket,
+    which is soon full: there the thread that aborts stands still for long enough that another one,
+    which waits for the first byte, can read what was said.
+
+    Args:
+      log: the file of `_divert`.
+
+    Returns:
+      A list, the last entry of which is to be the line.
+    """
+    lines: list[str] = []
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little as there is
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _STAND_STILL)
+    faulthandler.enable(near, all_threads=False)  # it reads what others go on changing
+
+    def watch() -> None:
+        if not far.recv(1, socket.MSG_PEEK):
+            return
         words = os.pread(log, os.fstat(log).st_size, 0)
         if _FATAL in words:
-            explain(NeoError(line))
+            explain(NeoError(lines[-1]))
             os._exit(1)
         os.write(sys.stderr.fileno(), words)
+        far.close()
 
-    _handlers.append(explained)  # C holds no reference
-    _PyOS_setsig(signal.SIGABRT, explained)
+    threading.Thread(target=watch, name="aborts", daemon=True).start()
+    return lines

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -46,6 +47,8 @@ def main(args: Sequence[str]) -> None:
             "name a checkpoint and the folder to write, or a .json config and the .py file to "
             "write, as in: neo-jax convert theirs ours"
         )
+    if not 0 < options.max_shard_gb < math.inf:
+        raise UsageError(f"--max-shard-gb must be a number above 0, not {options.max_shard_gb}.")
     if options.train and (options.dtype != "keep" or options.tokenizer):
         raise UsageError("a run holds float32, and its data have the tokenizer: leave these out.")
     checkpoint = _module("checkpoint")

@@ -28,6 +28,7 @@ from neo_jax.decode.speculative import NUM_DRAFTED
 from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError
 from neo_jax.generation import BATCH_SIZE, TextOptions, check_together, fit
+from neo_jax.signals import WATCH
 
 if TYPE_CHECKING:
     from neo_jax.language_model import LanguageModel, Prompt, Sample
@@ -191,6 +192,7 @@ def _keep(
 
             def finish(index: int, done: list["Sample"]) -> None:
                 kept.add(left[index], [sample.fields() for sample in done])
+                WATCH.hint = "; what is done is kept, and the same command goes on from there"
                 advance(done)
 
             for _ in samples([prompts[i] for i in left], finish):

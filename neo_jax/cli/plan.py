@@ -130,6 +130,7 @@ def _step(
     import jax.numpy as jnp
 
     from neo_jax.language_model import cached_dtype
+    from neo_jax.memory import check_batch
     from neo_jax.model import Neo
     from neo_jax.plan import steps
     from neo_jax.sharding import make_sharding
@@ -143,6 +144,7 @@ def _step(
         raise UsageError("--batch and --length must be 0 or more, --accumulation at least 1.")
     batch = options.batch or len(topology.devices) * options.accumulation
     length = options.length or model.max_length
+    check_batch(batch, length)
     if options.step == "train":
         if options.quantize != "none" or options.cache_dtype != "auto":
             raise UsageError("--quantize and --cache-dtype are for --step prefill and decode.")

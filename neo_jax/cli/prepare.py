@@ -41,6 +41,8 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("name the files to prepare, as in: neo-jax prepare text/ --output data")
     if bool(options.tokenizer) == bool(options.train_tokenizer):
         raise UsageError("give either --tokenizer FOLDER or --train-tokenizer 4096.")
+    if not 0 <= options.train_tokenizer < 2**31:
+        raise UsageError(f"no vocabulary has {options.train_tokenizer} tokens; take 4096, say.")
     fields = prepare(
         options.inputs,
         options.output,

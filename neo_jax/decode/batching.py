@@ -59,12 +59,23 @@ def complete(
       rows: texts that are written at one time, at most.
 
     Raises:
-      NeoError: see `engine.check_prompts`; before anything runs.
+      NeoError: see `check`; before anything runs.
+    """
+    rows = min(rows, sum(len(request.options) for request in requests))
+    check(model, requests, rows)
+    return _Batch(model, params, requests, padded_rows(model.sharding, rows)).run()
+
+
+def check(model: Neo, requests: Sequence[Request], rows: int) -> None:
+    """Checks that each request can be continued, and so many of their texts at one time.
+
+    Raises:
+      NeoError: see `engine.check_prompts` and `engine.check_rows`.
     """
     for request in requests:
         engine.check_prompts(model, [request.ids], request.max_new_tokens)
-    rows = min(rows, sum(len(request.options) for request in requests))
-    return _Batch(model, params, requests, padded_rows(model.sharding, rows)).run()
+    longest = max((len(request.ids) + request.max_new_tokens for request in requests), default=1)
+    engine.check_rows(model, rows, longest)
 
 
 def in_order(finished: Iterable[tuple[int, T]]) -> Iterator[T]:

@@ -24,6 +24,7 @@ from neo_jax.decode.prompt import read
 from neo_jax.decode.sampling import History, Settings, choose, logprobs_of
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
+from neo_jax.memory import check_batch
 from neo_jax.model import Neo
 from neo_jax.sharding import Sharding, constrain, padded_rows
 
@@ -94,6 +95,18 @@ def check_prompts(model: Neo, prompts: Sequence[Sequence[int]], max_new_tokens: 
                 f"context of {context}; shorten the prompt or ask for at most "
                 f"{context - len(prompt)} new tokens."
             )
+
+
+def check_rows(model: Neo, rows: int, length: int) -> None:
+    """Checks that a batch of texts of up to `length` tokens can be, by its caches and logits.
+
+    Raises:
+      NeoError: see `check_batch`.
+    """
+    config, dtype = model.config, model.cache_dtype or model.dtype
+    room = room_for(length, config.max_length)
+    row_bytes = caching.sequence_bytes(config, room, dtype).per_sequence + 4 * config.vocab_size
+    check_batch(rows, room, row_bytes, model.sharding.mesh.size if model.sharding else 1)
 
 
 def start(

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from neo_jax.axes import Params
-from neo_jax.decode import beam, engine, speculative
-from neo_jax.decode.batching import Request
+from neo_jax.decode import beam, speculative
+from neo_jax.decode.batching import Request, check
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.engine import Completion
 from neo_jax.decode.sampling import stack_settings
@@ -48,8 +48,10 @@ class BeamSearch:
         Raises:
           NeoError: see `beam.search`; or the penalties left fewer texts than are asked for.
         """
-        _check(model, requests)
-        for batch in _batches(range(len(requests)), max(rows // self.options.num_beams, 1)):
+        num_beams = self.options.num_beams
+        rows = max(rows // num_beams, 1)
+        check(model, requests, min(rows, len(requests)) * num_beams)
+        for batch in _batches(range(len(requests)), rows):
             asked = [requests[i] for i in batch]
             searches = beam.search(
                 model,
@@ -86,11 +88,11 @@ class Speculation:
         Raises:
           NeoError: see `speculative.generate`.
         """
-        _check(model, requests)
+        texts = [(i, j) for i, request in enumerate(requests) for j in range(len(request.options))]
+        check(model, requests, min(rows, len(texts)))
         speculative.check_draft(model, self.draft, self.num_drafted)
         if self.draft:
-            _check(self.draft.model, requests)
-        texts = [(i, j) for i, request in enumerate(requests) for j in range(len(request.options))]
+            check(self.draft.model, requests, min(rows, len(texts)))
         held: list[Found] = []
         for batch in _batches(texts, rows):
             completions, fared = speculative.generate(
@@ -108,11 +110,6 @@ class Speculation:
                 if len(held) == len(requests[i].options):
                     yield i, held
                     held = []
-
-
-def _check(model: Neo, requests: Sequence[Request]) -> None:
-    for request in requests:
-        engine.check_prompts(model, [request.ids], request.max_new_tokens)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, UInt
 from neo_jax.errors import NeoError, check_numbers
+from neo_jax.sharding import pick
 
 _LARGEST = 1e6  # of what divides logits: float32 holds what comes of it
 
@@ -154,7 +155,7 @@ def processed(
 
 def logprobs_of(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Returns the log-probability, in nats, that each position's logits give to a token."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    return pick(jax.nn.log_softmax(logits), tokens)
 
 
 def _draw(seed: Array, position: Array, logits: Float[Array, "V"]) -> Array:

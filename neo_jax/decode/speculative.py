@@ -29,6 +29,7 @@ from neo_jax.decode.sampling import History, Settings, logprobs_of, processed
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
+from neo_jax.sharding import pick
 
 MAX_DRAFTED = SLACK
 """Tokens of a draft: a pass appends one more, and caches have slack for that."""
@@ -250,8 +251,7 @@ def _judge(
 
     there = proposal.there & (places < text.limits[:, None])[:, :-1]
     q = jnp.where(there[..., None], proposal.weights, 0)
-    drafted = proposal.tokens[..., None]
-    p_drafted, q_drafted = (jnp.take_along_axis(x, drafted, axis=2)[..., 0] for x in (p[:, :-1], q))
+    p_drafted, q_drafted = (pick(x, proposal.tokens) for x in (p[:, :-1], q))
     uniform = _uniform(text.settings, places[:, :-1])
     accepts = there & (uniform * q_drafted < p_drafted)
     accepted = jnp.sum(jnp.cumprod(accepts, axis=1), axis=1)

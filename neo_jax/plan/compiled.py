@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from neo_jax.memory import tree_bytes
+from neo_jax.memory import device_memory, tree_bytes
 from neo_jax.plan.flops import splash_flops, traced_flops
 from neo_jax.plan.hlo import parse
 from neo_jax.plan.program import Traffic, traffic
@@ -17,7 +17,6 @@ from neo_jax.plan.roofline import Roofline, roofline, slices_of
 from neo_jax.plan.steps import OPEN_TRIPS, Step
 from neo_jax.plan.topology import Topology
 from neo_jax.plan.work import Work, work
-from neo_jax.training.check import device_memory
 
 
 @dataclasses.dataclass(frozen=True)

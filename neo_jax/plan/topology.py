@@ -1,10 +1,12 @@
 """Devices to compile for that need not be here, by a name such as "v5e:4x4"."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "v6e": {},
     "tpu7x": {},
 }
+_MOST_DEVICES = 2**16  # each is an object; the largest TPUs have some ten thousand
 _EXAMPLES = "v5e:4x4, v4:2x2x1, 2*v5e:16x16 (two slices) or cpu:8"
 
 
@@ -57,6 +60,8 @@ def find_topology(name: str) -> Topology:
     if not match or (match[2] == "cpu" and not match[3].isdecimal()):
         raise NeoError(f"'{name}' is not a topology; write for example {_EXAMPLES}.")
     slices, kind, shape = match.groups()
+    if math.prod(map(int, (slices or "1", *shape.split("x")))) > _MOST_DEVICES:
+        raise NeoError(f"'{name}' has more than {_MOST_DEVICES} devices; name fewer.")
     devices = _cpu_devices(int(shape)) if kind == "cpu" else _tpu_devices(slices, kind, shape)
     return Topology(name, devices, chip(devices[0].device_kind))
 
@@ -79,9 +84,6 @@ def _tpu_devices(slices: str | None, kind: str, shape: str) -> Sequence[jax.Devi
         )
     if importlib.util.find_spec("libtpu") is None:
         raise NeoError("planning for TPUs needs their compiler: pip install 'neo_jax[tpu]'.")
-    # The compiler looks for the TPU that it runs on, and for other processes that use it.
-    for variable, value in _NO_TPU_HERE.items():
-        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     options = dict(_KINDS[kind])
@@ -90,16 +92,33 @@ def _tpu_devices(slices: str | None, kind: str, shape: str) -> Sequence[jax.Devi
     if slices:
         options["num_slices"] = int(slices)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", **options
-        )
+        with _no_tpu_here():
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{kind}:{shape}", **options
+            )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise NeoError(f"there is no topology {kind}:{shape} ({reason}).") from None
     return found.devices
 
 
-_NO_TPU_HERE = {
+@contextlib.contextmanager
+def _no_tpu_here() -> Iterator[None]:
+    """Within, the environment says where it does not yet that this machine is no TPU host.
+
+    The compiler, as it starts, looks for the TPU that it runs on and for other processes that use
+    it. What is left of this would tell later calls, as `distributed.join`, of a TPU of one host.
+    """
+    added = {name: value for name, value in _VARIABLES.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+_VARIABLES = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",

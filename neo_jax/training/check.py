@@ -1,12 +1,10 @@
 """What is known of a run before it begins: whether its step can be, and whether it fits."""
 
-import math
-
 import jax
 
 from neo_jax.axes import BATCH, Params
 from neo_jax.errors import NeoError
-from neo_jax.memory import machine_bytes, tree_bytes
+from neo_jax.memory import check_batch, device_memory, tree_bytes
 from neo_jax.model import Neo
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.state import Step, TrainState, abstract_inputs
@@ -34,6 +32,18 @@ def check_run(
     _check_memory(state, frozen)
 
 
+def check_size(config: TrainConfig, model: Neo) -> None:
+    """Checks that a batch is not beyond all measure; what a step takes in full, the compiler knows.
+
+    Raises:
+      NeoError: the residual stream alone, once, is larger than the memory of the devices.
+    """
+    length = config.sequence_length
+    num_devices = model.sharding.mesh.size if model.sharding else 1
+    stream = 4 * length * config.model.embed_dim
+    check_batch(config.batch_size // config.accumulation, length, stream, num_devices)
+
+
 def _check_parts(config: TrainConfig, model: Neo) -> None:
     shards = model.sharding.num_shards(BATCH) if model.sharding else 1
     if config.batch_size % (config.accumulation * shards):
@@ -55,16 +65,3 @@ def _check_memory(state: TrainState, frozen: Params | None) -> None:
             f"has {memory / 1e9:.3g} GB; split them over more devices along fsdp (--mesh fsdp=-1), "
             "or choose --optimizer.name adafactor, or adapters (--lora.rank 8)."
         )
-
-
-def device_memory(num_devices: int = 0) -> float:
-    """Returns the bytes that a device of this process has; infinity where that is not known.
-
-    Devices of a CPU have equal shares of the machine's memory: of as many as are told, or all.
-    """
-    devices = jax.local_devices()
-    num_devices = num_devices or len(devices)
-    if devices[0].platform != "cpu":
-        limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices]
-        return min(limits)
-    return machine_bytes() / num_devices

@@ -7,6 +7,7 @@ from neo_jax.attention import Kernel
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, check_numbers
 from neo_jax.lora import LoraConfig
+from neo_jax.memory import check_batch
 from neo_jax.stacked import Remat
 
 
@@ -101,13 +102,14 @@ class TrainConfig:
         """Checks that sequences fit the model.
 
         Raises:
-          NeoError: they are longer than its context.
+          NeoError: they are longer than its context, or their tokens too many.
         """
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "
                 "shorten it, or raise model.max_length."
             )
+        check_batch(self.batch_size, self.sequence_length)
 
     @property
     def sequence_length(self) -> int:

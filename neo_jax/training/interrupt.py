@@ -1,9 +1,7 @@
 """Stopping a run from outside without losing a step: SIGTERM, or Ctrl-C."""
 
+import contextlib
 import functools
-import signal
-import threading
-from types import FrameType
 from typing import Any
 
 import jax
@@ -12,14 +10,14 @@ import numpy as np
 
 from neo_jax.axes import BATCH, Array
 from neo_jax.sharding import make_sharding
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from neo_jax.signals import taken
 
 
 class Interrupt:
     """Whether a run is asked to stop. A context manager, within which the first signal only asks.
 
-    The second one does what it always did. Several processes stop at the same step: each step
+    The second one does what it always did; so does the first on the command line, where no step is
+    behind the run that could be saved. Several processes stop at the same step: each step
     carries a flag of every process to all of them, which the next one reads, so that no device
     waits for a host. JAX's preemption service would do as much, but takes SIGTERM from the verbs
     that have nothing to save.
@@ -29,31 +27,28 @@ class Interrupt:
         """Asks nothing yet."""
         self._here = False  # this process got a signal
         self._anywhere: Array | None = None  # any process did, as of the step before
-        self._before: dict[int, Any] = {}
+        self._begun = False
+        self._taken = contextlib.ExitStack()
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():  # Python asks for that
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._begun = jax.process_count() > 1  # what one of several does, all have to
+        self._taken.enter_context(taken(self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self._taken.close()
 
     def requested(self) -> bool:
         """Tells whether to stop after this step; all processes ask after every step."""
+        self._begun = True
         if jax.process_count() == 1:
             return self._here
         earlier, self._anywhere = self._anywhere, _ask_any(self._here)
         return earlier is not None and bool(earlier)
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self) -> bool:
         self._here = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        return self._begun
 
 
 def _ask_any(here: bool) -> Array:

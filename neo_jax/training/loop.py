@@ -26,7 +26,7 @@ from neo_jax.pretrained import save_pretrained
 from neo_jax.saving import remove_leftovers
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
-from neo_jax.training.check import check_run
+from neo_jax.training.check import check_run, check_size
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.interrupt import Interrupt
@@ -71,6 +71,7 @@ def _train(config: TrainConfig) -> TrainState:
         raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
     dtype = jnp.dtype(config.dtype)
     model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
+    check_size(config, model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, config)
     place = Placement(model, config.batch_size, dataset.has_starts)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
 from neo_jax.model import Neo
-from neo_jax.sharding import device_of
+from neo_jax.sharding import device_of, pick
 from neo_jax.shares import EVERYWHERE, Shares, within_share
 from neo_jax.stacked import Remat, embed, encode
 
@@ -101,8 +101,7 @@ class _Head(NamedTuple):
         params = {model.config.head: {"embedding": table}}
         logits = model.apply({"params": params}, x, method=Neo.unembed)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        cross_entropy = jnp.sum(weights * (log_sum - chosen))
+        cross_entropy = jnp.sum(weights * (log_sum - pick(logits, targets)))
         return cross_entropy + self.z_loss * jnp.sum(weights * log_sum**2), cross_entropy
 
 

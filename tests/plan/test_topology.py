@@ -1,5 +1,8 @@
 """Devices by their names."""
 
+import contextlib
+import os
+
 import pytest
 
 from neo_jax.errors import NeoError
@@ -61,3 +64,14 @@ def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(NeoError, match=r"pip install 'neo_jax\[tpu\]'"):
         find_topology("v5e:4x4")
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:3x3"])
+def test_the_environment_stays_as_it_is(monkeypatch, name):
+    """Else `distributed.join` would later take this for a TPU host that is alone."""
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    monkeypatch.setenv("TPU_MIN_LOG_LEVEL", "0")
+    before = dict(os.environ)
+    with contextlib.suppress(NeoError):
+        find_topology(name)
+    assert dict(os.environ) == before

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from neo_jax.signals import WATCH
 from neo_jax.training import loop
 from neo_jax.training.interrupt import Interrupt
 from neo_jax.training.loop import train
@@ -32,6 +33,18 @@ def test_the_first_signal_asks_and_the_second_does_what_it_did(number):
     with Interrupt() as interrupt:
         assert not interrupt.requested()
     assert handlers() == before
+
+
+def test_on_the_command_line_it_is_taken_once_there_is_something_to_save(monkeypatch):
+    entered = []
+    monkeypatch.setattr(WATCH, "is_on", True)
+    monkeypatch.setattr(WATCH, "install", lambda: entered.append("installed"))
+    with Interrupt() as interrupt:
+        assert entered == ["installed"]  # also where a library took the handlers meanwhile
+        assert not WATCH.takes()
+        assert interrupt.requested()  # after the first step
+        assert WATCH.takes()
+    assert WATCH.takes is None
 
 
 def test_outside_the_main_thread_nothing_is_caught():

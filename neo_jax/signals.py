@@ -1,0 +1,191 @@
+"""Ctrl-C and SIGTERM: what they do to a command, decided in one place, from its first line on.
+
+Python runs a handler in the main thread, between two of its instructions: late while that thread
+compiles. And an exception that a handler raises comes out of whatever is running: an import, which
+takes it for its own failure; a callback of the runtime, which loses it or crashes. So the handlers
+here do nothing. As a signal comes, C writes its number to a pipe, and a thread reads it there,
+whatever the main thread is doing:
+
+1. What has taken signals gets the first one: a training loop, which saves and ends.
+2. Else the main thread gets a KeyboardInterrupt as soon as it is at a place where that is safe, and
+   leaves its files as they are to be left.
+3. Where it does not come to one within a second, or is not done after five, or where a second
+   signal comes, the thread says so in a line and ends the process.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+STATUS = 130
+"""The exit status of a command that was interrupted."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REACH, _LEAVE = 1.0, 4.0  # seconds to a safe place, and from there to the end
+_POLL = 0.02  # seconds between two looks for one
+
+# In their frames, or in frames that they have called, an exception may be lost or crash.
+_UNSAFE = {
+    "jax", "jaxlib", "flax", "optax", "orbax",
+    "importlib", "_frozen_importlib", "_frozen_importlib_external", "weakref",
+}  # fmt: skip
+
+
+class Watch:
+    """Watches for signals, from `start` to the end of the process."""
+
+    def __init__(self) -> None:
+        """Watches for nothing yet."""
+        self.is_on = False
+        self.takes: Callable[[], bool] | None = None  # see `taken`
+        self.hint = ""  # what the thread says where it ends the process: "; so many are kept"
+        self._inside = False  # where the main thread may get a KeyboardInterrupt
+        self._raised = self._ending = self._told = False
+        self._pipe = self._main = -1
+
+    def start(self) -> None:
+        """Begins; the main thread must call this."""
+        self._pipe, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self.install()
+        signal.signal(signal.SIGALRM, self._interrupt)
+        import threading  # after the pipe, which keeps what comes meanwhile
+
+        self._main = threading.get_ident()
+        threading.Thread(target=self._run, name="signals", daemon=True).start()
+        self.is_on = True
+
+    def install(self) -> None:
+        """Makes C write to the pipe, also where a library has since put its own handlers."""
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's jobs in the background
+                signal.signal(number, _nothing)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Within, the main thread may get a KeyboardInterrupt; it may also come out of this."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def tell(self) -> bool:
+        """Returns whether it is for the caller to say that the command was interrupted."""
+        told, self._told = self._told, self.is_on
+        return not told
+
+    def end(self, status: int) -> None:
+        """Ends the process with a status, or as one that was interrupted."""
+        if self._ending:  # the usual way out would wait for threads
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(STATUS)
+        sys.exit(status)
+
+    def _run(self) -> None:
+        while self._next() and self.takes:
+            takes, self.takes = self.takes, None
+            if not takes():
+                break
+        self._ending = True
+        if self._inside:
+            signal.pthread_kill(self._main, signal.SIGALRM)
+            if not self._next(_REACH) and self._raised:
+                self._next(_LEAVE)
+        self._force()
+
+    def _next(self, seconds: float | None = None) -> bool:
+        """Waits for the next signal; returns whether one came in time."""
+        import select
+
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if not select.select([self._pipe], [], [], left)[0]:
+                return False
+            if os.read(self._pipe, 1)[0] in _SIGNALS:
+                return True
+
+    def _interrupt(self, _: int, frame: FrameType | None) -> None:
+        """Raises a KeyboardInterrupt in the main thread where that is safe, or looks again soon."""
+        if self._raised or not self._inside:
+            return
+        if _is_safe(frame):
+            self._raised = True
+            raise KeyboardInterrupt
+        signal.setitimer(signal.ITIMER_REAL, _POLL)
+
+    def _force(self) -> None:
+        if self.tell():
+            show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+            line = f"{show_cursor}neo-jax: interrupted{self.hint}\n"
+            with contextlib.suppress(OSError):
+                os.write(_stderr(), line.encode())
+        os._exit(STATUS)
+
+
+def _stderr() -> int:
+    try:
+        return sys.stderr.fileno()  # one of several processes has it elsewhere
+    except (OSError, ValueError, AttributeError):  # it is redirected into a text
+        return 2
+
+
+def _nothing(_: int, __: FrameType | None) -> None:
+    """Lets C write the signal to the pipe, and the main thread go on."""
+
+
+def _is_safe(frame: FrameType | None) -> bool:
+    while frame:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] in _UNSAFE or frame.f_code.co_name == "__del__":
+            return False
+        frame = frame.f_back
+    return True
+
+
+WATCH = Watch()
+"""Of this process; off where the package is used from Python."""
+
+
+@contextlib.contextmanager
+def taken(takes: Callable[[], bool]) -> Iterator[None]:
+    """Within, the first signal calls a function, which says whether that is all; then none does.
+
+    A second one does what it would without this. In a program that watches for no signals, the
+    main thread alone can take them.
+    """
+    if WATCH.is_on:
+        WATCH.install()
+        WATCH.takes = takes
+        try:
+            yield
+        finally:
+            WATCH.takes = None
+        return
+    import threading
+
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def take(*_: object) -> None:
+        restore()
+        takes()
+
+    if threading.current_thread() is threading.main_thread():  # Python asks for that
+        before.update({number: signal.signal(number, take) for number in _SIGNALS})
+    try:
+        yield
+    finally:
+        restore()
