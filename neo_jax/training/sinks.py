@@ -3,6 +3,7 @@
 Process 0 alone opens them. The libraries are imported by the class that uses them.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -102,7 +103,10 @@ class LineFile:
     def close(self) -> None:
         """Writes what is still to be written, and closes the file."""
         self.sync()
-        self._file.close()
+        # Each line was written out as it came; what a full disk refused then, and was reported, it
+        # refuses once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class TensorBoard:
