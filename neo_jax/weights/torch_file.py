@@ -17,7 +17,7 @@ from neo_jax.weights.stored import StoredTensor
 
 # Of a pickle every byte may become an object of sixty, and its reader takes a piece for each. A
 # tensor takes a hundred bytes of it; and weights that are packed are little smaller than they were.
-_MOST_PICKLE_BYTES = 2 << 20
+_MOST_PICKLE_BYTES = 1 << 20
 _MOST_DIRECTORY_BYTES = 10 << 20
 _MOST_UNPACKED = 10  # times the size of the file, where it is more than:
 _SMALL_BYTES = 64 << 20
@@ -45,7 +45,11 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
     except ImportError:
         raise NeoError(f"{path} needs torch; install it: pip install 'neo_jax[torch]'") from None
     try:
-        with _Counted(io.FileIO(path)) as file, warnings.catch_warnings():
+        file = _Counted(io.FileIO(path))
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
+    try:
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused later
             size, mapped = _look_into(file) if is_zipfile(path) else (file_size(path), False)
             state = torch.load(
@@ -73,8 +77,6 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
             f"{path} is damaged, or holds more than tensors, which could run code "
             f"({_why(error)}); get the checkpoint as model.safetensors."
         ) from None
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
     except Exception as error:  # torch shows damage in many ways
         raise NeoError(
             f"{path} is damaged or cut short ({_why(error)}); download or copy it again."
@@ -124,6 +126,7 @@ def _view(tensor: Any) -> np.ndarray:
 
 def _why(error: BaseException) -> str:
     """Returns the first line of what torch says, without advice to turn its guard off."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = str(error).partition(" In PyTorch")[0]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     found = [line for line in lines if "Unsupported" in line or "nsupported" in line]
     return (found or lines or [type(error).__name__])[0][:150].rstrip(".:")
