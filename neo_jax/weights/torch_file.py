@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import pickle
+import pickletools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from neo_jax.errors import NeoError, reason
 from neo_jax.paths import file_size, is_remote
 from neo_jax.weights.stored import StoredTensor
 
-# Of a pickle every byte may become an object of sixty, and its reader takes a piece for each. A
-# tensor takes a hundred bytes of it; and weights that are packed are little smaller than they were.
+# Of a pickle every byte may become an object of sixty, and its reader takes a piece for each; over
+# a text that it does not like, torch takes time that is quadratic in its length. A tensor takes a
+# hundred bytes of a pickle; and weights that are packed are little smaller than they were.
 _MOST_PICKLE_BYTES = 1 << 20
+_LONGEST_TEXT = 4096
 _MOST_DIRECTORY_BYTES = 10 << 20
 _MOST_UNPACKED = 10  # times the size of the file, where it is more than:
 _SMALL_BYTES = 64 << 20
@@ -45,13 +48,14 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
     except ImportError:
         raise NeoError(f"{path} needs torch; install it: pip install 'neo_jax[torch]'") from None
     try:
-        file = _Counted(io.FileIO(path))
+        file = _Pieces(io.FileIO(path))
     except OSError as error:
         raise NeoError(f"cannot read {path}: {reason(error)}.") from error
     try:
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused later
             size, mapped = _look_into(file) if is_zipfile(path) else (file_size(path), False)
+            file.longest = _LONGEST_TEXT
             state = torch.load(
                 path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
             )
@@ -83,29 +87,49 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
         ) from None
 
 
-class _Counted(io.BufferedReader):
-    """A file of so many pieces at most, none of them large; storages are read past it."""
+class _Pieces(io.BufferedReader):
+    """A file of so many pieces at most, and none too long; torch reads storages past it."""
 
-    _left = _MOST_PICKLE_BYTES
+    left = _MOST_PICKLE_BYTES
+    longest = _MOST_DIRECTORY_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self._left -= 1
-        if self._left < 0 or (size or 0) > _MOST_DIRECTORY_BYTES:
-            raise _BombError("it holds more objects than any model")
+        self.left -= 1
+        if self.left < 0 or (size or 0) > self.longest:
+            raise _BombError(_TOO_MUCH)
         return super().read(size)
 
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(self.longest)
+        if len(line) == self.longest:
+            raise _BombError(_TOO_MUCH)
+        return line
 
-def _look_into(file: io.BufferedReader) -> tuple[int, bool]:
+
+_TOO_MUCH = "it holds more objects than any model, or longer names"
+
+
+def _look_into(file: _Pieces) -> tuple[int, bool]:
     """Returns how many bytes an archive unpacks to, and whether none of them is compressed."""
     with ZipFile(file) as archive:
         entries = archive.infolist()
-    packed, unpacked = file.seek(0, io.SEEK_END), sum(entry.file_size for entry in entries)
+        packed, unpacked = file.seek(0, io.SEEK_END), sum(entry.file_size for entry in entries)
+        if unpacked > max(_MOST_UNPACKED * packed, _SMALL_BYTES):
+            raise _BombError(f"its {packed} bytes unpack to {unpacked}")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                if entry.file_size > _MOST_PICKLE_BYTES:
+                    raise _BombError(_TOO_MUCH)
+                with archive.open(entry) as pickled:
+                    _check_texts(pickled.read(_MOST_PICKLE_BYTES))
     file.seek(0)
-    if any(e.filename.endswith(".pkl") and e.file_size > _MOST_PICKLE_BYTES for e in entries):
-        raise _BombError("it holds more objects than any model")
-    if unpacked > max(_MOST_UNPACKED * packed, _SMALL_BYTES):
-        raise _BombError(f"its {packed} bytes unpack to {unpacked}")
     return unpacked, all(entry.compress_type == ZIP_STORED for entry in entries)
+
+
+def _check_texts(pickled: bytes) -> None:
+    for _, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str | bytes) and len(argument) > _LONGEST_TEXT:
+            raise _BombError(_TOO_MUCH)
 
 
 def _kind(tensor: Any) -> str:

@@ -28,6 +28,18 @@ def refusal(path):
     return str(error.value)
 
 
+@contextlib.contextmanager
+def peak():
+    """Gives a list that holds, at the end, how many bytes were held at once."""
+    traced = []
+    tracemalloc.start()
+    try:
+        yield traced
+        traced.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
 def repacked(source, target, change=lambda name, data: data, kind=zipfile.ZIP_DEFLATED):
     """Writes an archive anew, with its entries changed and packed."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", kind) as new:
@@ -115,7 +127,7 @@ def bomb_of(name, piece, repeats):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (bomb_of("data.pkl", b"\x80\x02" + b"0" * 1000, 10_000), "more objects than any model"),
+        (bomb_of("data.pkl", b"\x80\x02" + b"0" * 1000, 1100), "more objects than any model"),
         (bomb_of("data.pkl", b"]", 1_100_000), "more objects than any model"),
         (bomb_of("data/0", b"\0" * 1_000_000, 8), "bytes unpack to 8"),
         (bomb_of("byteorder", b"little" * 100_000, 16), "bytes unpack to 9"),
@@ -127,24 +139,35 @@ def test_bombs_are_refused_before_they_are_unpacked(
 ):
     monkeypatch.setattr("neo_jax.weights.torch_file._SMALL_BYTES", 5_000_000)
     path = repacked(archive, tmp_path / "bomb.bin", change)
-    tracemalloc.start()
-    assert message in refusal(path)
-    assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size + 1_000_000
-    tracemalloc.stop()
+    with peak() as traced:
+        assert message in refusal(path)
+    assert traced[0] < 2 * path.stat().st_size + 1_000_000
 
 
 def test_bombs_without_an_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr("neo_jax.weights.torch_file._Counted._left", 10_000)
+    monkeypatch.setattr("neo_jax.weights.torch_file._Pieces.left", 10_000)
     path = tmp_path / "a.bin"
     path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02" + b"]" * 1_000_000)
-    tracemalloc.start()
-    assert "it holds more objects than any model" in refusal(path)
-    assert tracemalloc.get_traced_memory()[1] < 2_000_000
-    tracemalloc.stop()
+    with peak() as traced:
+        assert "it holds more objects than any model" in refusal(path)
+    assert traced[0] < 2_000_000
+
+
+@pytest.mark.parametrize("text", [b"cx" + b"x" * 10_000, b"X\x10\x27\0\0" + b"x" * 10_000])
+@pytest.mark.parametrize("archived", [True, False])
+def test_long_names_are_refused_before_torch_sees_them(archive, tmp_path, archived, text):
+    """torch took minutes over a name of 300,000 characters, searching it with \\S+ x \\S+."""
+    pickled = b"\x80\x02" + text + b"\nb\n."
+    path = tmp_path / "a.bin"
+    if archived:
+        repacked(archive, path, lambda name, data: pickled if "data.pkl" in name else data)
+    else:
+        path.write_bytes(pickled)
+    assert "or longer names" in refusal(path)
 
 
 def test_a_directory_of_a_million_entries(tmp_path, monkeypatch):
-    monkeypatch.setattr("neo_jax.weights.torch_file._MOST_DIRECTORY_BYTES", 10_000)
+    monkeypatch.setattr("neo_jax.weights.torch_file._Pieces.longest", 10_000)
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as file:
         for i in range(300):
             file.writestr(f"{i}", b"")
