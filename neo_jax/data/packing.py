@@ -281,7 +281,7 @@ def _check_documents(dataset: TokenDataset, offsets: np.ndarray, name: str) -> N
     ends = offsets[1:9]
     if not ((ends > 0) & (ends <= dataset.num_tokens)).all():
         raise NeoError(_DAMAGED_OFFSETS.format(name))
-    if any(int(dataset.tokens[int(end) - 1]) != dataset.eos_id for end in ends):
+    if any(dataset.tokens[int(end) - 1 : int(end)][0] != dataset.eos_id for end in ends):
         raise NeoError(
             f"{name} holds pieces of a stream, which do not tell where documents end; prepare the "
             "text instead, or leave across_documents on."
