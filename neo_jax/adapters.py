@@ -16,11 +16,12 @@ from neo_jax import hub
 from neo_jax.axes import Params
 from neo_jax.config import ModelConfig, read_json
 from neo_jax.distributed import is_leader, to_host
-from neo_jax.errors import NeoError, reason
+from neo_jax.errors import NeoError, brief, checked, reason
 from neo_jax.layers import LowRank
 from neo_jax.lora import LoraConfig, attach, merge
 from neo_jax.names import Tensor, tensors
-from neo_jax.paths import make_path
+from neo_jax.paths import is_file, make_path
+from neo_jax.transfer import copy
 from neo_jax.weights import FLOATS, StoredTensor, open_file
 
 CONFIG = "adapter_config.json"
@@ -37,6 +38,8 @@ _NEUTRAL = frozenset(
 # What else a field may say: that it is off; and ways to draw a and b that leave the weight alone.
 _OFF: tuple[Any, ...] = (None, False, "none", {}, [])
 _DRAWS = (True, "gaussian", "orthogonal", "eva")
+
+_MOST_RANK = 1 << 20
 
 
 def save_adapter(
@@ -100,7 +103,7 @@ def save_adapter(
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return is_file(folder / CONFIG) and not is_file(folder / "config.json")
 
 
 def describe_adapter(folder: Path) -> dict[str, Any]:
@@ -110,7 +113,6 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
       NeoError: see `load_adapter`.
     """
     fields = _read_config(folder / CONFIG)
-    targets = fields.get("target_modules") or ()
     with contextlib.ExitStack() as files:
         found = open_file(folder / WEIGHTS, files).values()
         parameters = sum(math.prod(stored.shape) for stored in found)
@@ -120,7 +122,7 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
         "base_model": fields.get("base_model_name_or_path"),
         "rank": fields["r"],
         "alpha": fields["lora_alpha"],
-        "targets": [targets] if isinstance(targets, str) else sorted(targets),
+        "targets": fields["target_modules"],
         "parameters": parameters,
         "dtype": "+".join(dtypes),
     }
@@ -139,14 +141,16 @@ def base_folder(folder: Path, *, token: str | None = None) -> Path:
     if not is_adapter(folder):
         return folder
     fields = read_json(folder / CONFIG)
-    name = fields.get("base_model_name_or_path")
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
     if not isinstance(name, str) or not name:
         raise NeoError(
             f"{folder / CONFIG} names no model in base_model_name_or_path; write there the folder "
             "or the hub name of the model that the adapter is for."
         )
+    if not isinstance(revision, str | None):
+        raise NeoError(f"{folder / CONFIG}: revision {brief(revision)} is no name.")
     try:
-        return hub.resolve(name, revision=fields.get("revision"), token=token)
+        return hub.resolve(name, revision=revision, token=token)
     except NeoError as error:
         raise NeoError(f"base_model_name_or_path in {folder / CONFIG}: {error}") from error
 
@@ -262,18 +266,29 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Returns a config whose rank and alpha are numbers, and which describes plain LoRA."""
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
-        raise NeoError(f"{path}: peft_type is {fields.get('peft_type')!r}; this loads 'LORA'.")
+        raise NeoError(f"{path}: peft_type is {brief(fields.get('peft_type'))}; this loads 'LORA'.")
     for name, value in fields.items():
         fine = _OFF + _DRAWS if name == "init_lora_weights" else _OFF
         if name not in _NEUTRAL and value not in fine:
             raise NeoError(
-                f"{path}: {name} is {value!r}, which is not supported; merge the adapter into its "
-                "model with PEFT's merge_and_unload, and load that."
+                f"{path}: {name} is {brief(value)}, which is not supported; merge the adapter into "
+                "its model with PEFT's merge_and_unload, and load that."
             )
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise NeoError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are no rank and no number.")
-    return fields
+    try:
+        rank, alpha = checked("r", fields.get("r"), int), fields.get("lora_alpha")
+        is_finite = math.isfinite(checked("lora_alpha", alpha, float))
+    except NeoError as error:
+        raise NeoError(f"{path}: {error}") from error
+    if not 1 <= rank <= _MOST_RANK or not is_finite:
+        raise NeoError(
+            f"{path}: r {brief(rank)} must lie between 1 and {_MOST_RANK:,}, and lora_alpha "
+            f"{brief(alpha)} be finite."
+        )
+    targets = fields.get("target_modules") or ()
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise NeoError(f"{path}: target_modules are {brief(targets)}, not names of kernels.")
+    return fields | {"target_modules": sorted(names)}
 
 
 def _read(
@@ -286,7 +301,7 @@ def _read(
             f"{folder / WEIGHTS}: {name} is {stored.dtype} {list(stored.shape)}, not of floats "
             f"{list(shape)}; is the adapter for this model?"
         )
-    return stored.view().astype(np.float32)
+    return copy(stored.view(), np.dtype(np.float32), shape, f"{folder / WEIGHTS}: {name}")
 
 
 def _write(path: Path, data: bytes) -> None:

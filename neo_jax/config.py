@@ -4,12 +4,10 @@ Sizes of the presets: README of EleutherAI/gpt-neo and its `configs/` folder.
 """
 
 import dataclasses
-import json
-import os
 from typing import Any, Literal
 
-from neo_jax.errors import NeoError, reason, suggest
-from neo_jax.paths import make_path
+from neo_jax.errors import NeoError, brief, suggest
+from neo_jax.json_text import read_json as read_json
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]
@@ -46,15 +44,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
-            if field.type is int and not _is_whole(value, least):
-                raise NeoError(f"{field.name} must be a whole number >= {least}, not {value!r}.")
+            value = getattr(self, field.name)
+            if field.type is int:
+                _check_size(field.name, value)
             if field.type is bool and not isinstance(value, bool):
-                raise NeoError(f"{field.name} must be true or false, not {value!r}.")
-        if self.num_layers > _MOST_LAYERS:
-            raise NeoError(f"num_layers {self.num_layers} is more than {_MOST_LAYERS}; correct it.")
+                raise NeoError(f"{field.name} must be true or false, not {brief(value)}.")
         if not isinstance(self.norm_epsilon, float) or not 0 < self.norm_epsilon < 1:
-            raise NeoError(f"norm_epsilon must lie between 0 and 1, not be {self.norm_epsilon!r}.")
+            raise NeoError(
+                f"norm_epsilon must lie between 0 and 1, not be {brief(self.norm_epsilon)}."
+            )
         _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
         _set(self, mlp_dim=self.mlp_dim or 4 * self.embed_dim)
         _set(self, attention_types=_repeating_unit(tuple(self.attention_types)))
@@ -65,9 +63,8 @@ class ModelConfig:
             )
         for kind in self.attention_types:
             if kind not in ("global", "local"):
-                raise NeoError(
-                    f"unknown attention type {kind!r}.{suggest(str(kind), ['global', 'local'])}"
-                )
+                known = ["global", "local"]
+                raise NeoError(f"unknown attention type {brief(kind)}.{suggest(kind, known)}")
         if not self.attention_types or self.num_layers % len(self.attention_types):
             raise NeoError(
                 f"num_layers {self.num_layers} is not a multiple of the "
@@ -77,7 +74,7 @@ class ModelConfig:
         if self.activation not in ("gelu_new", "gelu", "relu"):
             known = ["gelu_new", "gelu", "relu"]
             raise NeoError(
-                f"unknown activation {self.activation!r}.{suggest(str(self.activation), known)}"
+                f"unknown activation {brief(self.activation)}.{suggest(self.activation, known)}"
             )
         if self.qkv_bias and self.attention_types != ("global",):
             raise NeoError(
@@ -86,6 +83,13 @@ class ModelConfig:
             )
         if self.scale_attention and not self.qkv_bias:
             raise NeoError("scale_attention is for GPT-2: set qkv_bias too, or leave it out.")
+        if self.num_params > _MOST_PARAMS:
+            raise NeoError(
+                f"a model of these sizes has {self.num_params:.3g} parameters, more than "
+                f"{_MOST_PARAMS:.0e}: num_layers {self.num_layers}, embed_dim {self.embed_dim}, "
+                f"mlp_dim {self.mlp_dim}, vocab_size {self.vocab_size}, max_length "
+                f"{self.max_length}; correct them."
+            )
 
     @property
     def family(self) -> Family:
@@ -167,11 +171,12 @@ class ModelConfig:
         family = fields.get("model_type")
         if family not in ("gpt_neo", "gpt2"):
             raise NeoError(
-                f"{source}: model_type is {family!r}; this loads 'gpt_neo' and 'gpt2' checkpoints."
+                f"{source}: model_type is {brief(family)}; this loads 'gpt_neo' and 'gpt2' "
+                "checkpoints."
             )
         table, ignored = _HF_FIELDS[family], _HF_IGNORED | _HF_STALE[family]
         known = {*table, *(["attention_types", "attention_layers"] if family == "gpt_neo" else [])}
-        if "quantization_config" in fields:
+        if fields.get("quantization_config") is not None:
             raise NeoError(
                 f"{source}: the weights are quantized, which this cannot take; name the checkpoint "
                 "of floats that they were made of."
@@ -182,6 +187,8 @@ class ModelConfig:
         for name, ours in table.items():
             if ours in _NEEDED and name not in fields:
                 raise NeoError(f"{source}: field '{name}' is missing; is the file whole?")
+            if ours not in _NULLABLE and fields.get(name, ours) is None:
+                raise NeoError(f"{source}: field '{name}' is null; give its value.")
         if fields.get("scale_attn_by_inverse_layer_idx"):
             raise NeoError(
                 f"{source}: scale_attn_by_inverse_layer_idx is true, which is not supported; give "
@@ -193,6 +200,9 @@ class ModelConfig:
         values |= {
             ours: fields[theirs] for theirs, ours in table.items() if fields.get(theirs) is not None
         }
+        activation = values.get("activation")
+        if isinstance(activation, str):
+            values["activation"] = _SAME_ACTIVATIONS.get(activation, activation)
         try:
             if family == "gpt_neo":
                 values["attention_types"] = _hf_layer_types(fields)
@@ -207,7 +217,11 @@ def _set(config: ModelConfig, **values: Any) -> None:
 
 
 _LEAST = {"head_dim": 0, "mlp_dim": 0, "eos_token_id": -1}  # other whole numbers are positive
-_MOST_LAYERS = 10_000  # what is larger is damage, and would fill the memory with names
+# What is larger is damage, or would fill the memory before anything could be refused. Names of the
+# tensors of a layer are held for every layer; positions plus a window must fit 32 bits.
+_MOST = {"num_layers": 4096}
+_MOST_OF_OTHERS = 2**30
+_MOST_PARAMS = 10**14
 _SIZES = {
     "embed": "embed_dim",
     "heads": "num_heads",
@@ -222,6 +236,14 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _check_size(name: str, value: Any) -> None:
+    least, most = _LEAST.get(name, 1), _MOST.get(name, _MOST_OF_OTHERS)
+    if not _is_whole(value, least):
+        raise NeoError(f"{name} must be a whole number >= {least}, not {brief(value)}.")
+    if value > most:
+        raise NeoError(f"{name} {brief(value)} is more than {most:,}; correct it.")
+
+
 def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the shortest unit whose repetition gives `types`."""
     for size in range(1, len(types)):
@@ -230,26 +252,63 @@ def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:
     return types
 
 
-def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
-    """Reads `attention_types` ([[unit, repeats], ...]), or else `attention_layers`."""
-    if fields.get("attention_types"):
-        pairs = [(list(unit), repeats) for unit, repeats in fields["attention_types"]]
-        if any(not _is_whole(repeats, 0) or repeats > _MOST_LAYERS for _, repeats in pairs):
-            raise NeoError("attention_types repeat a unit a wrong number of times; correct it.")
-        types = [kind for unit, repeats in pairs for kind in unit * repeats]
-    elif fields.get("attention_layers"):
-        types = list(fields["attention_layers"])
-    else:
-        return ("global", "local")
-    if len(types) != fields["num_layers"]:
+def expand_types(pairs: Any, num_layers: Any) -> tuple[Any, ...]:
+    """Returns the type of every layer from [[unit, repeats], ...]; counts before it repeats.
+
+    Raises:
+      NeoError: they are written in another way, or for another number of layers.
+    """
+    _check_size("num_layers", num_layers)
+    if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
         raise NeoError(
-            f"attention_types are for {len(types)} layers, num_layers is {fields['num_layers']}; "
-            "correct one of them."
+            f"attention_types are {brief(pairs)}, not units and how often they repeat, as in "
+            '[[["global", "local"], 12]].'
         )
-    return tuple(types)
+    count = sum(len(unit) * repeats for unit, repeats in pairs)
+    if count != num_layers:
+        raise NeoError(
+            f"attention_types are for {brief(count)} layers, num_layers is {num_layers}; correct "
+            "one of them."
+        )
+    return tuple(kind for unit, repeats in pairs if unit for kind in [*unit] * repeats)
+
+
+def _is_pair(pair: Any) -> bool:
+    return (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], list | tuple)
+        and _is_whole(pair[1], 0)
+    )
+
+
+def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
+    """Reads `attention_types` and `attention_layers`, which may be given in any combination."""
+    pairs, layers = fields.get("attention_types"), fields.get("attention_layers")
+    if layers is None:
+        return ("global", "local") if pairs is None else expand_types(pairs, fields["num_layers"])
+    if not isinstance(layers, list | tuple) or len(layers) != fields["num_layers"]:
+        raise NeoError(
+            f"attention_layers are {brief(layers)}, not a type for each of num_layers "
+            f"{fields['num_layers']}; correct one of them."
+        )
+    types = tuple(layers)
+    if pairs is not None and expand_types(pairs, fields["num_layers"]) != types:
+        raise NeoError(
+            "attention_types and attention_layers disagree; correct one of them, or leave "
+            "attention_layers out."
+        )
+    return types
 
 
 _NEEDED = ("num_layers", "embed_dim", "num_heads", "vocab_size")
+_NULLABLE = ("mlp_dim", "eos_token_id")  # null says: as wide as usual; no such token
+_SAME_ACTIVATIONS = {
+    "gelu_python": "gelu",
+    **dict.fromkeys(
+        ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast"), "gelu_new"
+    ),
+}
 _HF_FIELDS = {
     "gpt_neo": {
         "num_layers": "num_layers",
@@ -303,7 +362,7 @@ _HF_IGNORED = frozenset(
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens tf_legacy_loss cross_attention_hidden_size attn_implementation
-    tie_encoder_decoder unsloth_version
+    tie_encoder_decoder unsloth_version quantization_config output_past eos_token_ids
     """.split()
 )
 
@@ -339,20 +398,3 @@ def preset(name: str) -> ModelConfig:
         raise NeoError(f"no preset is called '{name}'.{suggest(name, _PRESETS)}")
     family = _GPT2 if "gpt2" in name else {}
     return ModelConfig(**_PRESETS[name], **family)
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-      NeoError: the file is missing, unreadable, or holds no JSON object.
-    """
-    try:
-        fields = json.loads(make_path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
-    except ValueError as error:
-        raise NeoError(f"{path} is not valid JSON ({error}); is the file whole?") from error
-    if not isinstance(fields, dict):
-        raise NeoError(f"{path} holds a {type(fields).__name__}, not a JSON object.")
-    return fields

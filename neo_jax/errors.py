@@ -7,9 +7,27 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 2000  # characters of a message; a name in a file may have millions
+
 
 class NeoError(ValueError):
-    """Something in the user's hands: a file, an option, a prompt. Its message says what to do."""
+    """Something in the user's hands: a file, an option, a prompt. Its message says what to do.
+
+    Names come from files that others wrote: what would not show in a line is escaped, and of a
+    message that is too long the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Returns a text with control characters, and all else that does not show, escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def printable(text: str) -> str:
@@ -37,7 +55,7 @@ def checked(name: str, value: Any, kind: type) -> Any:
     try:
         if not isinstance(value, bool):
             return convert(value)
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, OverflowError):
         pass
     raise NeoError(f"{name} must be {words}, not {brief(value)}.")
 
@@ -57,13 +75,16 @@ def check_numbers(options: Any) -> None:
 
 def brief(value: object) -> str:
     """Returns a value as Python writes it, in a line of some words at most."""
-    return " ".join(reprlib.repr(value).split())
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return f"a huge {type(value).__name__}"
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the known name nearest to `name`, or lists a few of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name)[:100], known, n=1)
     return f" Did you mean '{close[0]}'?" if close else f" Known are: {', '.join(known)}."
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from neo_jax.errors import NeoError, brief, suggest
+from neo_jax.errors import NeoError, brief, reason, suggest
 from neo_jax.paths import is_remote, make_path
 
 PUBLISHED = {
@@ -59,7 +59,7 @@ def resolve(
         raise NeoError(f"a model is named by a folder or a hub name, not by {brief(model)}.")
     else:
         name = os.fspath(model)
-        folder = make_path(name) if is_remote(name) else Path(name).expanduser()
+        folder = make_path(name) if is_remote(name) else _local(name)
         if folder.is_file():
             raise NeoError(f"{name} is a file; name the folder that holds it.")
         if is_remote(folder) and not folder.is_dir():
@@ -69,6 +69,17 @@ def resolve(
     if revision is not None:
         raise NeoError(f"revision '{revision}' is for names on the hub; {folder} is a folder.")
     return folder
+
+
+def _local(name: str) -> Path:
+    path = Path(os.path.expanduser(name))  # pathlib's raises for unknown users
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a loop of links, not ours to see
+        raise NeoError(f"cannot look for the folder {name}: {reason(error)}.") from error
+    return path
 
 
 def _hub_name(name: str) -> str:
@@ -125,9 +136,9 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
             f"'{name}' is no folder, no whole copy of it is in the hub's cache, and {mend}."
         ) from error
     except (OSError, errors.HTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NeoError(
-            f"could not download '{name}' ({reason}); try again, or name a folder."
+            f"could not download '{name}' ({why}); try again, or name a folder."
         ) from error
     return Path(folder)
 

@@ -20,7 +20,7 @@ from neo_jax.config import ModelConfig, read_json
 from neo_jax.errors import NeoError
 from neo_jax.int8 import Int8
 from neo_jax.names import Tensor, tensors
-from neo_jax.paths import make_path
+from neo_jax.paths import is_file, make_path
 from neo_jax.quantize import is_rounded, quantized_shapes
 from neo_jax.saving import write_rows
 from neo_jax.sharding import Sharding
@@ -34,9 +34,13 @@ _SHARD_BYTES = 5_000_000_000
 
 
 def is_int8(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds int8 weights of this package."""
+    """Whether a folder holds int8 weights of this package.
+
+    Raises:
+      NeoError: its config.json cannot be read.
+    """
     path = make_path(folder) / "config.json"
-    return path.is_file() and read_json(path).get(MARK) == METHOD
+    return is_file(path) and read_json(path).get(MARK) == METHOD
 
 
 def read_int8_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -148,10 +152,11 @@ def load_int8(
                     f"{weights.source}: config.json asks for {name}, {like.dtype} "
                     f"{list(like.shape)}, and the file {what}; is config.json of the same model?"
                 )
+            finite = "" if like.dtype == np.int8 else f"{stored.path}: {name}"
             if like.sharding is None:
-                array = jax.device_put(copy(stored.view(), like.dtype, like.shape))
+                array = jax.device_put(copy(stored.view(), like.dtype, like.shape, finite))
             else:
-                array = shard(stored.view(), like.dtype, like.shape, like.sharding)
+                array = shard(stored.view(), like.dtype, like.shape, like.sharding, finite)
             return jax.block_until_ready(array)
 
         for tensor in tensors(config):

@@ -25,7 +25,7 @@ class LoraConfig:
     """Which kernels get adapters, in the terms of PEFT.
 
     Raises:
-      NeoError: a negative rank, or a target that is no kernel.
+      NeoError: a negative rank, an alpha that is not finite, or a target that is no kernel.
     """
 
     rank: int = 0  # of the adapters; 0 trains all weights instead
@@ -36,6 +36,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise NeoError(f"lora.rank must be 0 (off) or more, not {self.rank}.")
+        if not math.isfinite(self.alpha):
+            raise NeoError(f"lora.alpha must be finite, not {self.alpha}.")
         if not self.targets:
             raise NeoError(f"lora.targets is empty; name some of {', '.join(KERNELS)}.")
         for name in self.targets:

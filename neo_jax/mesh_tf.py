@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from neo_jax.config import ModelConfig
-from neo_jax.errors import NeoError
+from neo_jax.config import ModelConfig, expand_types
+from neo_jax.errors import NeoError, brief
 
 
 def read_model(fields: dict[str, Any], source: str) -> ModelConfig:
@@ -30,19 +30,19 @@ def model_fields(fields: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     Raises:
       NeoError: it is another model.
     """
-    types = [kind for unit, times in fields.get("attention_types", ()) for kind in unit * times]
-    types = types or ["global"] * fields["n_layer"]
+    pairs = fields.get("attention_types") or [[["global"], fields["n_layer"]]]
+    types = expand_types(pairs, fields["n_layer"])
     if "none" in types:
         notes.append(
             "attention_types name layers of type 'none', without attention, which no GPT-Neo has: "
             "they are 'local' here, ANOTHER MODEL"
         )
-        types = ["local" if kind == "none" else kind for kind in types]
+        types = tuple("local" if kind == "none" else kind for kind in types)
     unit = next(n for n in range(1, len(types) + 1) if types == types[:n] * (len(types) // n))
     # That code reads activation_fn alone, though its configs say activation_function.
     activation = fields.get("activation_fn") or fields.get("activation_function", "gelu")
     if activation not in ("gelu", "relu"):
-        raise NeoError(f"activation '{activation}' has no counterpart; choose gelu or relu.")
+        raise NeoError(f"activation {brief(activation)} has no counterpart; choose gelu or relu.")
     if not fields.get("scale_by_depth"):
         notes.append("scale_by_depth is off: here c_proj is drawn by depth all the same")
     if fields.get("scale_by_in"):
@@ -54,7 +54,7 @@ def model_fields(fields: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         "vocab_size": fields["n_vocab"],
         "max_length": fields["n_ctx"] if "n_ctx" in fields else fields["n_positions"],
         "window_size": fields.get("local_attention_radius", 256),
-        "attention_types": tuple(types[:unit]),
+        "attention_types": types[:unit],
         "activation": "gelu_new" if activation == "gelu" else activation,
         "eos_token_id": fields.get("eos_id", 50256 if fields["n_vocab"] > 50256 else -1),
     }

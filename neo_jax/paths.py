@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,6 +66,28 @@ def absolute(path: Path) -> Path:
     return path if is_remote(path) else path.resolve()
 
 
+def is_file(path: Path) -> bool:
+    """Returns whether a file has this name.
+
+    Raises:
+      NeoError: something else has it, such as a folder, a pipe or a link to nothing, which must
+        not be taken for nothing; or it is no name, or may not be looked up.
+    """
+    if is_remote(path):
+        return path.is_file()
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise NeoError(f"{path} is a link to nothing; copy the file itself.") from None
+        return False
+    except (OSError, ValueError) as error:  # a loop of links; a name too long, or with a NUL
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
+    if not stat.S_ISREG(mode):
+        raise NeoError(f"{path} is no file, but a folder, a pipe or a device; put the file there.")
+    return True
+
+
 def find_files(folder: Path) -> list[Path]:
     """Returns the files in a folder and its sub-folders, sorted."""
     if not is_remote(folder):
@@ -100,8 +123,8 @@ def file_version(path: Path) -> str:
     """Returns what changes when a file does: its size and time, in the cloud all that it says."""
     if is_remote(path):
         return _store().ukey(str(path))
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def cache_folder() -> Path:

@@ -5,10 +5,12 @@ written is Hugging Face's, in safetensors.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,15 +23,16 @@ from neo_jax.axes import VOCAB, Array, Params
 from neo_jax.config import ModelConfig, read_json
 from neo_jax.errors import NeoError
 from neo_jax.names import Format, Tensor, tensors
-from neo_jax.paths import make_path
+from neo_jax.paths import is_file, make_path
 from neo_jax.saving import Leaf, groups, write_model
-from neo_jax.transfer import copy, float_dtype, shard, to_host
-from neo_jax.weights import FLOATS, StoredTensor, Weights, open_weights
+from neo_jax.transfer import check_finite, copy, float_dtype, shard, to_host
+from neo_jax.weights import FLOATS, StoredTensor, Weights, holds_form, open_weights
 
 # Buffers that old versions of transformers saved with every attention layer.
 _STALE = re.compile(r"(^|\.)h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
 
 _HEAD = "lm_head.weight"
+_TABLE = "transformer.wte.weight"
 
 _BATCH_BYTES = 64 << 20  # tensors travel to the devices together up to this size
 
@@ -37,16 +40,37 @@ _BATCH_BYTES = 64 << 20  # tensors travel to the devices together up to this siz
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """Reads the config.json of a checkpoint.
 
+    An output head that the weights hold counts, as in transformers, where config.json says that it
+    is the table of tokens and the two differ.
+
     Raises:
-      NeoError: it is missing, damaged, or describes another architecture.
+      NeoError: it is missing, damaged, or describes another architecture; or the weights are
+        damaged.
     """
     path = make_path(folder) / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise NeoError(f"{folder} holds no config.json; name the folder of a checkpoint.")
     fields = read_json(path)
     if "n_vocab" in fields and "model_type" not in fields:
         return mesh_tf.read_model(fields, source=str(path))
-    return ModelConfig.from_hf(fields, source=str(path))
+    config = ModelConfig.from_hf(fields, source=str(path))
+    untied = config.tied_head and _has_own_head(path.parent)
+    return dataclasses.replace(config, tied_head=False) if untied else config
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether weights hold an output head that differs from the table of tokens."""
+    if not holds_form(folder, "hf"):
+        return False
+    with contextlib.ExitStack() as files:
+        stored = open_weights(folder, files).tensors
+        found = [stored.get(_HEAD), stored.get(_TABLE) or stored.get(_TABLE.partition(".")[2])]
+        pair = [tensor for tensor in found if tensor and tensor.dtype in FLOATS]
+        if len(pair) < 2 or pair[0].shape != pair[1].shape:
+            return False
+        head, table = (tensor.view() for tensor in pair)
+        is_one = head.ctypes.data == table.ctypes.data and head.strides == table.strides
+        return not (is_one or np.array_equal(head, table))
 
 
 def stored_dtypes(folder: str | os.PathLike[str], config: ModelConfig) -> list[str]:
@@ -80,8 +104,8 @@ def load_params(
       each: what to make of each parameter as it comes to its devices; only that is kept.
 
     Raises:
-      NeoError: files are missing or damaged, or hold other tensors than `config` describes; the
-        message names the file, the tensor and the mend.
+      NeoError: files are missing or damaged, or hold other tensors than `config` describes, or
+        numbers that are not finite; the message names the file, the tensor and the mend.
     """
     cast_to = None if dtype is None else float_dtype(dtype)
     placement = None if shardings is None else flatten_dict(shardings)
@@ -94,11 +118,12 @@ def load_params(
             dtypes = [cast_to or float_dtype(view.dtype) for view in views]
             paths = [tensor.path for tensor, _ in batch]
             shapes = [tensor.shape for tensor, _ in batch]
+            names = [f"{stored.path}: {stored.name}" for _, stored in batch]
             if placement is None:
-                arrays = jax.device_put(list(map(copy, views, dtypes, shapes)))
+                arrays = jax.device_put(list(map(copy, views, dtypes, shapes, names)))
             else:
                 places = [placement[path] for path in paths]
-                arrays = list(map(shard, views, dtypes, shapes, places))
+                arrays = list(map(shard, views, dtypes, shapes, places, names))
             if each is not None:
                 arrays = list(map(each, [tensor for tensor, _ in batch], arrays))
             # Transfers are asynchronous: without a wait, copies of the whole model could queue up.
@@ -199,7 +224,8 @@ def stored_leaves(
         weights = open_weights(make_path(folder), files)
 
         def read(tensor: Tensor, stored: StoredTensor) -> np.ndarray:
-            return tensor.of(weights.form, stored.view())
+            view = tensor.of(weights.form, stored.view())
+            return check_finite(view, f"{stored.path}: {stored.name}")
 
         yield {
             tensor.path: Leaf(np.dtype(stored.dtype), functools.partial(read, tensor, stored))
@@ -209,7 +235,13 @@ def stored_leaves(
 
 def _match(config: ModelConfig, weights: Weights) -> list[tuple[Tensor, StoredTensor]]:
     """Pairs every parameter with what is stored for it, and accounts for all that is stored."""
-    table, form, source = tensors(config), weights.form, weights.source
+    form, source = weights.form, weights.source
+    if config.num_layers > len(weights.tensors):  # before a table is made for so many
+        raise NeoError(
+            f"{source} holds {len(weights.tensors)} tensors, too few for num_layers "
+            f"{config.num_layers}; is config.json of the same model?"
+        )
+    table = tensors(config)
     if form not in table[0].places:
         raise NeoError(f"{source}: a checkpoint of TensorFlow is read for GPT-Neo only.")
     stored = _canonical(table, weights)
@@ -245,11 +277,17 @@ def _canonical(table: tuple[Tensor, ...], weights: Weights) -> dict[str, StoredT
             and (name in names or not any(name.startswith((f"{n}/", f"{n}_")) for n in names))
         }
     prefix, head = ("transformer.", _HEAD) if weights.form == "hf" else ("transformer/", "lm_head/")
-    stored = {
-        name if name.startswith(head) else f"{prefix}{name.removeprefix(prefix)}": tensor
-        for name, tensor in weights.tensors.items()
-        if not _STALE.search(name)
-    }
+    stored: dict[str, StoredTensor] = {}
+    for name, tensor in weights.tensors.items():
+        if _STALE.search(name):
+            continue
+        full = name if name.startswith(head) else f"{prefix}{name.removeprefix(prefix)}"
+        if full in stored:
+            raise NeoError(
+                f"{weights.source} holds both {name} and {stored[full].name}, which are one "
+                "parameter; remove one of them."
+            )
+        stored[full] = tensor
     if _HEAD in stored and _HEAD not in names:
         _check(stored[_HEAD], table[0], "hf")
         # The two are one matrix; safetensors.torch.save_model keeps whichever sorts first.

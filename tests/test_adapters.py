@@ -158,7 +158,17 @@ def copy(theirs, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow is 1"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; this loads 'LORA'"),
-        ({"r": 0}, "r 0 and lora_alpha 5 are no rank and no number"),
+        ({"r": 0}, "r 0 must lie between 1 and 1,048,576"),
+        ({"r": 10**12}, "r 1000000000000 must lie between 1"),
+        ({"r": True}, "r must be a whole number, not True"),
+        ({"r": None}, "r must be a whole number, not None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan be finite"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf be finite"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number, not 1000"),
+        ({"lora_alpha": True}, "lora_alpha must be a number, not True"),
+        ({"target_modules": 5}, "target_modules are 5, not names of kernels"),
+        ({"target_modules": [1, "a"]}, "target_modules are [1, 'a'], not names of kernels"),
+        ({"revision": [1]}, "revision [1] is no name"),
         ({"r": 8}, "lora_A.weight is float32 [3, 32], not of floats [8, 32]; is the adapter for"),
         ({"base_model_name_or_path": None}, "names no model in base_model_name_or_path"),
         ({"base_model_name_or_path": "no/such/folder"}, "base_model_name_or_path in "),
@@ -185,6 +195,10 @@ def test_tensors_that_are_refused(copy):
             name: array for name, array in tensors.items() if "h.0.mlp.c_proj.lora_B" not in name
         }
 
+    def spoil(tensors):
+        return {**tensors, (name := next(iter(tensors))): np.full_like(tensors[name], np.inf)}
+
+    assert "holds NaN or infinite numbers" in refusal(copy(tensors=spoil))
     assert "holds the tensor base_model.model.elsewhere.h.0." in refusal(copy(tensors=rename))
     assert "lacks base_model.model.transformer.h.0.mlp.c_proj.lora_B" in refusal(
         copy(tensors=halve)

@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 LAYERS = [
     ["axes", "errors", "signals"],
     ["paths"],
-    ["locks"],
+    ["locks", "json_text"],
     ["chips", "config", "distributed", "memory"],
     ["names", "mesh_tf", "hub", "data", "checksums"],
     ["weights"],

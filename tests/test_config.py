@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import re
+import tracemalloc
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPTNeoConfig
+from transformers.activations import ACT2FN
 
+from neo_jax import mesh_tf
 from neo_jax.config import PRESETS, ModelConfig, preset, read_json
 from neo_jax.errors import NeoError
 
@@ -207,12 +212,16 @@ def test_what_no_checkpoint_could_hold():
     [
         ({"attention_types": [[["global", "global", "local"], 8]]}, "ggl" * 8),
         ({"attention_types": [[["global"], 20], [["local"], 4]]}, "g" * 20 + "l" * 4),
+        ({"attention_types": [[["global"], 24], [["local"], 0]]}, "g" * 24),
         ({"attention_types": None, "attention_layers": ["local"] * 24}, "l" * 24),
+        ({"attention_layers": ["local"] * 24}, "l" * 24),
         ({"attention_types": None, "attention_layers": None}, "gl" * 12),
+        ({}, "gl" * 12),
     ],
 )
 def test_every_way_to_write_a_pattern(changes, layer_types):
-    config = ModelConfig.from_hf(PUBLISHED | changes)
+    bare = {name: v for name, v in PUBLISHED.items() if not name.startswith("attention_")}
+    config = ModelConfig.from_hf(bare | changes)
     assert "".join(kind[0] for kind in config.layer_types) == layer_types
 
 
@@ -232,11 +241,18 @@ def test_a_vocabulary_without_an_end_of_text(fields):
         ({"model_type": "gptj"}, "F: model_type is 'gptj'; this loads 'gpt_neo' and 'gpt2'"),
         ({"model_type": "gpt2"}, "F: unknown field"),
         ({"tie_word_embeddings": 1}, "F: tied_head must be true or false, not 1"),
-        ({"num_layers": 10**12}, "F: attention_types are for 24 layers"),
+        (
+            {"num_layers": 10**12},
+            "F: attention_layers are .*, not a type for each of num_layers 1000",
+        ),
         ({"num_layers": 10**12, "attention_types": None, "attention_layers": None}, "F: .* more"),
-        ({"attention_types": [[["global"], 10**12]]}, "F: attention_types repeat a unit"),
+        ({"attention_types": [[["global"], 10**12]]}, "F: attention_types are for 1000000000000 l"),
+        (
+            {"attention_types": [[["global"], 24]]},
+            "F: attention_types and attention_layers disagree",
+        ),
         ({"num_heads": 15}, "F: num_heads 15 x head_dim 136 is not embed_dim 2048: choose"),
-        ({"num_layers": 23}, "F: attention_types are for 24 layers, num_layers is 23"),
+        ({"num_layers": 23}, "F: attention_layers are .*, not a type for each of num_layers 23"),
         (
             {"num_layers": 0, "attention_types": None, "attention_layers": None},
             "F: num_layers must be a whole number >= 1",
@@ -249,9 +265,18 @@ def test_a_vocabulary_without_an_end_of_text(fields):
         ({"layer_norm_epsilon": "1e-5"}, "F: norm_epsilon must lie between 0 and 1, not be '1e-5'"),
         ({"layer_norm_epsilon": -1e-5}, "F: norm_epsilon must lie between 0 and 1, not be -1e-05"),
         ({"activation_function": "gelu_neu"}, "'gelu_neu'. Did you mean 'gelu_new'?"),
-        ({"attention_types": [[["globl"], 24]]}, r"type 'globl'\. Did you mean 'global'\?"),
+        (
+            {"attention_layers": ["globl"] * 24, "attention_types": None},
+            "'globl'. Did you mean 'gl",
+        ),
         ({"attention_types": [[["global"], 0]]}, "F: attention_types are for 0 layers"),
-        ({"attention_types": 7}, "F: .*int"),
+        ({"attention_types": 7}, "F: attention_types are 7, not units and how often they repeat"),
+        ({"attention_types": ["global", "local"]}, r"are \['global', 'local'\], not units"),
+        ({"attention_types": [[["global"], "2"]]}, r"are \[\[\['global'\], '2'\]\], not units"),
+        ({"attention_layers": 5}, "F: attention_layers are 5, not a type for each"),
+        ({"activation_function": [[]]}, r"F: unknown activation \[\[\]\]"),
+        ({"activation_function": "quick_gelu"}, "F: unknown activation 'quick_gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "F: the weights are quantized"),
     ],
 )
 def test_errors_name_the_file_and_the_mend(changes, message):
@@ -266,8 +291,82 @@ def test_missing_fields(name):
         ModelConfig.from_hf(fields)
 
 
+@pytest.mark.parametrize(
+    ("published", "sizes"),
+    [
+        (PUBLISHED, "hidden_size num_layers num_heads max_position_embeddings window_size"),
+        (PUBLISHED_GPT2, "n_embd n_layer n_head n_positions"),
+    ],
+)
+def test_null_is_refused_where_it_is_no_value(published, sizes):
+    """A default in its place would be another model: "num_heads": null was 12 heads."""
+    config, refused = ModelConfig.from_hf(published), set()
+    for name in published:
+        try:
+            found = ModelConfig.from_hf(published | {name: None})
+        except NeoError as error:
+            says = re.search("'?([a-z_]+)'? is (null; give its value|None)", str(error))
+            refused.add(says[1] == name and name)
+        else:
+            assert dataclasses.replace(found, eos_token_id=50256) == config
+    always = "model_type layer_norm_epsilon activation_function vocab_size"
+    assert refused == {*always.split(), *sizes.split()}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 10**9},
+        {"vocab_size": 10**12},
+        {"max_length": 10**12},
+        {"window_size": 2**31},
+        {"window_size": 10**4000},
+        {"window_size": 10**9999},
+        {"embed_dim": 10**9, "num_heads": 1},
+        {"embed_dim": 2**20, "mlp_dim": 2**30, "num_heads": 1},
+    ],
+    ids=lambda sizes: next(iter(sizes)),
+)
+def test_absurd_sizes_are_refused_by_arithmetic(sizes):
+    tracemalloc.start()
+    with pytest.raises(NeoError, match="more than"):
+        ModelConfig(**sizes)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+def test_layers_are_counted_before_they_are_written_out():
+    """A file of 100 KB named 10^8 of them, and took 1.5 GB before it was refused."""
+    unit = [[["global"] * 10_000, 10_000]]
+    sizes = {"n_layer": 10**8, "n_embd": 8, "n_head": 2, "n_vocab": 9, "n_ctx": 8}
+    tracemalloc.start()
+    with pytest.raises(NeoError, match="num_layers 100000000 is more than 4,096"):
+        ModelConfig.from_hf(
+            PUBLISHED | {"num_layers": 10**8, "attention_types": unit, "attention_layers": None}
+        )
+    for types in ({"attention_types": unit}, {}):
+        with pytest.raises(NeoError, match="num_layers 100000000 is more than 4,096"):
+            mesh_tf.read_model(sizes | types, "F")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("gelu_pytorch_tanh", "gelu_new"), ("gelu_fast", "gelu_new"), ("gelu_accurate", "gelu_new"),
+     ("gelu_python_tanh", "gelu_new"), ("gelu_python", "gelu"), ("relu", "relu")],
+)  # fmt: skip
+def test_other_names_of_activations(name, ours):
+    """The functions are the same, to what float32 tells apart."""
+    config = ModelConfig.from_hf(PUBLISHED | {"activation_function": name})
+    assert config.activation == ours
+    x = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    torch.testing.assert_close(ACT2FN[name](x), ACT2FN[ours](x), atol=1e-7, rtol=0)
+
+
 def test_stale_fields_change_nothing():
-    stale = {"n_ctx": 1, "torch_dtype": "float16", "_name_or_path": "x", "_flash": 1, "top_k": 3}
+    stale = {"output_past": True, "eos_token_ids": 0, "quantization_config": None}
+    stale |= {"n_ctx": 1, "torch_dtype": "float16", "_name_or_path": "x", "_flash": 1, "top_k": 3}
     with pytest.raises(NeoError, match="unknown field 'n_ctx'"):
         ModelConfig.from_hf(PUBLISHED | stale)
     del stale["n_ctx"]
@@ -286,7 +385,15 @@ def test_every_field_is_checked(name):
         (b"{", "is not valid JSON .* is the file whole"),
         (b"\xff\xfe{}", "is not valid JSON"),
         (b"[1]", "holds a list, not a JSON object"),
+        (b"", "is not valid JSON"),
+        (b"[" * 100_000, r"is not valid JSON \(nested too deep\)"),
+        (b'{"a":' * 100_000, r"is not valid JSON \(nested too deep\)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON .*digits"),
+        (b"[" + b"1," * 1_000_000 + b"1]", "holds a list, not a JSON object"),
+        (b" " * 10_000_001, "holds more than 10 MB of JSON"),
+        (b"\xef\xbb\xbf{}", "is not valid JSON"),
     ],
+    ids=lambda value: str(value[:12]),
 )
 def test_files_that_hold_no_object(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -138,7 +138,29 @@ def test_one_format_of_the_weights_is_downloaded(tmp_path, monkeypatch, weights,
     assert {path.name for path in tmp_path.iterdir()} == SMALL | chosen
 
 
-@pytest.mark.parametrize("name", ["gpt-neo-125", "/no/such/folder", "a/b/c", "", "org/na me", "x/"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a/" + "x" * 5000, "a\0b", "loop", "~no-such-user/x\0"]
+)
+def test_names_that_no_file_can_have(tmp_path, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot look for the folder" in failed_resolve(name)
+    assert hub[0] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-neo-125",
+        "/no/such/folder",
+        "a/b/c",
+        "",
+        "org/na me",
+        "x/",
+        "~no-such-user",
+        "~no-such-user/x",
+    ],
+)
 def test_an_unknown_name(tmp_path, monkeypatch, hub, name):
     monkeypatch.chdir(tmp_path)
     text = failed_resolve(name)

@@ -1,6 +1,7 @@
 """neo_jax/paths.py: local paths, and gs:// on a stand-in for Google Cloud Storage."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from neo_jax import paths
 from neo_jax.errors import NeoError
-from neo_jax.paths import make_path
+from neo_jax.paths import is_file, make_path
 
 
 def refused(call, *args):
@@ -112,3 +113,36 @@ def test_no_write_access(cloud, bucket, tmp_path):
     message = refused(paths.check_writable, make_path(f"gs://{bucket}/run"))
     assert message.startswith(f"cannot write in gs://{bucket}/run (Forbidden")
     assert message.endswith("choose another output, or ask for write access.")
+
+
+ODDITIES = {
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+    "link to a folder": lambda path: path.symlink_to(path.parent),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "loop": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", ODDITIES)
+def test_what_is_no_file_is_not_passed_over(tmp_path, kind):
+    """A model whose first file was a broken link was loaded from another; a pipe hung."""
+    path = tmp_path / "name"
+    assert not is_file(path)
+    assert not is_file(path / "below")
+    ODDITIES[kind](path)
+    with pytest.raises(NeoError, match=r"name( is no file|: Too many| is a link to nothing)"):
+        is_file(path)
+
+
+def test_a_link_to_a_file_is_one(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("file")
+    assert is_file(tmp_path / "link")
+    assert not is_file(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with pytest.raises(NeoError, match=r"cannot read .*(too long|null)"):
+        is_file(tmp_path / name)

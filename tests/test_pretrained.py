@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from neo_jax import pretrained, saving, transfer
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
+from neo_jax.model import Neo
 from neo_jax.names import tensors
 from neo_jax.pretrained import load_params, read_config, save_pretrained
 
@@ -292,9 +294,9 @@ def test_shardings_are_honoured_and_slices_copied_once(folder, tmp_path, monkeyp
     copied = []
     copy = transfer.copy
 
-    def counting_copy(view, dtype, shape):
+    def counting_copy(view, *args):
         copied.append(view.size)
-        return copy(view, dtype, shape)
+        return copy(view, *args)
 
     monkeypatch.setattr(transfer, "copy", counting_copy)
     params = load_params(folder, CONFIG, shardings=unflatten_dict(shardings))
@@ -403,7 +405,7 @@ def test_an_unreadable_file(folder):
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
     (folder / "x.safetensors").mkdir()
-    assert "x.safetensors, which is not there" in failed_load(folder)
+    assert "x.safetensors is no file, but a folder" in failed_load(folder)
 
 
 def test_missing_tensors(tmp_path):
@@ -477,6 +479,97 @@ def test_an_index_reads_nothing_outside_its_folder(tmp_path, sharded):
     for shard in ("../model.safetensors", str(outside)):
         (sharded / INDEX).write_text(json.dumps({"weight_map": {"transformer.wte.weight": shard}}))
         assert "no weight_map of file names" in failed_load(sharded)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, "config.json", "pytorch_model.bin"])
+@pytest.mark.parametrize("link", [True, False])
+def test_files_that_are_none(tmp_path, folder, name, link):
+    """A broken link was passed over, and the next format loaded; a pipe was waited for."""
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / weights.name)
+    (folder / name).unlink(missing_ok=True)
+    if link:
+        (folder / name).symlink_to("nothing")
+    else:
+        os.mkfifo(folder / name)
+    with pytest.raises(NeoError, match=f"{name} is (a link to nothing|no file)"):
+        load_params(folder, read_config(folder))
+
+
+@pytest.mark.parametrize("shard", ["x" * 5000, "a\0b", "..", ".", "a/b", None, 5, ["a"]])
+def test_names_of_shards_that_are_none(sharded, shard):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["transformer.wte.weight"] = shard
+    (sharded / INDEX).write_text(json.dumps(index))
+    failed_load(sharded)
+
+
+# Numbers that are none.
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite(tmp_path, dtype, number):
+    arrays = hf_tensors(CONFIG, dtype)
+    arrays["transformer.h.1.mlp.c_fc.weight"][-1, -1] = number
+    folder = write(tmp_path / "model", arrays)
+    message = f"h.1.mlp.c_fc.weight holds NaN or infinite numbers, as {np.dtype(dtype).name}"
+    if dtype != np.float64:  # which JAX makes float32 of
+        assert message in failed_load(folder)
+    with pytest.raises(NeoError, match=message), pretrained.stored_leaves(folder, CONFIG) as leaves:
+        leaves["h_1", "mlp", "c_fc", "kernel"].read()
+
+
+def test_weights_that_a_narrow_dtype_cannot_hold(tmp_path):
+    """float16 ends at 65504: a greater weight became infinite."""
+    arrays = hf_tensors(CONFIG)
+    arrays["transformer.ln_f.bias"][3] = 70_000
+    folder = write(tmp_path / "model", arrays)
+    load_params(folder, CONFIG, dtype="bfloat16")
+    with pytest.raises(NeoError, match=r"ln_f\.bias holds NaN or infinite numbers, as float16"):
+        load_params(folder, CONFIG, dtype="float16")
+
+
+def test_the_largest_numbers_are_finite(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    for i, array in enumerate(arrays.values()):
+        array[...] = np.finfo(np.float32).max * (-1) ** i
+    params = load_params(write(tmp_path / "model", arrays), CONFIG)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+# Output heads that config.json does not speak of.
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("own", [True, False])
+def test_an_output_head_of_its_own_counts(hf_model, tmp_path, form, own):
+    """transformers keeps what is stored, though config.json says that the head is the table."""
+    hf_model.config.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in hf_model.state_dict().items()}
+    if own:
+        state["lm_head.weight"] = state["lm_head.weight"].flip(0)
+    if form == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        save_torch_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    theirs = GPTNeoForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    torch.testing.assert_close(theirs.lm_head.weight, state["lm_head.weight"], atol=0, rtol=0)
+    config = read_config(tmp_path)
+    assert config == dataclasses.replace(CONFIG, tied_head=not own)
+    params = load_params(tmp_path, config)
+    tokens = np.arange(20)[None]
+    ours = Neo(config).apply({"params": params}, jax.numpy.asarray(tokens)).logits
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-3 * np.abs(logits).max())
+
+
+def test_one_parameter_under_two_names(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    arrays["wte.weight"] = arrays["transformer.wte.weight"] + 1
+    assert "wte.weight, which are one parameter" in failed_load(write(tmp_path / "m", arrays))
 
 
 def test_read_config_names_what_is_wrong(tmp_path):

@@ -165,6 +165,8 @@ class TokenDataset:
             ends = [first + 1, first + self.length + 1]
             before, after = np.searchsorted(self.offsets, ends)
             cuts = self.offsets[before:after] - 1 - first  # the ends of text
+            if not ((cuts >= 0) & (cuts < self.length)).all():
+                raise NeoError(_DAMAGED_OFFSETS.format("the data set"))
             starts[cuts] = cuts
             starts = np.maximum.accumulate(starts)
         return _sequence(self.length, tokens, np.ones(len(tokens) - 1), starts)
@@ -276,12 +278,17 @@ def _field(folder: Path, fields: Any, name: str, kind: type) -> Any:
 
 def _check_documents(dataset: TokenDataset, offsets: np.ndarray, name: str) -> None:
     """Refuses TFRecords of pieces of a stream, whose offsets are not where documents begin."""
-    ends = [int(dataset.tokens[end - 1 : end][0]) for end in offsets[1:9]]
-    if any(end != dataset.eos_id for end in ends):
+    ends = offsets[1:9]
+    if not ((ends > 0) & (ends <= dataset.num_tokens)).all():
+        raise NeoError(_DAMAGED_OFFSETS.format(name))
+    if any(dataset.tokens[int(end) - 1 : int(end)][0] != dataset.eos_id for end in ends):
         raise NeoError(
             f"{name} holds pieces of a stream, which do not tell where documents end; prepare the "
             "text instead, or leave across_documents on."
         )
+
+
+_DAMAGED_OFFSETS = "{} has a damaged offsets.npy; copy it again, or run neo-jax prepare again."
 
 
 def _numbers(path: Path, count: int) -> np.ndarray:
@@ -290,11 +297,11 @@ def _numbers(path: Path, count: int) -> np.ndarray:
             numbers = np.load(io.BytesIO(path.read_bytes()))
         else:
             numbers = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy reads the header as Python, which may fail in any way
         raise NeoError(f"cannot read {path}: {reason(error)}.") from error
-    if len(numbers) != count:
+    if numbers.shape != (count,):
         raise NeoError(
-            f"{path} has {len(numbers)} numbers, not {count}; copy it again, or run neo-jax "
+            f"{path} has {numbers.size} numbers, not {count}; copy it again, or run neo-jax "
             "prepare again."
         )
     return numbers

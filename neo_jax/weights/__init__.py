@@ -17,6 +17,7 @@ from typing import NamedTuple
 from neo_jax.config import read_json
 from neo_jax.errors import NeoError
 from neo_jax.names import Format
+from neo_jax.paths import is_file
 from neo_jax.weights.safetensors_file import CODES, open_file
 from neo_jax.weights.stored import FLOATS, StoredTensor
 
@@ -45,15 +46,13 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> Weights:
     Raises:
       NeoError: files are missing, damaged, or contradict each other.
     """
-    for single, form, module in _KINDS:
-        index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
-            source, found = folder / single, _opener(module)(folder / single, files)
-        elif index.is_file():
-            source, found = index, _open_shards(index, _opener(module), files)
-        else:
-            continue
-        return Weights(source, form, found)
+    found = _find(folder)
+    if found is not None:
+        source, form, module = found
+        open_one = importlib.import_module(f"neo_jax.weights.{module}").open_file
+        if source.suffix == ".json":
+            return Weights(source, form, _open_shards(source, open_one, files))
+        return Weights(source, form, open_one(source, files))
     if next(folder.glob("*.index"), None):
         from neo_jax.weights import mesh_tf_files
 
@@ -64,11 +63,26 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> Weights:
     )
 
 
+def holds_form(folder: Path, form: Format) -> bool:
+    """Whether what `open_weights` would open has these names and layouts.
+
+    Raises:
+      NeoError: what has the name of a file is none.
+    """
+    found = _find(folder)
+    return found is not None and found[1] == form
+
+
+def _find(folder: Path) -> tuple[Path, Format, str] | None:
+    """Returns the file that says what there is, whose names these are, and what opens it."""
+    for single, form, module in _KINDS:
+        for source in (folder / single, folder / f"{single}.index.json"):
+            if is_file(source):
+                return source, form, module
+    return None
+
+
 Opener = Callable[[Path, contextlib.ExitStack], dict[str, StoredTensor]]
-
-
-def _opener(module: str) -> Opener:
-    return importlib.import_module(f"neo_jax.weights.{module}").open_file
 
 
 def _open_shards(
@@ -82,7 +96,7 @@ def _open_shards(
         raise NeoError(f"{index} has no weight_map of file names; download or copy it again.")
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
+        if not is_file(folder / shard):
             raise NeoError(f"{index} names {shard}, which is not there; download or copy it again.")
         shards[shard] = open_shard(folder / shard, files)
     found = {name: stored for shard in shards.values() for name, stored in shard.items()}
@@ -97,5 +111,6 @@ def _open_shards(
 
 
 __all__ = [
-    "CODES", "FLOATS", "INDEX", "SINGLE", "StoredTensor", "Weights", "open_file", "open_weights",
+    "CODES", "FLOATS", "INDEX", "SINGLE", "StoredTensor", "Weights", "holds_form", "open_file",
+    "open_weights",
 ]  # fmt: skip

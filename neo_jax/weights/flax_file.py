@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from neo_jax.errors import NeoError, reason
+from neo_jax.errors import NeoError, brief, reason
 from neo_jax.paths import file_size, is_remote, read_range
 from neo_jax.weights.stored import FLOATS, StoredTensor
 
 _ARRAY = 1  # flax's extension for arrays: shape, dtype, bytes
 _CHUNKED = "__msgpack_chunked_array__"  # flax cuts what is larger than 1 GiB
 _DEEPEST = 32
+_MOST_OBJECTS = 250_000  # a byte may become one of a hundred bytes; a tensor takes about three
+_MOST_OF_AN_ARRAY = 100
 
 
 class _DamagedError(Exception):
@@ -44,7 +46,7 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
         else:
             with path.open("rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        tree, end = _read(data, 0)
+        tree, end = _read(data, 0, iter(range(_MOST_OBJECTS)))
         if end != len(data):
             raise _DamagedError("bytes follow its end")
         if not isinstance(tree, dict):
@@ -71,7 +73,9 @@ def _stored(path: Path, name: str, leaf: Any) -> StoredTensor:
     if isinstance(leaf, dict):
         shape = _numbers(_ordered(leaf.get("shape")))
         chunks = [_array(chunk) for chunk in _ordered(leaf.get("chunks"))]
-        if not chunks or sum(chunk.size for chunk in chunks) != math.prod(shape):
+        if len({(chunk.ndim, chunk.dtype) for chunk in chunks}) != 1 or chunks[0].ndim != 1:
+            raise _DamagedError(f"{name} has parts of several kinds")
+        if sum(chunk.size for chunk in chunks) != math.prod(shape):
             raise _DamagedError(f"{name} lacks parts")
         dtype = chunks[0].dtype
         return StoredTensor(
@@ -97,24 +101,29 @@ def _numbers(values: Any) -> tuple[int, ...]:
 def _array(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, _Extension) or leaf.code != _ARRAY:
         raise _DamagedError("more than arrays")
-    parts, end = _read(leaf.data, 0)
+    parts, end = _read(leaf.data, 0, iter(range(_MOST_OF_AN_ARRAY)))
     if not isinstance(parts, list) or len(parts) != 3 or end != len(leaf.data):
         raise _DamagedError("no array")
     dims, dtype, data = parts
     dtype = str(dtype, "ascii", "replace") if isinstance(dtype, memoryview) else dtype
     shape = _numbers(dims)
     if dtype not in FLOATS:
-        raise _DamagedError(f"an array of {dtype!r}")
+        raise _DamagedError(f"an array of {brief(dtype)}")
     kind = np.dtype(dtype)
     if not isinstance(data, memoryview) or len(data) != math.prod(shape) * kind.itemsize:
         raise _DamagedError("an array of another size")
     return np.frombuffer(data, kind).reshape(shape)
 
 
-def _read(data: memoryview, start: int, depth: int = 0) -> tuple[Any, int]:
-    """Reads the object at an offset; returns it and where it ends. Bytes are views of `data`."""
+def _read(data: memoryview, start: int, left: Iterator[int], depth: int = 0) -> tuple[Any, int]:
+    """Reads the object at an offset; returns it and where it ends. Bytes are views of `data`.
+
+    Every object that is read takes one from `left`.
+    """
     if depth > _DEEPEST:
         raise _DamagedError("too deep")
+    if next(left, None) is None:
+        raise _DamagedError("more objects than any model has")
     kind, start = _take(data, start, 1)
     code = kind[0]
     if code <= 0x7F or code >= 0xE0:
@@ -140,7 +149,7 @@ def _read(data: memoryview, start: int, depth: int = 0) -> tuple[Any, int]:
         return _read_extension(data, start, size)
     items = []
     for _ in range(size * (2 if sort == "map" else 1)):
-        item, start = _read(data, start, depth + 1)
+        item, start = _read(data, start, left, depth + 1)
         items.append(item)
     if sort == "list":
         return items, start

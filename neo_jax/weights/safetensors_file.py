@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import file_size, is_remote, read_range
+from neo_jax.json_text import MOST_BYTES, parse_json
+from neo_jax.paths import file_size, is_file, is_remote, read_range
 from neo_jax.weights.stored import StoredTensor
 
 DTYPES = {
@@ -34,10 +34,14 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
         if is_remote(path):
             length, header = _read_remote_header(path)
         else:
-            with safe_open(path, framework="np"):
-                file = files.enter_context(path.open("rb"))
+            if not is_file(path):
+                raise NeoError(f"cannot read {path}: No such file.")
+            file = files.enter_context(path.open("rb"))
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            if MOST_BYTES < length <= file_size(path):
+                raise _DamagedError(f"a header of {length} bytes")
+            with safe_open(path, framework="np"):
+                header = parse_json(file.read(length), f"the header of {path}")
     except (SafetensorError, _DamagedError) as error:
         raise NeoError(
             f"{path} is damaged or cut short ({error}); download or copy it again. (A Git clone "
@@ -81,7 +85,7 @@ def _read_remote_header(path: Path) -> tuple[int, dict[str, Any]]:
     if 8 + length > size:
         raise _DamagedError("no whole header")
     try:
-        header = json.loads(read_range(path, 8, 8 + length))
+        header = parse_json(read_range(path, 8, 8 + min(length, MOST_BYTES + 1)), "the header")
         end = 0
         entries = (entry for name, entry in header.items() if name != "__metadata__")
         for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):

@@ -88,7 +88,7 @@ def test_what_has_no_counterpart_is_named(convert):
         ({"rotary_emb": True}, "'rotary_emb' is not of GPT-Neo and has no counterpart; remove it"),
         ({"lr": None}, "key 'lr' is missing; is the file whole?"),
         ({"activation_fn": "swish"}, "activation 'swish' has no counterpart; choose gelu or relu"),
-        ({"attention_types": [3]}, "a value has an unexpected form"),
+        ({"attention_types": [3]}, "attention_types are [3], not units and how often they repeat"),
     ],
 )
 def test_configs_that_cannot_be_converted(fail, tmp_path, changes, message):
