@@ -74,8 +74,13 @@ class LanguageModel:
         """The shape of the model."""
         return self.model.config
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text; ids are passed through.
+
+        Args:
+          prompt: a text or ids.
+          add_special_tokens: whether to add what the tokenizer's files say that a text begins or
+            ends with; GPT-2's and GPT-Neo's say nothing.
 
         Raises:
           NeoError: the checkpoint has no tokenizer files, or the prompt is empty or none.
@@ -83,7 +88,7 @@ class LanguageModel:
         if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | np.ndarray):
             raise NeoError(f"{brief(prompt)} is not a prompt; give a text or a list of token ids.")
         if isinstance(prompt, str):
-            ids = self._tokenizer.encode(prompt)
+            ids = self._tokenizer.encode(prompt, add_special_tokens)
         else:
             ids = [checked("a token id", token, int) for token in prompt]
         if not ids:

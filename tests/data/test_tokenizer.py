@@ -211,6 +211,8 @@ def test_missing_and_corrupt_files(tmp_path):
     (tmp_path / "merges.txt").write_text("")
     assert "vocabulary is empty" in message(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
+    assert "tokenizer.json is not valid JSON" in message(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     assert "is not a tokenizer.json" in message(tmp_path)
 
 
