@@ -222,8 +222,9 @@ def exact(model, params, prompt):
     total = np.ones(len(texts))
     for i in range(3):
         length = np.full(len(texts), len(prompt) + i)
-        history = History(jnp.asarray(tokens), jnp.asarray(length), jnp.asarray(length - i))
-        kept = processed(logits[:, len(prompt) + i - 1], settings, history, -1)
+        tokens, length = jnp.asarray(tokens), jnp.asarray(length)
+        history = History(tokens, length, length - i, length + 3)
+        kept = processed(logits[:, len(prompt) + i - 1], settings, history, ())
         total *= np.asarray(jax.nn.softmax(kept))[np.arange(len(texts)), texts[:, i]]
     return total
 
