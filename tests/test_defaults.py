@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
     vocab_size=64,
     max_length=48,
     attention_types=("global",),
-    eos_token_id=0,
+    eos_token_id=63,
 )
 PROMPTS = [[40], [61, 26, 7], [25, 30, 12, 9, 30, 12, 9]]
 NEW = 12
@@ -62,13 +62,13 @@ def theirs(folder, **options):
 def plain(folder):
     """Greedy texts that do not end."""
     write(folder, eos_token_id=[63])
-    return theirs(folder, do_sample=False, max_new_tokens=NEW, suppress_tokens=[0, 63])
+    return theirs(folder, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
 
 
 def files(plain):
     """Names and files; their ends of text occur in the texts, early and late."""
     one, two, three = plain
-    ends = {"eos_token_id": [0, one[5], two[7], 63]}
+    ends = {"eos_token_id": [one[5], two[7], 63]}
     greedy = {**ends, "do_sample": False, "max_new_tokens": NEW}
     return {
         "ends": greedy,
@@ -77,7 +77,7 @@ def files(plain):
         "first": {**greedy, "begin_suppress_tokens": [one[0], two[0]]},
         "words": {
             **greedy,
-            "bad_words_ids": [one[1:3], [two[1]], three[:5], [*PROMPTS[2], 5], [0]],
+            "bad_words_ids": [one[1:3], [two[1]], three[:5], [*PROMPTS[2], 5], [63]],
         },
         "forced": {**greedy, "forced_bos_token_id": 9, "begin_suppress_tokens": [one[0], two[0]]},
         "forced_end": {**greedy, "max_new_tokens": 4, "forced_eos_token_id": [63]},
@@ -205,18 +205,17 @@ def test_values_out_of_range_name_the_file(tmp_path, tiny_config, fields, messag
 
 
 def test_callers_of_the_package(folder, plain):
-    fields = files(plain)["ends"] | {"max_new_tokens": 4, "typical_p": 0.5}
-    write(folder, **fields)
+    write(folder, **files(plain)["ends"] | {"max_new_tokens": 4, "typical_p": 0.5})
     lm = neo_jax.load(folder)
     with pytest.warns(UserWarning, match="has typical_p, which is not followed"):
         texts = [sample.ids for sample in lm.samples(PROMPTS)]
-    assert texts[1] == plain[1][:4]
-    said = lm.sample(PROMPTS, 6, sampling=SamplingOptions(temperature=0.0))
-    assert said[1].ids == plain[1][:6]
-    lm.defaults = Defaults({"max_new_tokens": 4, "suppress_tokens": (plain[1][0],)})
-    (sample,) = lm.sample(PROMPTS[1:2], sampling=SamplingOptions(temperature=0.0))
-    assert sample.ids[:4] == plain[1][:4]  # options are said whole, and more than 4 tokens
-    assert len(sample.ids) > 4
+    assert texts == theirs(folder)
+    greedy = SamplingOptions(temperature=0.0)
+    texts = [sample.ids for sample in lm.samples(PROMPTS, 6, sampling=greedy)]
+    assert texts == theirs(folder, max_new_tokens=6)
+    # Options are said whole: what the file says of lengths does not hold.
+    (long,) = lm.sample(PROMPTS[:1], 9, sampling=SamplingOptions(1.5, min_new_tokens=9))
+    assert len(long.ids) == 9
 
 
 @pytest.mark.parametrize(
