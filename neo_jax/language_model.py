@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, get_args, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, defaults, generation, hub, inside, names
+from neo_jax import adapters, defaults, generation, hub, inside
 from neo_jax.attention import Kernel
-from neo_jax.axes import Array, Params
+from neo_jax.axes import Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.decode.beam import BeamOptions
@@ -36,13 +34,11 @@ from neo_jax.generation import (
     read_options,
     spread,
 )
-from neo_jax.loading import read_model
+from neo_jax.loading import cached_dtype, compute_dtype, lay_out, read_model
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
-from neo_jax.sharding import Sharding, laid_out, make_sharding
-
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+from neo_jax.sharding import Sharding, make_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,19 +372,6 @@ def load(
     return LanguageModel(model, params, tokenizer, folder, said)
 
 
-def lay_out(config: ModelConfig, params: Params) -> Params:
-    """Gives parameters the order of axes in which their devices read them best; consumes them."""
-
-    def put(array: Array, tensor: names.Tensor) -> Array:
-        place = laid_out(array.sharding, tensor.axes[: array.ndim])
-        return array if place is array.sharding else jax.device_put(array, place, donate=True)
-
-    leaves = flatten_dict(params)
-    for tensor in names.tensors(config):
-        leaves[tensor.path] = jax.tree.map(lambda x, t=tensor: put(x, t), leaves[tensor.path])
-    return unflatten_dict(leaves)
-
-
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, if it can be written.
 
@@ -406,32 +389,6 @@ def enable_compilation_cache() -> None:
             return  # JAX would warn of every program that it cannot keep
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def compute_dtype(name: str) -> np.dtype:
-    """Returns the dtype of products that `load` means by a name.
-
-    Raises:
-      NeoError: no dtype of this name.
-    """
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
-    return jnp.dtype(name)
-
-
-def cached_dtype(name: str, platform: str) -> np.dtype | None:
-    """Returns the dtype of keys and values that `load` means by a name; None for that of products.
-
-    Raises:
-      NeoError: no dtype of this name.
-    """
-    if name not in CACHE_DTYPES:
-        raise NeoError(f"no cache is of '{name}'.{suggest(name, CACHE_DTYPES)}")
-    if name == "auto":
-        return jnp.dtype(jnp.float32) if platform == "cpu" else None
-    return jnp.dtype(name)
 
 
 def _listed(prompts: Any) -> list[Prompt]:

@@ -129,7 +129,7 @@ def _step(
     """Returns the step that is asked for, on a mesh."""
     import jax.numpy as jnp
 
-    from neo_jax.language_model import cached_dtype
+    from neo_jax.loading import cached_dtype
     from neo_jax.model import Neo
     from neo_jax.plan import steps
     from neo_jax.sharding import make_sharding

@@ -154,7 +154,7 @@ def test_ends_of_text_penalties_and_limits(params, greedy):
             no_repeat_ngram_size=2,
             suppress_tokens=[new[0], new[40]],
             bad_words_ids=[new[1:4], new[4:6]],
-            forced_eos_token_id=new[40],
+            forced_eos_token_id=3,
         ),
     ]
     prompts, settings = [PROMPTS[1]] * 4, stack_settings(options)
