@@ -45,6 +45,7 @@ class Defaults:
 
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # what else the file says of texts, which nothing here follows
+    text: str = dataclasses.field(default="", compare=False, repr=False)  # the whole file
 
     def fill(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what a user says, and where that leaves options open what the file says.
@@ -70,6 +71,11 @@ class Defaults:
             words.append(f"not followed: {', '.join(self.ignored)}")
         return f"{FILE}: {'; '.join(words)}" if words else ""
 
+    def save(self, folder: Path) -> None:
+        """Writes the file as it was read, if there was one."""
+        if self.text:
+            (folder / FILE).write_text(self.text, encoding="utf-8")
+
 
 def read_defaults(folder: Path, config: ModelConfig) -> tuple[Defaults, ModelConfig]:
     """Reads the generation_config.json of a folder, if it has one.
@@ -88,7 +94,8 @@ def read_defaults(folder: Path, config: ModelConfig) -> tuple[Defaults, ModelCon
         ends = fields.get("eos_token_id", [])
         ends = ends if isinstance(ends, list) else [ends]
         config = dataclasses.replace(config, eos_token_id=[*config.eos_ids, *ends])  # type: ignore[arg-type]
-        return _defaults(fields), config
+        text = path.read_text(encoding="utf-8")
+        return dataclasses.replace(_defaults(fields), text=text), config
     except NeoError as error:
         raise NeoError(f"{path}: {error}") from error
 

@@ -134,10 +134,15 @@ def test_what_a_file_says(tmp_path, tiny_config, fields, options):
     found, config = read_defaults(tmp_path, tiny_config)
     assert found == Defaults(options)
     assert config == tiny_config
+    (tmp_path / "copy").mkdir()
+    found.save(tmp_path / "copy")
+    assert read_defaults(tmp_path / "copy", tiny_config)[0] == found
 
 
 def test_a_file_may_be_missing(tmp_path, tiny_config):
     assert read_defaults(tmp_path, tiny_config) == (Defaults(), tiny_config)
+    Defaults().save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_followed_is_reported(tmp_path, tiny_config):

@@ -30,4 +30,5 @@ def main(args: Sequence[str]) -> None:
 
     lm = load(options.source, quantize="int8", dtype="float32")
     save_int8(options.output, lm.config, lm.params, tokenizer=lm.tokenizer)
+    lm.defaults.save(make_path(options.output))
     print(options.output)

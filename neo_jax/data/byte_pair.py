@@ -86,7 +86,7 @@ def build(folder: Path, file: Path | None) -> Built:
                 f"eos_token in {_CONFIG}."
             )
         eos_id = tokenizer.token_to_id(END_OF_TEXT)
-        if kind == _GPT2 or not file:
+        if kind == _GPT2 or (not file and eos_id is not None):
             special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) | special
         tokenizer.add_tokens(_new_tokens(tokenizer, added, special))
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))

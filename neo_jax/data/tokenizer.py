@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from neo_jax.config import read_json
 from neo_jax.data.byte_pair import END_OF_TEXT as END_OF_TEXT
 from neo_jax.data.byte_pair import build, library
-from neo_jax.errors import NeoError, reason
+from neo_jax.errors import NeoError, brief, reason
 from neo_jax.paths import is_remote, make_path
 
 _NAMES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
@@ -156,13 +156,22 @@ class SentencePieceTokenizer:
       source: a .model file, or a folder with tokenizer.model, spiece.model or one other *.model.
 
     Raises:
-      NeoError: no such file, more than one, or a corrupt one.
+      NeoError: no such file, more than one, or a corrupt one; or the folder names a class of
+        transformers, whose ids are others.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         import sentencepiece
 
-        self._file = _model_file(make_path(source))
+        source = make_path(source)
+        self._file = _model_file(source)
+        config = source / "tokenizer_config.json"
+        kind = read_json(config).get("tokenizer_class") if config.is_file() else None
+        if kind:
+            raise NeoError(
+                f"{source}: the tokenizer_class {brief(kind)} makes other ids than its .model file "
+                "alone; add the tokenizer.json that transformers makes of it."
+            )
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(self._file.read_bytes())

@@ -266,6 +266,8 @@ def test_state_counts_tokens_and_keeps_the_prompts(params, greedy):
     state = engine.run(model, params, state, 2)
     assert state.lengths.tolist() == [4, 9, 20, 27]
     assert state.done.tolist() == [True, False, False, False]
+    blank = engine.blank(model, 2, state).settings  # nothing that a step would have to do
+    jax.tree.map(np.testing.assert_array_equal, blank, settings_of(GREEDY, 2))
     for row, prompt, completion in zip(state.tokens, PROMPTS, greedy, strict=True):
         length = 3 if prompt is PROMPTS[0] else 4
         expected = prompt + completion.ids[:length]
