@@ -227,9 +227,11 @@ _SIZES = {
 
 def _ends(ids: Any) -> int | tuple[int, ...]:
     """Returns ids that end texts, each once; an id alone as it is."""
-    several = tuple(dict.fromkeys(ids)) if isinstance(ids, list | tuple) else (ids,)
-    if not all(_is_whole(i, 0 if isinstance(ids, list | tuple) else -1) for i in several):
+    listed = isinstance(ids, list | tuple)
+    several = tuple(ids) if listed else (ids,)
+    if not all(_is_whole(i, 0 if listed else -1) for i in several):
         raise NeoError(f"eos_token_id must be a whole number >= -1 or a list of ids, not {ids!r}.")
+    several = tuple(dict.fromkeys(several))
     return several if len(several) > 1 else several[0] if several else -1
 
 

@@ -265,6 +265,7 @@ def test_several_ids_may_end_a_text(ids, ours, theirs):
             {"eos_token_id": [1, -1]},
             r"F: eos_token_id must be a whole number >= -1 or a list of id",
         ),
+        ({"eos_token_id": [[1]]}, "F: eos_token_id must be a whole number >= -1 or a list of ids"),
         ({"eos_token_id": True}, "F: eos_token_id must be a whole number >= -1 or a list of ids"),
         ({"layer_norm_epsilon": "1e-5"}, "F: norm_epsilon must lie between 0 and 1, not be '1e-5'"),
         ({"layer_norm_epsilon": -1e-5}, "F: norm_epsilon must lie between 0 and 1, not be -1e-05"),

@@ -198,6 +198,7 @@ def test_what_a_user_says_comes_first(options, said, filled):
     [
         ({"temperature": -1}, "temperature must lie between 0"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a whole number"),
+        ({"eos_token_id": [[1]]}, "eos_token_id must be a whole number"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"bad_words_ids": 4}, "bad_words_ids must be a list"),
