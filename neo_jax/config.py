@@ -35,7 +35,7 @@ class ModelConfig:
     attention_types: tuple[AttentionType, ...] = ("global", "local")  # a unit, repeated in depth
     activation: Activation = "gelu_new"  # gelu_new is the tanh approximation
     norm_epsilon: float = 1e-5
-    eos_token_id: int = 50256  # ends a text; -1 where the vocabulary has no such token
+    eos_token_id: int | tuple[int, ...] = 50256  # each ends a text; -1: the vocabulary has none
     # What GPT-2 has: biases of queries, keys and values, and logits of attention that are
     # multiplied by head_dim ** -0.5.
     qkv_bias: bool = False
@@ -53,6 +53,7 @@ class ModelConfig:
             raise NeoError(
                 f"norm_epsilon must lie between 0 and 1, not be {brief(self.norm_epsilon)}."
             )
+        _set(self, eos_token_id=_ends(self.eos_token_id))
         _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
         _set(self, mlp_dim=self.mlp_dim or 4 * self.embed_dim)
         _set(self, attention_types=_repeating_unit(tuple(self.attention_types)))
@@ -90,6 +91,12 @@ class ModelConfig:
                 f"mlp_dim {self.mlp_dim}, vocab_size {self.vocab_size}, max_length "
                 f"{self.max_length}; correct them."
             )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, which may be none."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        return tuple(i for i in ids if i >= 0)
 
     @property
     def family(self) -> Family:
@@ -134,12 +141,12 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the config.json that transformers' GPTNeoForCausalLM or GPT2LMHeadModel reads."""
-        eos = self.eos_token_id if self.eos_token_id >= 0 else None
+        first = self.eos_ids[0] if self.eos_ids else None
         fields: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in self._hf.items()}
         fields |= {
             "model_type": self.family,
-            "bos_token_id": eos,
-            "eos_token_id": eos,
+            "bos_token_id": first,
+            "eos_token_id": [*self.eos_ids] if len(self.eos_ids) > 1 else first,
             "initializer_range": 0.02,
             "use_cache": True,
         }
@@ -216,7 +223,7 @@ def _set(config: ModelConfig, **values: Any) -> None:
         object.__setattr__(config, name, value)
 
 
-_LEAST = {"head_dim": 0, "mlp_dim": 0, "eos_token_id": -1}  # other whole numbers are positive
+_LEAST = {"head_dim": 0, "mlp_dim": 0}  # other whole numbers are positive
 # What is larger is damage, or would fill the memory before anything could be refused. Names of the
 # tensors of a layer are held for every layer; positions plus a window must fit 32 bits.
 _MOST = {"num_layers": 4096}
@@ -230,6 +237,18 @@ _SIZES = {
     "vocab": "vocab_size",
     "positions": "max_length",
 }
+
+
+def _ends(ids: Any) -> int | tuple[int, ...]:
+    """Returns ids that end texts, each once; an id alone as it is."""
+    listed = isinstance(ids, list | tuple)
+    several = tuple(ids) if listed else (ids,)
+    if not all(_is_whole(i, 0 if listed else -1) for i in several):
+        raise NeoError(
+            f"eos_token_id must be a whole number >= -1 or a list of ids, not {brief(ids)}."
+        )
+    several = tuple(dict.fromkeys(several))
+    return several if len(several) > 1 else several[0] if several else -1
 
 
 def _is_whole(value: Any, least: int) -> bool:

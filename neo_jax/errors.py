@@ -30,13 +30,6 @@ def printable(text: str) -> str:
     )
 
 
-def printable(text: str) -> str:
-    """Returns a text with control characters, and all else that does not show, escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
 _KINDS = {
     int: (operator.index, "a whole number"),
     float: (lambda value: value.__float__(), "a number"),

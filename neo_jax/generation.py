@@ -23,6 +23,9 @@ Overflow = Literal["error", "truncate"]
 """What becomes of a prompt that does not fit the context: refused, or cut to its newest tokens."""
 
 
+MAX_NEW_TOKENS = 64
+"""Where a text stops at the latest, unless told."""
+
 BATCH_SIZE = 16
 """Completions that are written at one time, unless told."""
 
@@ -37,7 +40,7 @@ class TextOptions:
       NeoError: a value of another kind or out of its range, or samples that memory cannot hold.
     """
 
-    max_new_tokens: int = 64  # where to stop at the latest
+    max_new_tokens: int = MAX_NEW_TOKENS  # where to stop at the latest
     num_samples: int = 1  # for each prompt
     stop: str | Sequence[str] | None = ()  # strings before which a text ends; then a tuple of them
     batch_size: int = BATCH_SIZE  # texts that are written at one time
@@ -181,6 +184,29 @@ def read_options(options: dict[str, Any]) -> tuple[SamplingOptions, dict[str, An
     return SamplingOptions(**sampling), arguments
 
 
+def allowed(model: Neo, options: SamplingOptions) -> SamplingOptions:
+    """Returns options as a model can follow them: the end of text alone is no bad word.
+
+    Raises:
+      NeoError: an id outside the vocabulary, or none that may be written.
+    """
+    config = model.config
+    forced = (options.forced_bos_token_id, options.forced_eos_token_id)
+    for i in (*forced, *(i for ids, _ in options.bans for i in ids)):
+        if i >= config.vocab_size:
+            raise NeoError(
+                f"token id {i} is not in the vocabulary, 0 to {config.vocab_size - 1}; leave it "
+                "out of what is suppressed or forced."
+            )
+    words = tuple(
+        word for word in options.bad_words_ids if word not in [(i,) for i in config.eos_ids]
+    )
+    options = dataclasses.replace(options, bad_words_ids=words)
+    if len({ids for ids, _ in options.bans if len(ids) == 1}) >= config.vocab_size:
+        raise NeoError("every token is suppressed, and none can be written; suppress fewer.")
+    return options
+
+
 def reseeded(options: SamplingOptions, sample: int) -> SamplingOptions:
     """Returns the options of a prompt's sample of this index."""
     return dataclasses.replace(options, seed=(options.seed + sample) % 2**32)
@@ -279,7 +305,7 @@ def samples(
         Request(
             prompt,
             asked.max_new_tokens,
-            [reseeded(options, i) for i in count],
+            [reseeded(allowed(model, options), i) for i in count],
             [text.push for text in watched],
         )
         for prompt, options, watched in zip(ids, sampling, texts, strict=True)
@@ -316,7 +342,7 @@ def stream(
     """Yields the new text of one prompt as it comes, never a part of a stop string."""
     text = StopText(tokenizer, ids, asked.stop or ())
     shown = 0
-    settings = make_settings(sampling, [sampling.seed])
+    settings = make_settings(allowed(model, sampling), [sampling.seed])
     for token in engine.stream(model, params, ids, asked.max_new_tokens, settings):
         text.push([token])
         if text.settled() > shown:

@@ -3,26 +3,27 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import adapters, generation, hub, inside, names
+from neo_jax import adapters, defaults, generation, hub, inside
 from neo_jax.attention import Kernel
-from neo_jax.axes import Array, Params
+from neo_jax.axes import Params
 from neo_jax.config import ModelConfig
 from neo_jax.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED, Draft
+from neo_jax.defaults import Defaults, read_defaults
 from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.generation import (
     BATCH_SIZE,
+    MAX_NEW_TOKENS,
     Overflow,
     Prompt,
     Sample,
@@ -33,13 +34,11 @@ from neo_jax.generation import (
     read_options,
     spread,
 )
-from neo_jax.loading import read_model
+from neo_jax.loading import cached_dtype, compute_dtype, lay_out, read_model
 from neo_jax.model import Neo
 from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
-from neo_jax.sharding import Sharding, laid_out, make_sharding
-
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+from neo_jax.sharding import Sharding, make_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,22 @@ class Score:
 
 
 class LanguageModel:
-    """A pretrained GPT-Neo. Its pure parts are `model`, `params`, `config` and `tokenizer`."""
+    """A pretrained GPT-Neo. Its pure parts are `model`, `params`, `config` and `tokenizer`.
 
-    def __init__(self, model: Neo, params: Params, tokenizer: Tokenizer | None, folder: Path):
+    `defaults` are the options of its generation_config.json, for texts of which a caller does not
+    say more; `lm.defaults = neo_jax.defaults.Defaults()` leaves them out.
+    """
+
+    def __init__(
+        self,
+        model: Neo,
+        params: Params,
+        tokenizer: Tokenizer | None,
+        folder: Path,
+        defaults: Defaults = Defaults(),  # noqa: B008
+    ):
         """Holds what `load` found; `folder` is where."""
+        self.defaults = defaults
         self.model = model
         self.params = params
         self.tokenizer = tokenizer
@@ -74,8 +85,13 @@ class LanguageModel:
         """The shape of the model."""
         return self.model.config
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text; ids are passed through.
+
+        Args:
+          prompt: a text or ids.
+          add_special_tokens: whether to add what the tokenizer's files say that a text begins or
+            ends with; GPT-2's and GPT-Neo's say nothing.
 
         Raises:
           NeoError: the checkpoint has no tokenizer files, or the prompt is empty or none.
@@ -83,7 +99,7 @@ class LanguageModel:
         if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | np.ndarray):
             raise NeoError(f"{brief(prompt)} is not a prompt; give a text or a list of token ids.")
         if isinstance(prompt, str):
-            ids = self._tokenizer.encode(prompt)
+            ids = self._tokenizer.encode(prompt, add_special_tokens)
         else:
             ids = [checked("a token id", token, int) for token in prompt]
         if not ids:
@@ -91,31 +107,33 @@ class LanguageModel:
         return ids
 
     @overload
-    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(self, prompts: str, max_new_tokens: int | None = ..., **options: Any) -> str: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = ..., **options: Any
+        self, prompts: Sequence[Prompt], max_new_tokens: int | None = ..., **options: Any
     ) -> list[str]: ...
     def generate(
-        self, prompts: str | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
+        self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
     ) -> str | list[str]:
         """Continues a text, or each of several; returns the new text.
 
         Args:
           prompts: a text, or a list of texts or lists of ids.
-          max_new_tokens: where to stop at the latest.
+          max_new_tokens: where to stop at the latest; None is what `defaults` say, or 64.
           **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p,
-            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed; those of
+            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed, suppress_tokens,
+            begin_suppress_tokens, bad_words_ids, forced_bos_token_id, forced_eos_token_id; those of
             `BeamOptions`: num_beams, length_penalty, early_stopping; and what `samples` takes:
-            stop, batch_size, on_overflow, draft, num_drafted.
+            stop, batch_size, on_overflow, draft, num_drafted. What is left out is what `defaults`
+            say, else what those classes do.
 
         Raises:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else _listed(prompts)
-        sampling, others = read_options(options)
-        made = self.samples(many, max_new_tokens, sampling=sampling, **others)
+        new, sampling, others = self._filled(max_new_tokens, options)
+        made = self.samples(many, new, sampling=sampling, **others)
         texts = [sample.text or "" for sample in made]
         return texts[0] if isinstance(prompts, str) else texts
 
@@ -126,29 +144,30 @@ class LanguageModel:
     def samples(
         self,
         prompts: Sequence[Prompt],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         num_samples: int = 1,
-        sampling: SamplingOptions | Sequence[SamplingOptions] = SamplingOptions(),  # noqa: B008
+        sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
         *,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | None = None,
         batch_size: int = BATCH_SIZE,
         on_overflow: Overflow = "error",
         on_finish: Callable[[int, list[Sample]], None] | None = None,
-        beams: BeamOptions = BeamOptions(),  # noqa: B008
+        beams: BeamOptions | None = None,
         draft: "LanguageModel | str | None" = None,
         num_drafted: int = NUM_DRAFTED,
     ) -> Iterator[Sample]:
         """Like `generate`, with everything that is known of each completion.
 
         Sample i of a prompt is drawn with the seed `seed + i`. The samples of a prompt follow each
-        other, in the order of the prompts.
+        other, in the order of the prompts. Without `sampling` all that is None is what `defaults`
+        say.
 
         Args:
           prompts: texts or lists of ids.
-          max_new_tokens: where to stop at the latest.
+          max_new_tokens: where to stop at the latest; None without defaults is 64.
           num_samples: for each prompt, which is read once.
           sampling: options, for all prompts or for each.
-          stop: a text, or several, before the first of which a completion ends.
+          stop: a text, or several, before the first of which a completion ends; () is none.
           batch_size: completions that are written at one time; one that is done makes place for
             the next.
           on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
@@ -164,6 +183,13 @@ class LanguageModel:
           NeoError: before anything runs, as `generate`; also of counts below 1.
         """
         prompts = _listed(prompts)
+        if sampling is None:
+            said = {"stop": stop, "draft": draft, **(vars(beams) if beams else {})}
+            given = {name: value for name, value in said.items() if value is not None}
+            max_new_tokens, sampling, others = self._filled(max_new_tokens, given)
+            stop, beams = others.get("stop"), others.get("beams")
+        beams = BeamOptions() if beams is None else beams
+        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         asked = TextOptions(max_new_tokens, num_samples, stop, batch_size, on_overflow, num_drafted)
         several = spread(sampling, len(prompts))
         check_together(several, asked, beams, draft is not None)
@@ -188,17 +214,22 @@ class LanguageModel:
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | None = None,
         on_overflow: Overflow = "error",
         **options: Any,
     ) -> Iterator[str]:
-        """Yields the new text in whole characters as it comes; sampled as in `generate`."""
-        sampling, others = read_options(options)
+        """Yields the new text in whole characters as it comes.
+
+        It is sampled as in `generate`; where `defaults` search with beams, the text is greedy.
+        """
+        others = read_options(options)[1]
         if others:
             raise NeoError(f"a stream has no option '{next(iter(others))}'; take `generate`.")
-        asked = TextOptions(max_new_tokens, stop=stop, on_overflow=on_overflow)
+        given = options if stop is None else options | {"stop": stop}
+        new, sampling, others = self._filled(max_new_tokens, given | {"num_beams": 1})
+        asked = TextOptions(new, stop=others.get("stop"), on_overflow=on_overflow)
         return generation.stream(
             self.model,
             self.params,
@@ -251,6 +282,18 @@ class LanguageModel:
           NeoError: no such layer, or more tokens than the context holds.
         """
         return inside.attention(self.model, self.params, self.encode(text), layer)
+
+    def _filled(
+        self, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> tuple[int, SamplingOptions, dict[str, Any]]:
+        """Returns what a caller says, and what `defaults` say of the rest, sorted by kind."""
+        if self.defaults.ignored:
+            names = ", ".join(self.defaults.ignored)
+            warnings.warn(f"{defaults.FILE} has {names}, which is not followed.", stacklevel=3)
+        said = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+        filled = self.defaults.fill(said)
+        new = filled.pop("max_new_tokens", MAX_NEW_TOKENS)
+        return new, *read_options(filled)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -322,23 +365,11 @@ def load(
     cached = cached_dtype(cache_dtype, jax.default_backend())
     config, params = read_model(folder, base, compute, sharding, quantize)
     params = lay_out(config, params)
+    said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
-    return LanguageModel(model, params, tokenizer, folder)
-
-
-def lay_out(config: ModelConfig, params: Params) -> Params:
-    """Gives parameters the order of axes in which their devices read them best; consumes them."""
-
-    def put(array: Array, tensor: names.Tensor) -> Array:
-        place = laid_out(array.sharding, tensor.axes[: array.ndim])
-        return array if place is array.sharding else jax.device_put(array, place, donate=True)
-
-    leaves = flatten_dict(params)
-    for tensor in names.tensors(config):
-        leaves[tensor.path] = jax.tree.map(lambda x, t=tensor: put(x, t), leaves[tensor.path])
-    return unflatten_dict(leaves)
+    return LanguageModel(model, params, tokenizer, folder, said)
 
 
 def enable_compilation_cache() -> None:
@@ -358,32 +389,6 @@ def enable_compilation_cache() -> None:
             return  # JAX would warn of every program that it cannot keep
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def compute_dtype(name: str) -> np.dtype:
-    """Returns the dtype of products that `load` means by a name.
-
-    Raises:
-      NeoError: no dtype of this name.
-    """
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
-    return jnp.dtype(name)
-
-
-def cached_dtype(name: str, platform: str) -> np.dtype | None:
-    """Returns the dtype of keys and values that `load` means by a name; None for that of products.
-
-    Raises:
-      NeoError: no dtype of this name.
-    """
-    if name not in CACHE_DTYPES:
-        raise NeoError(f"no cache is of '{name}'.{suggest(name, CACHE_DTYPES)}")
-    if name == "auto":
-        return jnp.dtype(jnp.float32) if platform == "cpu" else None
-    return jnp.dtype(name)
 
 
 def _listed(prompts: Any) -> list[Prompt]:

@@ -3,18 +3,22 @@
 import functools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from neo_jax import names
 from neo_jax.adapters import apply_adapter
-from neo_jax.axes import Params
+from neo_jax.axes import Array, Params
 from neo_jax.config import ModelConfig
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, suggest
 from neo_jax.int8_checkpoint import is_int8, load_int8, read_int8_config
-from neo_jax.names import tensors
 from neo_jax.pretrained import load_params, read_config
 from neo_jax.quantize import Quantization, quantize, quantize_one
-from neo_jax.sharding import Sharding
+from neo_jax.sharding import Sharding, laid_out
+
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def read_model(
@@ -47,7 +51,7 @@ def read_model(
     config = read_config(base)
     shardings = None
     if sharding:
-        table = tensors(config)
+        table = names.tensors(config)
         shardings = unflatten_dict(
             {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in table}
         )
@@ -61,3 +65,42 @@ def read_model(
     if quantization == "int8":
         params = quantize(config, params, dtype, sharding)
     return config, params
+
+
+def lay_out(config: ModelConfig, params: Params) -> Params:
+    """Gives parameters the order of axes in which their devices read them best; consumes them."""
+
+    def put(array: Array, tensor: names.Tensor) -> Array:
+        place = laid_out(array.sharding, tensor.axes[: array.ndim])
+        return array if place is array.sharding else jax.device_put(array, place, donate=True)
+
+    leaves = flatten_dict(params)
+    for tensor in names.tensors(config):
+        leaves[tensor.path] = jax.tree.map(lambda x, t=tensor: put(x, t), leaves[tensor.path])
+    return unflatten_dict(leaves)
+
+
+def compute_dtype(name: str) -> np.dtype:
+    """Returns the dtype of products that `load` means by a name.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
+    return jnp.dtype(name)
+
+
+def cached_dtype(name: str, platform: str) -> np.dtype | None:
+    """Returns the dtype of keys and values that `load` means by a name; None for that of products.
+
+    Raises:
+      NeoError: no dtype of this name.
+    """
+    if name not in CACHE_DTYPES:
+        raise NeoError(f"no cache is of '{name}'.{suggest(name, CACHE_DTYPES)}")
+    if name == "auto":
+        return jnp.dtype(jnp.float32) if platform == "cpu" else None
+    return jnp.dtype(name)

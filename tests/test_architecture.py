@@ -35,7 +35,7 @@ LAYERS = [
     ["loading"],
     ["decode"],
     ["generation"],
-    ["training", "scoring", "inside"],
+    ["defaults", "training", "scoring", "inside"],
     ["language_model"],
     ["evaluation", "plan"],
     ["benchmark"],

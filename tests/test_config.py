@@ -99,7 +99,9 @@ def configs(draw):
         attention_types=unit,
         activation=draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
         norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 0.25])),
-        eos_token_id=draw(st.integers(-1, 60000)),
+        eos_token_id=draw(
+            st.integers(-1, 60000) | st.lists(st.integers(0, 60000), max_size=3).map(tuple)
+        ),
         qkv_bias=is_gpt2,
         scale_attention=is_gpt2 and draw(st.booleans()),
         tied_head=draw(st.booleans()),
@@ -231,6 +233,20 @@ def test_a_vocabulary_without_an_end_of_text(fields):
     config = ModelConfig.from_hf(fields)
     assert config.eos_token_id == -1
     assert config.to_hf()["eos_token_id"] is None
+    assert config.eos_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("ids", "ours", "theirs"),
+    [([7, 5, 7], (7, 5), [7, 5]), ([7], 7, 7), ([], -1, None), (7, 7, 7)],
+    ids=str,
+)
+def test_several_ids_may_end_a_text(ids, ours, theirs):
+    config = ModelConfig.from_hf(PUBLISHED | {"eos_token_id": ids})
+    assert config.eos_token_id == ours
+    assert list(config.eos_ids) == list(dict.fromkeys(ids if isinstance(ids, list) else [ids]))
+    assert config.to_hf()["eos_token_id"] == theirs
+    assert hash(config) == hash(ModelConfig.from_hf(PUBLISHED | {"eos_token_id": ours}))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +277,12 @@ def test_a_vocabulary_without_an_end_of_text(fields):
         ({"num_heads": True}, "F: num_heads must be a whole number >= 1, not True"),
         ({"window_size": 2.5}, "F: window_size must be a whole number >= 1, not 2.5"),
         ({"intermediate_size": -4}, "F: mlp_dim must be a whole number >= 0, not -4"),
-        ({"eos_token_id": [1, 2]}, r"F: eos_token_id must be a whole number >= -1, not \[1, 2\]"),
+        (
+            {"eos_token_id": [1, -1]},
+            r"F: eos_token_id must be a whole number >= -1 or a list of id",
+        ),
+        ({"eos_token_id": [[1]]}, "F: eos_token_id must be a whole number >= -1 or a list of ids"),
+        ({"eos_token_id": True}, "F: eos_token_id must be a whole number >= -1 or a list of ids"),
         ({"layer_norm_epsilon": "1e-5"}, "F: norm_epsilon must lie between 0 and 1, not be '1e-5'"),
         ({"layer_norm_epsilon": -1e-5}, "F: norm_epsilon must lie between 0 and 1, not be -1e-05"),
         ({"activation_function": "gelu_neu"}, "'gelu_neu'. Did you mean 'gelu_new'?"),

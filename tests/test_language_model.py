@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -44,6 +46,23 @@ def refused(call, *args, **options):
         call(*args, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_a_prompt_begins_as_the_files_of_the_tokenizer_say(checkpoints, tmp_path):
+    """And what is scored; texts of the harness, which begins them itself, do not."""
+    folder = shutil.copytree(checkpoints["bytes"], tmp_path / "model")
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    begin, text = "<|endoftext|>", {"Sequence": {"id": "A", "type_id": 0}}
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, text],
+        "pair": [text],
+        "special_tokens": {begin: {"id": begin, "ids": [0], "tokens": [begin]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    lm = neo_jax.load(folder)
+    assert lm.encode("The fox") == [0, *lm.tokenizer.encode("The fox")]
+    assert lm.encode("The fox", add_special_tokens=False) == lm.tokenizer.encode("The fox")
 
 
 def test_the_parts_are_there(checkpoints, models):

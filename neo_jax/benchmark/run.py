@@ -15,7 +15,7 @@ from neo_jax.benchmark import cells
 from neo_jax.benchmark.cells import Budget, Kind, Measurement
 from neo_jax.benchmark.limits import Limits, measure_limits
 from neo_jax.chips import Chip, chip
-from neo_jax.language_model import lay_out
+from neo_jax.loading import lay_out
 from neo_jax.model import Neo, init_params, logical_axes
 from neo_jax.sharding import Sharding, padded_rows, tree_shardings
 from neo_jax.stacked import Remat

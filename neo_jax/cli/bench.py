@@ -63,7 +63,8 @@ def main(args: Sequence[str]) -> None:
 def _request(options: Options) -> "Request":
     from neo_jax.benchmark.cells import MIN_LENGTH
     from neo_jax.benchmark.run import Request, random_params
-    from neo_jax.language_model import compute_dtype, enable_compilation_cache
+    from neo_jax.language_model import enable_compilation_cache
+    from neo_jax.loading import compute_dtype
     from neo_jax.memory import check_batch
     from neo_jax.model import Neo
     from neo_jax.sharding import make_sharding

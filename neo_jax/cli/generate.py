@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -20,6 +20,7 @@ from neo_jax.cli.options import (
     output_lines,
     print_json,
     read_prompts,
+    said_in,
 )
 from neo_jax.cli.samples import keeps, kept_samples
 from neo_jax.decode.beam import BeamOptions
@@ -27,7 +28,7 @@ from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED
 from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError
-from neo_jax.generation import BATCH_SIZE, TextOptions, check_together, fit
+from neo_jax.generation import BATCH_SIZE, MAX_NEW_TOKENS, TextOptions, check_together, fit
 from neo_jax.signals import WATCH
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Options:
     # a .jsonl file for the samples, with ids and log-probabilities; an interrupted run goes on
     output: str = ""
     json: bool = False  # print samples as JSON lines
-    max_new_tokens: int = 64  # where to stop at the latest
+    max_new_tokens: int = MAX_NEW_TOKENS  # where to stop at the latest
     stop: UseAppendAction[tuple[str, ...]] = ()  # ends a text before this string; may be repeated
     num_samples: int = 1  # for each prompt; sample i has the seed plus i, or is the i-th best beam
     # a smaller model of the same tokens whose proposals are judged together; or prompt, which
@@ -56,7 +57,10 @@ class Options:
     # a prompt that leaves no room in the context: refused, or cut to its newest tokens
     on_overflow: Literal["error", "truncate"] = "error"
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
-    sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
+    defaults: bool = True  # options that are left out are those of the model's own configuration
+    sampling: OmitArgPrefixes[UseAppendAction[SamplingOptions]] = dataclasses.field(
+        default_factory=SamplingOptions
+    )
     beams: OmitArgPrefixes[BeamOptions] = dataclasses.field(default_factory=BeamOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
@@ -82,11 +86,13 @@ def main(args: Sequence[str]) -> None:
     )
     check_output(options.output, options.prompts_file)
     with options.cluster.joined(options.model.is_split):
-        _generate(prompts, options)
+        _generate(prompts, options, said_in(args))
 
 
-def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
+def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str]) -> None:
     lm = options.model.load()
+    if options.defaults:
+        options = _filled(lm, options, said)
     draft: LanguageModel | str | None = options.draft_model or None
     if draft and draft != "prompt":
         model = dataclasses.replace(options.model, model=options.draft_model, revision="")
@@ -113,6 +119,24 @@ def _generate(prompts: Sequence["Prompt"], options: Options) -> None:
         _stream(lm, options)
     else:
         _write(lm, draft, prompts, options, plain)
+
+
+def _filled(lm: "LanguageModel", options: Options, said: Container[str]) -> Options:
+    """Returns options with the model's defaults where the command says nothing; reports these."""
+    sampling, beams = dataclasses.asdict(options.sampling), dataclasses.asdict(options.beams)
+    values = {"max_new_tokens": options.max_new_tokens, "stop": options.stop, **sampling, **beams}
+    given = {name: value for name, value in values.items() if name in said}
+    given |= {"draft": options.draft_model} if options.draft_model else {}
+    if is_leader() and (line := lm.defaults.report(given)):
+        print(line, file=sys.stderr)
+    taken = values | lm.defaults.fill(given)
+    return dataclasses.replace(
+        options,
+        max_new_tokens=taken["max_new_tokens"],
+        stop=taken["stop"],
+        sampling=SamplingOptions(**{name: taken[name] for name in sampling}),
+        beams=BeamOptions(**{name: taken[name] for name in beams}),
+    )
 
 
 def _stream(lm: "LanguageModel", options: Options) -> None:

@@ -54,6 +54,12 @@ class ModelOptions:
         )
 
 
+def said_in(args: Sequence[str]) -> set[str]:
+    """Returns the names of the options that a command line gives, as their fields are called."""
+    names = (arg[2:].split("=")[0] for arg in args if arg.startswith("--"))
+    return {name.replace("-", "_") for name in names}
+
+
 def read_prompts(path: str, key: str) -> list[str | list[int]]:
     """Reads texts or ids from a file.
 

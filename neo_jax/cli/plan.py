@@ -119,7 +119,7 @@ def _start_jax(topology: str) -> None:
         jax.config.update("jax_platforms", "cpu")
         wanted = re.fullmatch(r"cpu:(\d+)", topology)
         if wanted:
-            number = max(int(wanted[1]), jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+            number = max(int(wanted[1]), jax.config.read("jax_num_cpu_devices"))
             jax.config.update("jax_num_cpu_devices", number)
 
 
@@ -129,7 +129,7 @@ def _step(
     """Returns the step that is asked for, on a mesh."""
     import jax.numpy as jnp
 
-    from neo_jax.language_model import cached_dtype
+    from neo_jax.loading import cached_dtype
     from neo_jax.memory import check_batch
     from neo_jax.model import Neo
     from neo_jax.plan import steps

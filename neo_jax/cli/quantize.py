@@ -30,4 +30,5 @@ def main(args: Sequence[str]) -> None:
     with new_folder(options.output) as folder:
         lm = load(options.source, quantize="int8", dtype="float32")
         save_int8(folder, lm.config, lm.params, tokenizer=lm.tokenizer)
+        lm.defaults.save(folder)
     print(options.output)

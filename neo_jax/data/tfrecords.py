@@ -118,7 +118,9 @@ def crc32c(data: bytes) -> int:
         head = block[:4]
         head ^= np.frombuffer(crc.to_bytes(4, "little"), np.uint8)[: len(head)]
         rows = np.arange(len(block) - 1, -1, -1) << 8
-        crc = crc >> 8 * len(head) ^ int(np.bitwise_xor.reduce(table[rows + block]))
+        crc = crc >> 8 * len(head) ^ int(
+            np.bitwise_xor.reduce(table[rows + block], keepdims=True)[0]
+        )
     return crc ^ 0xFFFFFFFF
 
 

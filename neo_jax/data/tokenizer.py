@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neo_jax.config import read_json
-from neo_jax.errors import NeoError, reason
+from neo_jax.data.byte_pair import END_OF_TEXT as END_OF_TEXT
+from neo_jax.data.byte_pair import build, library
+from neo_jax.errors import NeoError, brief, reason
 from neo_jax.paths import is_remote, make_path
 
-END_OF_TEXT = "<|endoftext|>"
-
-_CONFIGURATION = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
-_BYTE_PAIR_FILES = ("vocab.json", "merges.txt", "added_tokens.json", *_CONFIGURATION)
+_NAMES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+_BYTE_PAIR_FILES = ("vocab.json", "merges.txt", *_NAMES)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *_BYTE_PAIR_FILES)
 """Every file that `save` may write."""
 
@@ -24,7 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *_BYTE_PAIR_FILES)
 class Tokenizer(Protocol):
     """What the package asks of a tokenizer.
 
-    Neither method adds, truncates or pads: `encode` returns the ids of the text and nothing else.
+    No method truncates or pads, and unless told `encode` adds nothing to the ids of the text.
     Special tokens such as the end of text have no text of their own: `decode` leaves them out, and
     ids outside the vocabulary too (a model's vocabulary may be padded beyond its tokenizer's).
     """
@@ -32,8 +32,13 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int | None  # ends a text; None where the vocabulary has no such token
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Returns the ids of a text.
+
+        Args:
+          text: a text.
+          add_special_tokens: whether to put before and after it what the files say that a text
+            begins and ends with, as a call of transformers' tokenizer does.
 
         Raises:
           NeoError: the text holds lone surrogates, as undecodable bytes on a command line become.
@@ -56,13 +61,15 @@ class Tokenizer(Protocol):
 class BytePairTokenizer:
     """A tokenizer of the `tokenizers` library, such as the byte-level BPE of GPT-2 and GPT-Neo.
 
-    Special tokens written out in a text ("<|endoftext|>") become their one id, as in transformers.
+    Its ids are those of transformers' AutoTokenizer: see `neo_jax.data.byte_pair`. Special tokens
+    written out in a text ("<|endoftext|>") become their one id.
 
     Args:
       source: a folder with tokenizer.json, or with vocab.json and merges.txt; or a tokenizer.json.
 
     Raises:
-      NeoError: a file is missing or corrupt, or the end-of-text token is not in the vocabulary.
+      NeoError: a file is missing or corrupt, files contradict each other, or the end-of-text token
+        is not in the vocabulary.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
@@ -70,37 +77,27 @@ class BytePairTokenizer:
         self._folder = source if source.is_dir() else source.parent
         file = source / "tokenizer.json" if source.is_dir() else source
         self._file = file if file.is_file() else None  # None for vocab.json and merges.txt
-        names = _special_names(self._folder)
-        if self._file:
-            self._tokenizer = _from_json(self._file)
-        else:
-            self._tokenizer = _from_vocab_and_merges(self._folder, names)
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not vocab:
-            raise NeoError(f"{self._folder}: the tokenizer's vocabulary is empty; is it whole?")
-        self.vocab_size = max(vocab.values()) + 1
-        eos = names.get("eos_token", END_OF_TEXT)
-        if "eos_token" in names and eos not in vocab:
-            raise NeoError(
-                f"{self._folder}: the end-of-text token '{eos}' is not in the vocabulary; correct "
-                "eos_token in tokenizer_config.json."
-            )
-        self.eos_id: int | None = vocab.get(eos)
+        self._tokenizer, self.eos_id = build(self._folder, self._file)
+        self._changed = False
+        self._count()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Returns the ids of a text."""
         check_unicode(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with library(_FAILS):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of every text."""
         check_unicode(*texts)
-        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with library(_FAILS):
+            batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
-        return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
+        with library(_FAILS):
+            return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
 
     @property
     def pipeline(self) -> Any:
@@ -117,24 +114,44 @@ class BytePairTokenizer:
             if not token or self._tokenizer.token_to_id(token) is not None:
                 raise NeoError(f"'{token}' cannot be a new token: it is empty or there already.")
             self._tokenizer.add_special_tokens([token])
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self._file = None  # what is saved is no copy any more
+        self._changed = True
+        self._count()
 
     def save(self, folder: Path) -> None:
         """Copies the files, and adds those without which transformers cannot load the folder."""
+        config = folder / "tokenizer_config.json"
+        if self._changed:  # all is in tokenizer.json, and what else names tokens would be wrong
+            self._write(folder)
+            fields = read_json(source) if (source := self._folder / config.name).is_file() else {}
+            fields.pop("added_tokens_decoder", None)
+            self._configure(config, fields)
+            return
         for name in _BYTE_PAIR_FILES:
             _copy(self._folder / name, folder / name)
         if self._file:
             _copy(self._file, folder / "tokenizer.json")
         else:
-            text = self._tokenizer.to_str(pretty=True)
-            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        config = folder / "tokenizer_config.json"
+            self._write(folder)
         if not config.exists():
-            end = None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id)
-            fields = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
-            fields |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-            config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            self._configure(config, {})
+
+    def _write(self, folder: Path) -> None:
+        if not is_remote(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        text = self._tokenizer.to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+
+    def _configure(self, path: Path, fields: dict[str, Any]) -> None:
+        end = None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id)
+        fields = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) | fields
+        fields |= {"tokenizer_class": "PreTrainedTokenizerFast"}  # takes tokenizer.json as it is
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+    def _count(self) -> None:
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+_FAILS = "the tokenizer's library fails ({}); correct the files of the tokenizer."
 
 
 class SentencePieceTokenizer:
@@ -144,13 +161,22 @@ class SentencePieceTokenizer:
       source: a .model file, or a folder with tokenizer.model, spiece.model or one other *.model.
 
     Raises:
-      NeoError: no such file, more than one, or a corrupt one.
+      NeoError: no such file, more than one, or a corrupt one; or the folder names a class of
+        transformers, whose ids are others.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         import sentencepiece
 
-        self._file = _model_file(make_path(source))
+        source = make_path(source)
+        self._file = _model_file(source)
+        config = source / "tokenizer_config.json"
+        kind = read_json(config).get("tokenizer_class") if config.is_file() else None
+        if kind:
+            raise NeoError(
+                f"{source}: the tokenizer_class {brief(kind)} makes other ids than its .model file "
+                "alone; add the tokenizer.json that transformers makes of it."
+            )
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(self._file.read_bytes())
@@ -162,8 +188,8 @@ class SentencePieceTokenizer:
         end = self._pieces.eos_id()
         self.eos_id: int | None = end if end >= 0 else None
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text."""
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Returns the ids of a text, to which nothing is ever added."""
         check_unicode(text)
         return self._pieces.EncodeAsIds(text)
 
@@ -280,53 +306,6 @@ def check_unicode(*texts: str) -> None:
 
 def _known(ids: Sequence[int], vocab_size: int) -> list[int]:
     return [int(i) for i in ids if 0 <= i < vocab_size]
-
-
-def _special_names(folder: Path) -> dict[str, str]:
-    """Reads the texts of the special tokens that a folder's configuration names."""
-    names: dict[str, str] = {}
-    for file in _CONFIGURATION:
-        if (folder / file).is_file():
-            for name, token in read_json(folder / file).items():
-                token = token.get("content") if isinstance(token, dict) else token
-                if name.endswith("_token") and isinstance(token, str):
-                    names[name] = token
-    return names
-
-
-def _from_json(path: Path) -> Any:
-    import tokenizers
-
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing more precise
-        raise NeoError(f"{path} is not a tokenizer.json ({reason(error)}); is it whole?") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _from_vocab_and_merges(folder: Path, names: dict[str, str]) -> Any:
-    import tokenizers
-
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    ids = read_json(vocab)
-    try:
-        lines = filter(None, merges.read_text(encoding="utf-8").split("\n"))
-        pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, pairs))  # type: ignore[arg-type]
-    except Exception as error:  # the library raises nothing more precise
-        raise NeoError(
-            f"cannot read {vocab} and merges.txt ({reason(error)}); are they whole?"
-        ) from error
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    added = folder / "added_tokens.json"
-    extra = read_json(added) if added.is_file() else {}
-    tokenizer.add_tokens(sorted(extra, key=lambda token: extra[token]))
-    known = tokenizer.get_vocab()
-    tokenizer.add_special_tokens([t for t in (END_OF_TEXT, *names.values()) if t in known])
-    return tokenizer
 
 
 def _model_file(source: Path) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 from neo_jax.axes import Params
 from neo_jax.decode import engine
 from neo_jax.decode.engine import Completion, DecodeState, bucket
-from neo_jax.decode.sampling import SamplingOptions, stack_settings
+from neo_jax.decode.sampling import SamplingOptions, size_of_bans, stack_settings
 from neo_jax.distributed import to_host
 from neo_jax.model import Neo
 from neo_jax.sharding import padded_rows
@@ -107,6 +107,7 @@ class _Batch:
         self._model = model
         self._params = params
         self._requests = requests
+        self._bans = size_of_bans(each for request in requests for each in request.options)
         self._texts: list[_Text | None] = [None] * rows
         self._state: DecodeState | None = None
         self._queue = deque(_turns(requests, WINDOW * max(rows, 1)))
@@ -157,7 +158,7 @@ class _Batch:
             for sample in range(len(request.options)):
                 watch = request.watches[sample] if request.watches else None
                 self._waiting.append(_Text(index, sample, row, watch))
-        settings = stack_settings([SamplingOptions()] * rows)
+        settings = stack_settings([SamplingOptions()] * rows, self._bans)
         self._read = engine.prefill(model, width, self._params, tokens, lengths, limits, settings)
 
     def _width(self, index: int) -> int:
@@ -186,7 +187,7 @@ class _Batch:
             np.array([text.source for text in new] + [0] * fill, np.int32),
             np.array(rows + [0] * fill, np.int32),
             len(rows),
-            stack_settings(options + [SamplingOptions()] * fill),
+            stack_settings(options + [SamplingOptions()] * fill, self._bans),
         )
 
     def _harvest(self) -> Iterator[tuple[int, list[Completion]]]:
@@ -209,7 +210,7 @@ class _Batch:
                 logprobs[row],
                 int(lengths[row]),
                 len(request.ids),
-                self._model.config.eos_token_id,
+                self._model.config.eos_ids,
             )
             keep = None
             if text.watch:

@@ -1,10 +1,11 @@
 """Beam search: the texts of highest log-probability that a few parallel searches find.
 
 Every prompt has K beams. A step looks at every token after every beam and takes the 2 K likeliest
-texts: at least K of them do not end, and go on. Of the K likeliest, those that end are finished,
-and the K best finished ones are kept by score: the sum of the log-probabilities of the new tokens,
-the end of text included, over their number to the power of the length penalty. Scores, and when a
-search is over, are those of transformers, so that both find the same texts.
+texts, or (1 + E) K where E > 1 tokens end a text: at least K of them do not end, and go on. Of the
+K likeliest, those that end are finished, and the K best finished ones are kept by score: the sum of
+the log-probabilities of the new tokens, the end of text included, over their number to the power of
+the length penalty. Scores, and when a search is over, are those of transformers, so that both find
+the same texts.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
 from neo_jax.decode.compiling import Loop
 from neo_jax.decode.engine import DecodeState, completion
-from neo_jax.decode.sampling import Settings, processed
+from neo_jax.decode.sampling import Settings, is_end, processed
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError, check_numbers
 from neo_jax.model import Neo
@@ -122,7 +123,7 @@ def search(
     beams = options.num_beams
     if not 1 <= num_return <= beams:
         raise NeoError(f"{num_return} texts of {beams} beams cannot be returned; raise num_beams.")
-    if 2 * beams > model.config.vocab_size:
+    if _per_beam(model) * beams > model.config.vocab_size:
         raise NeoError(f"{beams} beams are too many for {model.config.vocab_size} tokens.")
     if not prompts:
         return []
@@ -143,7 +144,7 @@ def _beams(model: Neo, prompt: Sequence[int], found: Texts, row: int, count: int
         score = float(found.scores[row, beam])
         if score == -math.inf:  # what the penalties left ended before there were so many
             break
-        length, eos = int(found.lengths[row, beam]), model.config.eos_token_id
+        length, eos = int(found.lengths[row, beam]), model.config.eos_ids
         tokens, logprobs = (np.asarray(x[row, beam]) for x in (found.tokens, found.logprobs))
         beams.append(Beam(*completion(tokens, logprobs, length, len(prompt), eos), score))
     return beams
@@ -175,8 +176,9 @@ def run(model: Neo, beams: int, params: Params, state: DecodeState, rule: Rule) 
 
 def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState:
     """Reads the newest token of every beam and takes the best of all that may follow."""
-    running, eos = state.running, model.config.eos_token_id
+    running, eos = state.running, model.config.eos_ids
     batch, beams = state.sums.shape
+    count = _per_beam(model) * beams
     rows, newest = jnp.arange(batch * beams), running.lengths - 1
     variables = {"params": params}
     hidden, cache = model.apply(
@@ -192,7 +194,7 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
     scored = processed(logprobs, running.settings, running.history, eos)
     sums = (state.sums[..., None] + scored.reshape(batch, beams, vocab)).reshape(batch, -1)
 
-    sums, index = jax.lax.top_k(sums, 2 * beams)
+    sums, index = jax.lax.top_k(sums, count)
     parents = jnp.arange(batch)[:, None] * beams + index // vocab  # rows of `running`
     tokens = index % vocab
     places = running.lengths[parents]
@@ -204,9 +206,9 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
         sums,
     )
     num_new = candidates.lengths - running.prompt_lengths[parents]
-    ended = (tokens == eos) | (candidates.lengths >= running.limits[parents])
+    ended = is_end(tokens, eos) | (candidates.lengths >= running.limits[parents])
 
-    finishes = ended & (jnp.arange(2 * beams) < beams)[None] & ~state.done[:, None]
+    finishes = ended & (jnp.arange(count) < beams)[None] & ~state.done[:, None]
     scores = sums / _power(num_new, rule.length_penalty)
     both = jax.tree.map(
         lambda old, new: jnp.concatenate([old, new], axis=1),
@@ -228,6 +230,11 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
     worst = finished.scores[:, -1]
     over = (num_new >= most) | (best <= worst) | (rule.at_once & (worst > -jnp.inf))
     return BeamState(running, sums, finished, state.done | over)
+
+
+def _per_beam(model: Neo) -> int:
+    """Candidates for each beam, of which one does not end."""
+    return max(2, 1 + len(model.config.eos_ids))
 
 
 def _power(lengths: Int[Array, "..."], exponent: Float[Array, ""]) -> Float[Array, "..."]:

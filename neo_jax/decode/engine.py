@@ -21,7 +21,15 @@ from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
 from neo_jax.cache import Cache
 from neo_jax.decode.compiling import Loop
 from neo_jax.decode.prompt import read
-from neo_jax.decode.sampling import History, Settings, choose, logprobs_of
+from neo_jax.decode.sampling import (
+    History,
+    SamplingOptions,
+    Settings,
+    choose,
+    is_end,
+    logprobs_of,
+    stack_settings,
+)
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.memory import check_batch
@@ -47,7 +55,7 @@ class DecodeState(NamedTuple):
     @property
     def history(self) -> History:
         """The texts, as sampling looks at them."""
-        return History(self.tokens, self.lengths, self.prompt_lengths)
+        return History(self.tokens, self.lengths, self.prompt_lengths, self.limits)
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -132,8 +140,8 @@ def start(
         tokens[row, : len(prompt)] = prompt
         lengths[row], limits[row] = len(prompt), len(prompt) + max_new_tokens
     if rows > len(prompts):
-        fill = ((0, rows - len(prompts)),)
-        settings = jax.tree.map(lambda x: np.pad(x, fill, mode="edge"), settings)
+        last = np.minimum(np.arange(rows), len(prompts) - 1)
+        settings = jax.tree.map(lambda x: np.asarray(x)[last], settings)
     return prefill(model, room, params, tokens, lengths, limits, settings)
 
 
@@ -173,7 +181,18 @@ def blank(model: Neo, rows: int, like: DecodeState) -> DecodeState:
     cache = caching.vacate(state.cache, jnp.arange(rows))
     ones = jnp.ones(rows, jnp.int32)
     done = jnp.ones(rows, bool)
-    return _place(model.sharding, state._replace(lengths=ones, limits=ones, done=done, cache=cache))
+    _, *size = like.settings.bans.shape
+    neutral = [SamplingOptions(temperature=0.0)] * rows  # what nobody asks for costs nothing
+    return _place(
+        model.sharding,
+        state._replace(
+            lengths=ones,
+            limits=ones,
+            done=done,
+            settings=stack_settings(neutral, (size[0], size[1])),
+            cache=cache,
+        ),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -296,12 +315,12 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
         method=Neo.encode,
     )
     logits = model.apply(variables, hidden, method=Neo.unembed)
-    eos = model.config.eos_token_id
+    eos = model.config.eos_ids
     token = choose(logits[:, 0], state.settings, state.history, eos)
     logprob = logprobs_of(logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
-    ended = (token == eos) | (lengths >= state.limits)
+    ended = is_end(token, eos) | (lengths >= state.limits)
     return DecodeState(
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         logprobs=state.logprobs.at[rows, where].set(logprob, mode="drop"),
@@ -339,7 +358,7 @@ def generate(
     state = start(model, params, prompts, max_new_tokens, settings)
     state = run(model, params, state, max_new_tokens)
     tokens, logprobs, lengths = map(to_host, (state.tokens, state.logprobs, state.lengths))
-    eos = model.config.eos_token_id
+    eos = model.config.eos_ids
     return [
         completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
         for row, prompt in enumerate(prompts)
@@ -347,11 +366,16 @@ def generate(
 
 
 def completion(
-    tokens: np.ndarray, logprobs: np.ndarray, length: int, prompt_length: int, eos: int
+    tokens: np.ndarray,
+    logprobs: np.ndarray,
+    length: int,
+    prompt_length: int,
+    eos: tuple[int, ...],
 ) -> Completion:
-    """Returns what was generated in a row that is done."""
-    new = slice(prompt_length, length - 1 if tokens[length - 1] == eos else length)
-    reason = "eos" if tokens[length - 1] == eos else "length"
+    """Returns what was generated in a row so far."""
+    ended = length > prompt_length and tokens[length - 1] in eos
+    new = slice(prompt_length, length - 1 if ended else length)
+    reason = "eos" if ended else "length"
     return Completion(tokens[new].tolist(), logprobs[new].tolist(), reason)
 
 
@@ -371,6 +395,6 @@ def stream(
     for position in range(len(prompt), len(prompt) + max_new_tokens):
         state = run(model, params, state, 1)
         token = int(to_host(state.tokens[0, position]))
-        if token == model.config.eos_token_id:
+        if token in model.config.eos_ids:
             return
         yield token

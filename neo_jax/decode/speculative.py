@@ -25,7 +25,7 @@ from neo_jax.cache import SLACK, Cache
 from neo_jax.decode import engine
 from neo_jax.decode.compiling import Loop
 from neo_jax.decode.engine import Completion, DecodeState, completion
-from neo_jax.decode.sampling import History, Settings, logprobs_of, processed
+from neo_jax.decode.sampling import History, Settings, is_end, logprobs_of, processed
 from neo_jax.distributed import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import Neo
@@ -144,7 +144,7 @@ def generate(
     text = state.text
     tokens, logprobs, lengths = map(to_host, (text.tokens, text.logprobs, text.lengths))
     counts = zip(*map(to_host, (state.passes, state.judged, state.accepted)), strict=True)
-    eos = model.config.eos_token_id
+    eos = model.config.eos_ids
     completions = [
         completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
         for row, prompt in enumerate(prompts)
@@ -168,7 +168,8 @@ def run(
         if draft is None or draft_params is None:
             proposal = _look_up(text, num_drafted, model.config.padded_vocab_size)
         else:
-            proposal, cache = _draft(draft, num_drafted, draft_params, text, state.cache)
+            eos = model.config.eos_ids
+            proposal, cache = _draft(draft, num_drafted, draft_params, text, state.cache, eos)
             state = state._replace(cache=cache)
         return _judge(model, params, state, proposal)
 
@@ -176,7 +177,12 @@ def run(
 
 
 def _draft(
-    draft: Neo, num_drafted: int, params: Params, text: DecodeState, cache: Cache
+    draft: Neo,
+    num_drafted: int,
+    params: Params,
+    text: DecodeState,
+    cache: Cache,
+    eos: tuple[int, ...],
 ) -> tuple[_Proposal, Cache]:
     """Lets the draft model continue each row by G tokens."""
     rows = jnp.arange(text.tokens.shape[0])
@@ -196,8 +202,8 @@ def _draft(
             method=Neo.encode,
         )
         logits = draft.apply(variables, hidden[:, 1:], method=Neo.unembed)[:, 0]
-        history = History(tokens, lengths, text.prompt_lengths)
-        weights = _distribution(logits, text.settings, history, draft.config.eos_token_id)
+        history = History(tokens, lengths, text.prompt_lengths, text.limits)
+        weights = _distribution(logits, text.settings, history, eos)
         token = _draw(weights, text.settings, lengths, _DRAFT)
         tokens = tokens.at[rows, lengths].set(token, mode="drop")
         return (tokens, cache), (token, weights)
@@ -231,7 +237,7 @@ def _judge(
     model: Neo, params: Params, state: SpeculativeState, proposal: _Proposal
 ) -> SpeculativeState:
     """Reads the newest token and the drafted ones, and appends what is accepted and one more."""
-    text, eos = state.text, model.config.eos_token_id
+    text, eos = state.text, model.config.eos_ids
     batch, num_drafted = proposal.tokens.shape
     rows = jnp.arange(batch)[:, None]
     ahead = jnp.arange(num_drafted + 1)[None]
@@ -268,7 +274,7 @@ def _judge(
 
     # Cut after an end of text, and where there is no more room.
     new = (ahead <= accepted[:, None]) & (places < text.limits[:, None]) & ~text.done[:, None]
-    ends = new & (tokens == eos)
+    ends = new & is_end(tokens, eos)
     new &= jnp.cumsum(ends, axis=1) - ends == 0
     count = jnp.sum(new, axis=1)
     where = jnp.where(new, places, text.tokens.shape[1])
@@ -301,7 +307,7 @@ def _distributions(
     text: DecodeState,
     proposal: _Proposal,
     places: Int[Array, "B T"],
-    eos: int,
+    eos: tuple[int, ...],
 ) -> Float[Array, "B T V"]:
     """Returns the distribution of the token at each place, the drafted ones before it given."""
     batch, count = places.shape
@@ -309,7 +315,7 @@ def _distributions(
     tokens = text.tokens.at[rows, places[:, :-1]].set(proposal.tokens, mode="drop")
     repeated = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, count, axis=0),
-        (text.settings, History(tokens, text.lengths, text.prompt_lengths)),
+        (text.settings, text._replace(tokens=tokens).history),
     )
     settings, history = repeated
     history = history._replace(lengths=places.reshape(-1))
@@ -318,7 +324,7 @@ def _distributions(
 
 
 def _distribution(
-    logits: Float[Array, "B V"], settings: Settings, history: History, eos: int
+    logits: Float[Array, "B V"], settings: Settings, history: History, eos: tuple[int, ...]
 ) -> Float[Array, "B V"]:
     """Returns what the next token is drawn from; at temperature 0 the likeliest has it all."""
     logits = processed(logits, settings, history, eos)

@@ -121,7 +121,7 @@ class NeoLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Returns the ids of a text, without special tokens."""
-        return self.lm.encode(string) if string else []
+        return self.lm.encode(string, add_special_tokens=False) if string else []
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """Returns (log p in nats, is greedy) of each request's continuation after its context.

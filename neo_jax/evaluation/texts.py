@@ -141,7 +141,7 @@ def measure(
       NeoError: no tokenizer, or a stride beyond the context.
     """
     for some in _batches(documents):
-        ids = [[*start_of_text(lm), *lm.encode(document.text)] for document in some]
+        ids = [[*start_of_text(lm), *lm.encode(document.text, False)] for document in some]
         scores = token_logprobs(lm.model, lm.params, ids, stride, batch_size)
         for document, logprobs in zip(some, scores, strict=True):
             nats = -float(logprobs.sum(dtype="float64"))

@@ -124,7 +124,7 @@ def _tuple_elements(
     lines: dict[str, Instruction], instruction: Instruction
 ) -> dict[str, Instruction]:
     """Returns the get-tuple-elements that newer texts write as operands: %pair#0 of %pair."""
-    found = {}
+    found: dict[str, Instruction] = {}
     for name in instruction.operands:
         whole, *path = name.split("#")
         for index in path:

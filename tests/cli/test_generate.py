@@ -45,6 +45,31 @@ def test_a_prompt_is_continued(succeed, model, lm):
     assert sampled != out
 
 
+def test_defaults_of_the_model_are_followed_and_reported(run, checkpoints, lm, tmp_path):
+    """Where the command says nothing; an option that says what ours says counts too."""
+    folder = shutil.copytree(checkpoints["bytes"], tmp_path / "model")
+    args = ["generate", "The fox", "--model", folder, "--seed", 3]
+    fields = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 0, "guidance_scale": 3}
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    said = (
+        "generation_config.json: max_new_tokens 12, temperature 0.0; not followed: guidance_scale"
+    )
+    assert run(*args) == (0, f"The fox{lm.generate('The fox', 12, temperature=0)}\n", f"{said}\n")
+    drawn = f"The fox{lm.generate('The fox', 12, seed=3)}\n"
+    said = "generation_config.json: max_new_tokens 12; not followed: guidance_scale\n"
+    assert run(*args, "--temperature", 0.7) == (0, drawn, said)
+    assert run(*args, "--no-defaults", "--max-new-tokens=12") == (0, drawn, "")
+
+
+def test_banned_words_are_said_one_by_one(succeed, model, lm):
+    first = lm.sample(["The fox"], 12, sampling=GREEDY)[0].ids
+    options = {"suppress_tokens": first[:2], "bad_words_ids": [first[3:5], first[5:6]]}
+    args = ["--suppress-tokens", first[0], "--suppress-tokens", first[1]]
+    args += ["--bad-words-ids", *first[3:5], "--bad-words-ids", first[5]]
+    out = succeed("generate", "The fox", *model, *OPTIONS, *args)
+    assert out == f"The fox{lm.generate('The fox', 12, temperature=0, **options)}\n"
+
+
 def test_a_terminal_gets_a_stream(succeed, model, lm, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     out = succeed("generate", "The fox", *model, *OPTIONS)

@@ -152,6 +152,16 @@ def test_files_are_named_directly(folders, loaded, tmp_path):
     assert load_tokenizer(tmp_path / "saved").encode("dog") == loaded["json"].encode("dog")
 
 
+def test_a_class_of_transformers_is_not_its_model_file(folders, tmp_path):
+    (tmp_path / "spiece.model").write_bytes((folders["pieces"] / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    assert load_tokenizer(tmp_path).encode("a dog")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(NeoError, match="the tokenizer_class 'T5Tokenizer' makes other ids"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path / "spiece.model").encode("a dog")
+
+
 def test_settings_of_the_file_do_not_touch_the_ids(folders, loaded, tmp_path):
     bpe = tokenizers.Tokenizer.from_file(str(folders["json"] / "tokenizer.json"))
     bpe.enable_truncation(3)
@@ -211,6 +221,8 @@ def test_missing_and_corrupt_files(tmp_path):
     (tmp_path / "merges.txt").write_text("")
     assert "vocabulary is empty" in message(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
+    assert "tokenizer.json is not valid JSON" in message(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     assert "is not a tokenizer.json" in message(tmp_path)
 
 

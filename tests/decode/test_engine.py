@@ -223,8 +223,10 @@ def steps(monkeypatch):
 
 
 def test_the_end_of_text_stops_a_row_and_the_loop(params, greedy, steps):
-    eos = greedy[1].ids[20]
-    cuts = [c.ids.index(eos) if eos in c.ids else None for c in greedy]
+    """Any of several ends, also as the first new token."""
+    eos = (greedy[1].ids[20], greedy[0].ids[0])
+    cuts = [next((i for i, token in enumerate(c.ids) if token in eos), None) for c in greedy]
+    assert cuts[0] == 0
     assert cuts[1] > 3
     model = Neo(dataclasses.replace(CONFIG, eos_token_id=eos))
     settings = settings_of(GREEDY, len(PROMPTS))
@@ -242,7 +244,9 @@ def test_the_end_of_text_stops_a_row_and_the_loop(params, greedy, steps):
     jax.effects_barrier()
     assert alone.ids == greedy[1].ids[: cuts[1]]
     assert len(steps) == cuts[1] + 1  # the end of text takes a step too
-    assert list(engine.stream(model, params, PROMPTS[1], NEW, one)) == alone.ids
+    for row in (0, 1):
+        new = list(engine.stream(model, params, PROMPTS[row], NEW, one))
+        assert new == greedy[row].ids[: cuts[row]]
 
 
 def test_the_loop_runs_until_the_last_row_is_done(params, greedy, steps):
@@ -264,6 +268,8 @@ def test_state_counts_tokens_and_keeps_the_prompts(params, greedy):
     state = engine.run(model, params, state, 2)
     assert state.lengths.tolist() == [4, 9, 20, 27]
     assert state.done.tolist() == [True, False, False, False]
+    blank = engine.blank(model, 2, state).settings  # nothing that a step would have to do
+    jax.tree.map(np.testing.assert_array_equal, blank, settings_of(GREEDY, 2))
     for row, prompt, completion in zip(state.tokens, PROMPTS, greedy, strict=True):
         length = 3 if prompt is PROMPTS[0] else 4
         expected = prompt + completion.ids[:length]

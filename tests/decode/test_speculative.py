@@ -143,16 +143,24 @@ def test_what_is_looked_up(tokens, proposed):
 def test_ends_of_text_penalties_and_limits(params, greedy):
     """Rows that stop at different places, in the middle of what was accepted."""
     plain = SamplingOptions(temperature=0.0)
-    model = Neo(dataclasses.replace(CONFIG, eos_token_id=greedy[1].ids[40]))
+    new = greedy[1].ids
+    model = Neo(dataclasses.replace(CONFIG, eos_token_id=(new[0], new[40])))
     options = [
-        plain,
+        plain,  # ends with the first new token
         dataclasses.replace(plain, min_new_tokens=50),
-        dataclasses.replace(plain, repetition_penalty=1.2),
-        dataclasses.replace(plain, no_repeat_ngram_size=2),
+        dataclasses.replace(plain, repetition_penalty=1.2, begin_suppress_tokens=[new[0]]),
+        dataclasses.replace(
+            plain,
+            no_repeat_ngram_size=2,
+            suppress_tokens=[new[0], new[40]],
+            bad_words_ids=[new[1:4], new[4:6]],
+            forced_eos_token_id=3,
+        ),
     ]
     prompts, settings = [PROMPTS[1]] * 4, stack_settings(options)
     expected = engine.generate(model, params, prompts, NEW, settings)
     assert len({tuple(completion.ids) for completion in expected}) == 4
+    assert expected[0].ids == []
     assert "eos" in {completion.finish_reason for completion in expected}
     for draft in (noisy(params, 0.006), None):
         texts, fared = generate(params, draft, settings, prompts=prompts, model=model)
@@ -222,8 +230,9 @@ def exact(model, params, prompt):
     total = np.ones(len(texts))
     for i in range(3):
         length = np.full(len(texts), len(prompt) + i)
-        history = History(jnp.asarray(tokens), jnp.asarray(length), jnp.asarray(length - i))
-        kept = processed(logits[:, len(prompt) + i - 1], settings, history, -1)
+        tokens, length = jnp.asarray(tokens), jnp.asarray(length)
+        history = History(tokens, length, length - i, length + 3)
+        kept = processed(logits[:, len(prompt) + i - 1], settings, history, ())
         total *= np.asarray(jax.nn.softmax(kept))[np.arange(len(texts)), texts[:, i]]
     return total
 
