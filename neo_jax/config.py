@@ -7,6 +7,14 @@ import dataclasses
 from typing import Any, Literal
 
 from neo_jax.errors import NeoError, brief, suggest
+from neo_jax.families import (
+    GPT2,
+    HF_FIELDS,
+    HF_IGNORED,
+    HF_STALE,
+    PRESET_FIELDS,
+    SAME_ACTIVATIONS,
+)
 from neo_jax.json_text import read_json as read_json
 
 AttentionType = Literal["global", "local"]
@@ -166,7 +174,7 @@ class ModelConfig:
 
     @property
     def _hf(self) -> dict[str, str]:
-        return _HF_FIELDS[self.family]
+        return HF_FIELDS[self.family]
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -181,7 +189,7 @@ class ModelConfig:
                 f"{source}: model_type is {brief(family)}; this loads 'gpt_neo' and 'gpt2' "
                 "checkpoints."
             )
-        table, ignored = _HF_FIELDS[family], _HF_IGNORED | _HF_STALE[family]
+        table, ignored = HF_FIELDS[family], HF_IGNORED | HF_STALE[family]
         known = {*table, *(["attention_types", "attention_layers"] if family == "gpt_neo" else [])}
         if fields.get("quantization_config") is not None:
             raise NeoError(
@@ -203,13 +211,13 @@ class ModelConfig:
             )
         values: dict[str, Any] = {"eos_token_id": -1}
         if family == "gpt2":
-            values |= _GPT2
+            values |= GPT2
         values |= {
             ours: fields[theirs] for theirs, ours in table.items() if fields.get(theirs) is not None
         }
         activation = values.get("activation")
         if isinstance(activation, str):
-            values["activation"] = _SAME_ACTIVATIONS.get(activation, activation)
+            values["activation"] = SAME_ACTIVATIONS.get(activation, activation)
         try:
             if family == "gpt_neo":
                 values["attention_types"] = _hf_layer_types(fields)
@@ -322,88 +330,9 @@ def _hf_layer_types(fields: dict[str, Any]) -> tuple[AttentionType, ...]:
 
 _NEEDED = ("num_layers", "embed_dim", "num_heads", "vocab_size")
 _NULLABLE = ("mlp_dim", "eos_token_id")  # null says: as wide as usual; no such token
-_SAME_ACTIVATIONS = {
-    "gelu_python": "gelu",
-    **dict.fromkeys(
-        ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast"), "gelu_new"
-    ),
-}
-_HF_FIELDS = {
-    "gpt_neo": {
-        "num_layers": "num_layers",
-        "hidden_size": "embed_dim",
-        "num_heads": "num_heads",
-        "intermediate_size": "mlp_dim",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_length",
-        "window_size": "window_size",
-        "activation_function": "activation",
-        "layer_norm_epsilon": "norm_epsilon",
-        "eos_token_id": "eos_token_id",
-        "tie_word_embeddings": "tied_head",
-    },
-    "gpt2": {
-        "n_layer": "num_layers",
-        "n_embd": "embed_dim",
-        "n_head": "num_heads",
-        "n_inner": "mlp_dim",
-        "vocab_size": "vocab_size",
-        "n_positions": "max_length",
-        "activation_function": "activation",
-        "layer_norm_epsilon": "norm_epsilon",
-        "eos_token_id": "eos_token_id",
-        "scale_attn_weights": "scale_attention",
-        "tie_word_embeddings": "tied_head",
-    },
-}
-_HF_STALE = {
-    "gpt_neo": frozenset(["attention_dropout", "embed_dropout", "resid_dropout"]),
-    "gpt2": frozenset(
-        """n_ctx attn_pdrop embd_pdrop resid_pdrop predict_special_tokens n_special
-        scale_attn_by_inverse_layer_idx reorder_and_upcast_attn""".split()
-    ),
-}
 
-# Fields of published config.json files that say nothing about the forward pass of a causal
-# language model: bookkeeping of transformers, training-time settings, other heads.
-_HF_IGNORED = frozenset(
-    """
-    model_type architectures transformers_version torch_dtype dtype use_cache bos_token_id
-    pad_token_id sep_token_id cls_token_id decoder_start_token_id initializer_range
-    classifier_dropout gradient_checkpointing tokenizer_class task_specific_params id2label
-    label2id num_labels
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj output_attentions output_hidden_states return_dict is_encoder_decoder
-    is_decoder add_cross_attention chunk_size_feed_forward problem_type prefix pruned_heads
-    torchscript use_bfloat16 use_return_dict finetuning_task max_length min_length do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tf_legacy_loss cross_attention_hidden_size attn_implementation
-    tie_encoder_decoder unsloth_version quantization_config output_past eos_token_ids
-    """.split()
-)
 
-_GPT2: dict[str, Any] = {
-    "attention_types": ("global",), "max_length": 1024, "qkv_bias": True,
-    "scale_attention": True,
-}  # fmt: skip
-_PRESETS: dict[str, dict[str, Any]] = {
-    "gpt-neo-125m": {"num_layers": 12, "embed_dim": 768, "num_heads": 12},
-    "gpt-neo-350m": {"num_layers": 24, "embed_dim": 1024, "num_heads": 16},
-    "gpt-neo-1.3b": {"num_layers": 24, "embed_dim": 2048, "num_heads": 16},
-    "gpt-neo-2.7b": {"num_layers": 32, "embed_dim": 2560, "num_heads": 20},
-    "gpt-neo-6.7b": {"num_layers": 32, "embed_dim": 4096, "num_heads": 32},
-    "gpt-neo-13b": {"num_layers": 40, "embed_dim": 5120, "num_heads": 40},
-    "distilgpt2": {"num_layers": 6, "embed_dim": 768, "num_heads": 12},
-    "gpt2": {"num_layers": 12, "embed_dim": 768, "num_heads": 12},
-    "gpt2-medium": {"num_layers": 24, "embed_dim": 1024, "num_heads": 16},
-    "gpt2-large": {"num_layers": 36, "embed_dim": 1280, "num_heads": 20},
-    "gpt2-xl": {"num_layers": 48, "embed_dim": 1600, "num_heads": 25},
-}
-
-PRESETS = tuple(_PRESETS)
+PRESETS = tuple(PRESET_FIELDS)
 """Names of the presets: the released sizes, and two larger ones that GPT-Neo's original has."""
 
 
@@ -413,7 +342,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
       NeoError: no preset has this name; the message suggests the nearest.
     """
-    if name not in _PRESETS:
-        raise NeoError(f"no preset is called '{name}'.{suggest(name, _PRESETS)}")
-    family = _GPT2 if "gpt2" in name else {}
-    return ModelConfig(**_PRESETS[name], **family)
+    if name not in PRESET_FIELDS:
+        raise NeoError(f"no preset is called '{name}'.{suggest(name, PRESET_FIELDS)}")
+    family = GPT2 if "gpt2" in name else {}
+    return ModelConfig(**PRESET_FIELDS[name], **family)

@@ -12,7 +12,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 
 # Imports go to earlier lines only; parts of one line do not import each other.
 LAYERS = [
-    ["axes", "errors", "signals"],
+    ["axes", "errors", "families", "signals"],
     ["paths"],
     ["locks", "json_text"],
     ["chips", "config", "distributed", "memory"],
