@@ -39,8 +39,11 @@ from neo_jax.pretrained import save_pretrained  # noqa: E402
 # The files that take longest, so that all processes end together. The first traces with
 # jax.profiler, which crashes in a process that has loaded a TPU's compiler.
 _FIRST = [
-    "training/test_loop.py", "test_distributed.py", "test_notebooks.py", "test_bundled.py",
-    "decode/test_compiled.py", "plan/test_steps.py", "attention/test_splash.py",
+    "training/test_loop.py", "test_strategies.py", "test_distributed.py", "test_notebooks.py",
+    "test_stacked.py", "training/test_checkpoint.py", "training/test_interrupt.py",
+    "attention/test_splash.py", "plan/test_steps.py", "decode/test_compiled.py",
+    "training/test_state.py", "test_model_parity.py", "test_bundled.py",
+    "evaluation/test_harness.py",
 ]  # fmt: skip
 
 

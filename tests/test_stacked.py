@@ -57,7 +57,11 @@ def test_stacking_and_back(some):
             assert axes[path] == ("layers", *canonical["h_0", *path[1:]])
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "full"])
+@pytest.mark.parametrize(
+    ("some", "remat"),
+    [*((name, "none") for name in PATTERNS), ("pairs", "full"), ("triples", "products")],
+    indirect=["some"],
+)
 def test_the_numbers_are_the_canonical_ones(some, remat):
     model, params, tokens = some
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from mesh_triples import Triple, compare
 
 from neo_jax import cache as caching
-from neo_jax.config import PRESETS, ModelConfig, preset
+from neo_jax.config import ModelConfig, preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.lora import LoraConfig
@@ -235,7 +235,7 @@ def test_where_everything_lies_is_what_was_agreed(mesh, rules):
     assert file.read_text() == new, "if this is meant, run again with NEO_JAX_REWRITE_GOLDEN=1"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["gpt-neo-125m", "gpt-neo-2.7b", "gpt-neo-13b", "gpt2-xl"])
 def test_a_step_is_traced_for_256_devices_that_are_not_there(name):
     config = preset(name)
     rules = "fsdp+tensor"
