@@ -160,13 +160,14 @@ class Training(Job):
             return f"{folder.name}: its state is away for 8 s"
         files = [path for path in (folder / "state").rglob("*") if path.stat().st_size > 99]
         path = max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
-        data = bytearray(path.read_bytes())
+        before, data = _bytes(folder), bytearray(path.read_bytes())
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         if how == "removed":
             path.unlink()
         else:
             path.write_bytes(data if how == "flipped" else data[: len(data) // 2])
-        self._damaged.append(_bytes(folder))
+        # Where the last process was killed before it saw the damage, it is harmed once more.
+        self._damaged = [left for left in self._damaged if left != before] + [_bytes(folder)]
         return f"{folder.name}: {path.name} {how}"
 
     def check(self) -> None:
