@@ -14,7 +14,7 @@ from neo_jax.config import read_json
 from neo_jax.data.writer import DATASET_FILE, OFFSETS_FILE, PROMPTS_FILE, VERSION
 from neo_jax.distributed import is_leader
 from neo_jax.errors import NeoError, reason, suggest
-from neo_jax.paths import file_size, is_remote, make_path, read_range
+from neo_jax.paths import file_size, is_file, is_remote, make_path, read_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +292,8 @@ _DAMAGED_OFFSETS = "{} has a damaged offsets.npy; copy it again, or run neo-jax 
 
 
 def _numbers(path: Path, count: int) -> np.ndarray:
+    if not is_file(path):  # numpy would wait for a pipe
+        raise NeoError(f"cannot read {path}: No such file.")
     try:
         if is_remote(path):
             numbers = np.load(io.BytesIO(path.read_bytes()))
