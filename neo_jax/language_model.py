@@ -184,10 +184,10 @@ class LanguageModel:
         """
         prompts = _listed(prompts)
         if sampling is None:
-            said = {"stop": stop, "draft": draft, **(vars(beams) if beams else {})}
+            said = {"stop": stop, "draft": draft, **getattr(beams, "__dict__", {})}
             given = {name: value for name, value in said.items() if value is not None}
             max_new_tokens, sampling, others = self._filled(max_new_tokens, given)
-            stop, beams = others.get("stop"), others.get("beams")
+            stop, beams = others.get("stop"), others.get("beams", beams)
         beams = BeamOptions() if beams is None else beams
         max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         asked = TextOptions(max_new_tokens, num_samples, stop, batch_size, on_overflow, num_drafted)

@@ -15,7 +15,7 @@ from jax.experimental.layout import Format, Layout
 from transformers import GPTNeoForCausalLM
 
 import neo_jax
-from neo_jax import language_model
+from neo_jax import language_model, loading
 from neo_jax.data.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.errors import NeoError
@@ -349,7 +349,7 @@ def test_axes_in_another_order_change_nothing(checkpoints, models, monkeypatch, 
     def turned(place, axes):
         return Format(Layout((1, 0, 2)), place) if axes == ("embed", "heads", "head_dim") else place
 
-    monkeypatch.setattr(language_model, "laid_out", turned)
+    monkeypatch.setattr(loading, "laid_out", turned)
     sharding = make_sharding(mesh, devices=jax.devices()[:4]) if mesh else None
     lm = neo_jax.load(checkpoints["bytes"], sharding=sharding)
     orders = {
