@@ -31,7 +31,10 @@ def data_files(path: str, is_known: Callable[[str], bool], known: str) -> list[P
       OSError: something cannot be read.
     """
     named = make_path(path)
-    is_glob = glob.has_magic(path) and not named.exists()
+    exists = named.exists() or os.path.islink(path)
+    is_glob = glob.has_magic(path) and not exists
+    if not (exists or is_glob):
+        raise NeoError(f"{path} does not exist.")
     matches = _matches(path) if is_glob else [named]
     files: list[Path] = []
     left_out: dict[Path, str] = {}
@@ -113,11 +116,7 @@ def _raise(error: OSError) -> None:
 
 
 def _kind(path: Path) -> str:
-    """Returns what stands there instead of a file or a folder, "" for nothing else.
-
-    Raises:
-      NeoError: nothing stands there at all.
-    """
+    """Returns what stands there instead of a file or a folder, "" for nothing else."""
     if is_remote(path):
         return ""
     try:
@@ -125,8 +124,6 @@ def _kind(path: Path) -> str:
     except OSError as error:
         if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
             return "a link to nothing"
-        if error.errno == errno.ENOENT:
-            raise NeoError(f"{path} does not exist.") from None
         raise
     return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else _KINDS.get(stat.S_IFMT(mode), "odd")
 
