@@ -13,6 +13,7 @@ whatever the main thread is doing:
    signal comes, the thread says so in a line and ends the process.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -55,6 +56,7 @@ class Watch:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self.install()
         signal.signal(signal.SIGALRM, self._interrupt)
+        atexit.register(_ignore)  # the first is called last
         import threading  # after the pipe, which keeps what comes meanwhile
 
         self._main = threading.get_ident()
@@ -140,6 +142,12 @@ def _stderr() -> int:
 
 def _nothing(_: int, __: FrameType | None) -> None:
     """Lets C write the signal to the pipe, and the main thread go on."""
+
+
+def _ignore() -> None:
+    """Lets an interpreter that is going down do so; it would take our handlers away before."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_safe(frame: FrameType | None) -> bool:

@@ -173,6 +173,19 @@ def test_a_job_in_the_background_goes_on_ignoring_interrupts():
     assert process.returncode == 0
 
 
+def test_a_command_that_has_ended_has_its_own_status():
+    body = """
+class Last:
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"ready\\n")
+        sleep(0.3)
+
+last = Last()
+WATCH.end(0)
+"""
+    assert interrupted(body, signal.SIGTERM) == (0, "", "")
+
+
 def test_a_verb_is_a_place_where_an_interrupt_may_come_out(monkeypatch):
     seen = []
     monkeypatch.setattr("neo_jax.cli.info.main", lambda _: seen.append(WATCH._inside))
