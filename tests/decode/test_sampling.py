@@ -244,6 +244,14 @@ def test_what_is_forced():
     assert found.tolist() == [5, 8, 6, 6]
 
 
+def test_what_is_not_written_first_waits_for_what_is_forced():
+    one = SamplingOptions(temperature=0.0, forced_bos_token_id=5, begin_suppress_tokens=[8])
+    lengths = jnp.array([1, 2, 3])
+    history = History(jnp.zeros((3, 9), jnp.int32), lengths, jnp.ones(3, jnp.int32), lengths + 9)
+    logits = jnp.zeros((3, VOCAB)).at[:, 8].set(1.0)
+    assert choose_after(logits, stack_settings([one] * 3), history).tolist() == [5, 0, 8]
+
+
 def test_a_repetition_penalty_is_that_of_a_text():
     """CTRL's: above 0 a logit is divided, below it is multiplied; once, however often it stands."""
     history = History(jnp.array([[0, 1, 1, 2]]), jnp.array([3]), jnp.array([1]), jnp.array([9]))
