@@ -150,7 +150,8 @@ def _view(tensor: Any) -> np.ndarray:
 
 def _why(error: BaseException) -> str:
     """Returns the first line of what torch says, without advice to turn its guard off."""
-    said = str(error).partition(" In PyTorch")[0]
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     found = [line for line in lines if "Unsupported" in line or "nsupported" in line]
-    return (found or lines or [type(error).__name__])[0][:150].rstrip(".:")
+    first = (found or lines or [type(error).__name__])[0]
+    first = first.partition(" In PyTorch")[0].partition(" Please")[0]
+    return first[:150].rstrip(".:")

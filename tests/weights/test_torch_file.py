@@ -193,7 +193,10 @@ class Harm:
 def test_no_code_runs(tmp_path, archived):
     state = {"a": NUMBERS, "x": Harm(tmp_path / "harm")}
     torch.save(state, tmp_path / "a.bin", _use_new_zipfile_serialization=archived)
-    assert "holds more than tensors, which could run code" in refusal(tmp_path / "a.bin")
+    message = refusal(tmp_path / "a.bin")
+    assert "holds more than tensors, which could run code" in message
+    assert "mkdir" in message
+    assert "PyTorch" not in message
     assert not (tmp_path / "harm").exists()
 
 
