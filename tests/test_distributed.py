@@ -196,7 +196,7 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
     status, out, err = ended(first)
     assert (status, out) == (0, f"{config.output}/model\n")
     assert err[0].startswith("resuming at step ")
-    assert err[0].endswith(" of 24; mesh fsdp=4,model=2 -> model=4,data=2")
+    assert "; mesh fsdp=4,model=2 -> model=4,data=2" in err[0]
     assert all(line.startswith("step ") for line in err[1:])
 
     alone = dataclasses.replace(config, output=f"{config.output}-alone")
