@@ -11,6 +11,7 @@ the same command goes on. Prints a summary and the cases that do not hold; fails
 
 import argparse
 import collections
+import copy
 import io
 import json
 import os
@@ -168,7 +169,7 @@ def spoil_json(rng: np.random.Generator, data: bytes) -> bytes:
             if not isinstance(here[key], dict | list) or not here[key] or rng.random() < 0.3:
                 break
             here = here[key]
-        kind, odd = rng.integers(0, 8), ODD[rng.integers(len(ODD))]
+        kind, odd = rng.integers(0, 8), copy.deepcopy(ODD[rng.integers(len(ODD))])
         if kind == 0:
             del here[key]
         elif kind == 1 and isinstance(here, dict):
