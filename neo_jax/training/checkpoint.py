@@ -64,6 +64,7 @@ class Checkpoints:
         check_shared(self._folder)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_news)
+        self._quiet = contextlib.ExitStack()
         self._base = base or {}
         self._kept = [policies.LatestN(keep), _Best(self)]
         if keep_every:
@@ -90,11 +91,12 @@ class Checkpoints:
             ) from error
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(snapshot.without_late_writes())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # An error that ends the run is told rather than one that follows from it.
-        with contextlib.suppress(NeoError) if kind else contextlib.nullcontext():
+        with self._quiet, contextlib.suppress(NeoError) if kind else contextlib.nullcontext():
             with self._explained():
                 self._manager.wait_until_finished()
             self._manager.close()

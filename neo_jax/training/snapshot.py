@@ -200,3 +200,19 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def without_late_writes() -> Iterator[None]:
+    """Drops what Python prints of writes that end, and fail too, after one that failed."""
+    hook = sys.unraisablehook
+
+    def others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
