@@ -39,7 +39,10 @@ def locked(output: Path, inside: bool = False) -> Iterator[None]:
             f"another process is writing {output}; wait for it, stop it, or choose another output."
         ) from error
     except OSError as error:
-        raise NeoError(f"cannot write {output}: {reason(error)}.") from error
+        raise NeoError(
+            f"cannot write {output}: {reason(error)}; choose another output, or ask for write "
+            "access."
+        ) from error
     try:
         yield
     finally:

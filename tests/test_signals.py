@@ -83,7 +83,7 @@ signals._REACH = 0.1
 exec("def lowering(callback): callback()", callback_of := {{"__name__": {module!r}}})
 with WATCH.inside():
     try:
-        ready(); callback_of["lowering"](busy)
+        callback_of["lowering"](lambda: (ready(), busy()))
     finally:
         print("raised")
 """
@@ -95,9 +95,8 @@ def test_a_safe_place_that_comes_later_is_found():
 exec("def lowering(callback): callback()", callback_of := {"__name__": "jax.x"})
 try:
     with WATCH.inside():
-        ready()
         try:
-            callback_of["lowering"](lambda: busy(0.2))
+            callback_of["lowering"](lambda: (ready(), busy(0.5)))
             print("went on")
             busy()
         finally:

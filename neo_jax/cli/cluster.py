@@ -150,7 +150,9 @@ def _on_abort(log: int) -> list[str]:
     near, far = socket.socketpair()
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little as there is
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _STAND_STILL)
-    faulthandler.enable(near, all_threads=False)  # it reads what others go on changing
+    # As a descriptor, which stays open as long as the process may abort; of one thread, since it
+    # reads what others go on changing.
+    faulthandler.enable(near.detach(), all_threads=False)
 
     def watch() -> None:
         if not far.recv(1, socket.MSG_PEEK):

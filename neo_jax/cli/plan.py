@@ -119,7 +119,7 @@ def _start_jax(topology: str) -> None:
         jax.config.update("jax_platforms", "cpu")
         wanted = re.fullmatch(r"cpu:(\d+)", topology)
         if wanted:
-            number = max(int(wanted[1]), jax.config.read("jax_num_cpu_devices"))
+            number = max(int(wanted[1]), jax.config.jax_num_cpu_devices)
             jax.config.update("jax_num_cpu_devices", number)
 
 

@@ -307,7 +307,7 @@ class _Best(policies.PreservationPolicy):
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Tells a message from what orbax and its tasks log, at length, beside raising it."""
-    return "orbax" not in record.pathname and not str(record.msg).startswith("Task exception")
+    return not ("orbax" in record.pathname or "exception was never retrieved" in str(record.msg))
 
 
 def _warn(line: str) -> None:

@@ -35,12 +35,18 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def environment():
+    """That of this process, without a folder for compiled programs that its user has chosen."""
+    chosen = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PLATFORMS": "cpu"}
+    return {name: value for name, value in {**os.environ, **chosen}.items() if value is not None}
+
+
 def process(*args, cwd, stdout=subprocess.PIPE):
     """Runs Python as a user would, outside the checkout."""
     return subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cwd)},
+        env={**environment(), "XDG_CACHE_HOME": str(cwd)},
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -208,7 +214,7 @@ def test_inference_writes_nothing_but_the_compilation_cache(checkpoints, tmp_pat
          "--max-new-tokens", "3"],
         cwd=work,
         env={
-            **os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(home), "TMPDIR": str(temporary),
+            **environment(), "HOME": str(home), "TMPDIR": str(temporary),
             "XDG_CACHE_HOME": str(tmp_path / cache),
         },
         capture_output=True,

@@ -182,7 +182,7 @@ DAMAGES = {
     ),
     "half a tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"version": '),
-        "tokenizer.json is not a tokenizer.json",
+        "tokenizer.json is not valid JSON",
     ),
 }
 

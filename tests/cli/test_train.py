@@ -82,7 +82,9 @@ def test_from_text_to_a_trained_model(
     assert lm.generate("The fox", 4)
     assert succeed(*args) == out  # nothing is left to do
     message = fail(*args, "--model.window-size", 5)
-    assert message.startswith("the run in this output folder trains another model; choose another")
+    assert message.startswith(
+        "the run in this output folder trains another model (--model.window-size 4 -> 5); choose "
+    )
 
 
 TUNING = """
@@ -197,7 +199,7 @@ def test_configs_that_are_wrong(fail, config_file, change, message):
         (["prepare", "text.jsonl", "--output", "tiny.py", "--train-tokenizer", "300"],
          "tiny.py is a file; choose another output"),
         (["prepare", "text.jsonl", "--output", "/proc/data", "--train-tokenizer", "300"],
-         "cannot write in /proc"),
+         "cannot write /proc/data: No such file or directory; choose another output"),
     ],
 )  # fmt: skip
 def test_requests_that_cannot_be_met(
@@ -222,6 +224,6 @@ def test_a_data_set_that_does_not_fit(succeed, fail, source, config_file, tmp_pa
         "train", config_file, "--mesh", "data=8"
     )
     (tmp_path / "file").write_text("")
-    assert "file/checkpoints (Not a directory); choose another output" in fail(
+    assert "file (File exists); choose another output" in fail(
         "train", config_file, "--output", tmp_path / "file"
     )
