@@ -17,7 +17,7 @@ from neo_jax.data.feed import Batch as HostBatch
 from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from neo_jax.distributed import holding
+from neo_jax.distributed import holding, is_leader
 from neo_jax.errors import NeoError
 from neo_jax.lora import merge
 from neo_jax.model import Neo
@@ -133,7 +133,8 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
             base=config.pretrained,
             tokenizer=tokenizer,
         )
-    remove_leftovers(output / "model")
+    if is_leader():  # who writes it, and may be writing by now
+        remove_leftovers(output / "model")
     # The frozen weights of adapters are of the dtype of products; every run leaves float32.
     save_pretrained(
         output / "model", config.model, merge(params), tokenizer=tokenizer, dtype=jnp.float32

@@ -20,7 +20,7 @@ from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.packing import TokenDataset
 from neo_jax.data.prepare import prepare
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo
+from neo_jax.model import Neo, init_params
 from neo_jax.sharding import make_sharding
 from neo_jax.stacked import unstack
 from neo_jax.training import check, loop
@@ -445,6 +445,17 @@ def test_an_output_that_belongs_to_another_model(config):
             "folder."
         )
     assert os.listdir(Path(config.output) / "checkpoints") == ["1"]
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_the_process_that_writes_a_model_alone_clears_its_place(config, monkeypatch, leads):
+    """Another one that comes later would remove what is being written."""
+    left = Path(config.output) / "model" / ".saving-half"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(loop, "is_leader", lambda: leads)
+    monkeypatch.setattr(loop, "save_pretrained", lambda *_, **__: None)
+    loop._export(config, init_params(Neo(config.model), jax.random.key(0)), None)
+    assert left.exists() != leads
 
 
 def test_an_output_that_is_a_file(config, tmp_path):
