@@ -36,6 +36,7 @@ from neo_jax.generation import (
 )
 from neo_jax.loading import cached_dtype, compute_dtype, lay_out, read_model
 from neo_jax.model import Neo
+from neo_jax.paths import cache_folder
 from neo_jax.quantize import QUANTIZATIONS, Quantization
 from neo_jax.scoring import token_logprobs
 from neo_jax.sharding import Sharding, make_sharding
@@ -379,8 +380,7 @@ def enable_compilation_cache() -> None:
     """
     chosen = jax.config.values
     if not chosen["jax_compilation_cache_dir"] and chosen["jax_enable_compilation_cache"]:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "neo_jax" / "xla"
+        folder = cache_folder() / "xla"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:

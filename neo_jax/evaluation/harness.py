@@ -27,6 +27,7 @@ from neo_jax.evaluation import answers
 from neo_jax.evaluation.continuations import Request, score_continuations
 from neo_jax.generation import TextOptions, check_together, read_options, reseeded
 from neo_jax.language_model import LanguageModel, load
+from neo_jax.paths import cache_folder
 from neo_jax.scoring import token_logprobs
 
 _NEW_TOKENS = 256  # where a task does not say, as the harness's other models have it
@@ -335,8 +336,7 @@ def _whole(batch_size: str | int) -> int:
 def _open_answers(cache: str, lm: LanguageModel) -> answers.Answers | None:
     if cache == "none" or jax.process_count() > 1:
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(cache) if cache else Path(home) / "neo_jax" / "answers.sqlite"
+    path = Path(cache) if cache else cache_folder() / "answers.sqlite"
     return answers.Answers(path, answers.fingerprint(lm.model, lm.params, lm.tokenizer))
 
 
