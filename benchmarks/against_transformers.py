@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from neo_jax import names
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.language_model import cached_dtype
-from neo_jax.model import Neo, init_params
+from neo_jax.model import tensor_table
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.text.language_model import cached_dtype
 
 CASES = {  # batch, tokens of the prompt, new tokens
     "decode, batch 1": (1, 32, 64),
@@ -99,7 +99,7 @@ def make_sides(dtypes):
     params = jax.jit(lambda key: init_params(Neo(config), key))(jax.random.key(0))
     fields = {k: v for k, v in config.to_hf().items() if k != "attention_layers"}
     weights = {}
-    for tensor in names.tensors(config):
+    for tensor in tensor_table.tensors(config):
         leaf = params
         for key in tensor.path:
             leaf = leaf[key]

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from neo_jax.config import preset
-from neo_jax.names import tensors
+from neo_jax.model.tensor_table import tensors
 
 
 def write(folder, config):

@@ -35,16 +35,16 @@ import torch
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save
 
-from neo_jax.adapters import base_folder, describe_adapter, load_adapter
+from neo_jax.checkpoints.int8_folder import is_int8, load_int8, read_int8_config, save_int8
+from neo_jax.checkpoints.open_model import load_params, read_config, save_pretrained, stored_leaves
+from neo_jax.checkpoints.peft import base_folder, describe_adapter, load_adapter
 from neo_jax.config import ModelConfig
 from neo_jax.data.packing import TokenDataset
 from neo_jax.data.prepare import prepare
-from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.errors import NeoError
-from neo_jax.int8_checkpoint import is_int8, load_int8, read_int8_config, save_int8
-from neo_jax.names import tensors
-from neo_jax.pretrained import load_params, read_config, save_pretrained, stored_leaves
-from neo_jax.quantize import quantize
+from neo_jax.model.tensor_table import tensors
+from neo_jax.text.tokenizer import load_tokenizer
+from neo_jax.transforms.quantize import quantize
 
 CONFIG = ModelConfig(num_layers=2, embed_dim=4, num_heads=2, vocab_size=300, max_length=6)
 

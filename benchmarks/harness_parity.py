@@ -29,9 +29,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import neo_jax
+from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.evaluation import tasks
 from neo_jax.evaluation.harness import NeoLM
-from neo_jax.pretrained import save_pretrained
 
 TOLERANCE = 1e-3
 # Of a sum of float32: a window's 1024 terms added in pairs round ten times, log-softmax the rest.

@@ -13,10 +13,10 @@ import jax
 import transformers
 import yaml
 
-from neo_jax.data.tokenizer import load_tokenizer
+from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.evaluation import wikitext
-from neo_jax.model import Neo, init_params
-from neo_jax.pretrained import save_pretrained
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.text.tokenizer import load_tokenizer
 
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 ACC = [{"metric": "acc", **MEAN}]

@@ -2,10 +2,10 @@
 
   python benchmarks/input_speed.py [--rounds 5] [--models small large] [--json]
 
-The real path is a data set on disk, prepared in a temporary folder from tests/text/corpus.jsonl.xz;
-grain, which shuffles it; and the way onto the device. Blocks of steps take turns in one process,
-and each figure is the median over rounds: above 0.97 is the goal. "apart" is with attention that
-ends at each document, on both sides. Wants a quiet machine.
+The real path is a data set on disk, prepared in a temporary folder from
+tests/corpora/corpus.jsonl.xz; grain, which shuffles it; and the way onto the device. Blocks of
+steps take turns in one process, and each figure is the median over rounds: above 0.97 is the goal.
+"apart" is with attention that ends at each document, on both sides. Wants a quiet machine.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from neo_jax.config import ModelConfig
 from neo_jax.data.feed import batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.prepare import prepare
-from neo_jax.model import Neo
+from neo_jax.model.transformer import Neo
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import Placement
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.state import init_state, make_step
+from neo_jax.training.step import init_state, make_step
 
 CORPUS = Path(__file__).parents[1] / "tests" / "text" / "corpus.jsonl.xz"
 SMALL = TrainConfig(

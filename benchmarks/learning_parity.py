@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from neo_jax import names
 from neo_jax.config import ModelConfig
-from neo_jax.model import Neo, init_params
-from neo_jax.stacked import stack
+from neo_jax.model import tensor_table
+from neo_jax.model.scan import stack
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.loss import Batch
+from neo_jax.training.objectives.cross_entropy import Batch
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.state import make_step, state_of
+from neo_jax.training.step import make_step, state_of
 
 WINDOW, BATCH_SIZE = 64, 4
 TOLERANCE, FACTOR, NOISE = 1e-4, 20, 1e-7
@@ -184,7 +184,7 @@ def peer(config, params):
     fields = {k: v for k, v in config.to_hf().items() if k != "attention_layers"}
     model = GPTNeoForCausalLM(GPTNeoConfig(**fields, attn_implementation="eager")).train()
     weights = {}
-    for tensor in names.tensors(config):
+    for tensor in tensor_table.tensors(config):
         leaf = params
         for key in tensor.path:
             leaf = leaf[key]

@@ -38,7 +38,7 @@ def work(options):
     import mesh_triples
 
     from neo_jax.errors import NeoError
-    from neo_jax.sharding import make_sharding
+    from neo_jax.sharding.rules import make_sharding
 
     for seed in range(options.first, options.first + 20):
         triple = mesh_triples.draw(seed)

@@ -14,8 +14,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from neo_jax.layers import _Product
-from neo_jax.shares import Shares
+from neo_jax.model.layers import _Product
+from neo_jax.sharding.fsdp import Shares
 
 WIDTH, LAYERS, ROWS_OF_TABLE = 768, 12, 50304
 

@@ -4,7 +4,7 @@
 
 GPT-Neo 125M in shape, random weights, the same in both; float32; greedy; in one process, taking
 turns. transformers reads the prompts in their order, 8 at a time, padded on the left; we refill a
-batch (`neo_jax/decode/batching.py`). The lengths of prompts are spread evenly in their logarithm
+batch (`neo_jax/decode/scheduler.py`). The lengths of prompts are spread evenly in their logarithm
 from 8 to 512 tokens. Each text ends after 8 to 64 new tokens, drawn evenly, as an end of text would
 have it; with --full each has 64. Printed is the median over rounds of their time over ours: above 1
 we are faster. Wants a quiet machine.
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from neo_jax import names
 from neo_jax.config import preset
-from neo_jax.decode.batching import Request, complete, in_order
 from neo_jax.decode.sampling import SamplingOptions
-from neo_jax.model import Neo, init_params
+from neo_jax.decode.scheduler import Request, complete, in_order
+from neo_jax.model import tensor_table
+from neo_jax.model.transformer import Neo, init_params
 
 NEW, LONGEST, THEIR_BATCH = 64, 512, 8
 GREEDY = SamplingOptions(temperature=0.0)
@@ -90,7 +90,7 @@ def make_models(layers: int, batch_size: int):
     fields = {k: v for k, v in config.to_hf().items() if k != "attention_layers"}
     reference = GPTNeoForCausalLM(GPTNeoConfig(**fields, attn_implementation="eager")).eval()
     weights = {}
-    for tensor in names.tensors(config):
+    for tensor in tensor_table.tensors(config):
         leaf = params
         for key in tensor.path:
             leaf = leaf[key]

@@ -24,7 +24,7 @@ from neo_jax.config import preset
 from neo_jax.decode import engine, speculative
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.decode.speculative import Draft
-from neo_jax.model import Neo, init_params
+from neo_jax.model.transformer import Neo, init_params
 
 PROMPT = list(range(100, 132))
 

@@ -107,11 +107,11 @@ def ours(batch, length, dtype, remat):
     import jax.numpy as jnp
 
     from neo_jax.config import preset
-    from neo_jax.model import Neo
+    from neo_jax.model.transformer import Neo
     from neo_jax.training.config import OptimizerConfig, TrainConfig
-    from neo_jax.training.loss import Batch
+    from neo_jax.training.objectives.cross_entropy import Batch
     from neo_jax.training.optimizer import make_optimizer
-    from neo_jax.training.state import init_state, make_step
+    from neo_jax.training.step import init_state, make_step
 
     config = TrainConfig(
         data="",

@@ -1,6 +1,6 @@
 """The bundled model: a GPT-Neo of 6.5 million parameters, on public-domain English.
 
-  neo-jax prepare tests/text/corpus.jsonl.xz --output runs/bundled/data \
+  neo-jax prepare tests/corpora/corpus.jsonl.xz --output runs/bundled/data \
       --train-tokenizer 4096 --held-out 0.03
   neo-jax train bundled
 

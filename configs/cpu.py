@@ -1,6 +1,6 @@
 """A first model in minutes on two CPU cores: 1.6 million parameters, on public-domain English.
 
-  neo-jax prepare tests/text/corpus.jsonl.xz --output runs/cpu/data \
+  neo-jax prepare tests/corpora/corpus.jsonl.xz --output runs/cpu/data \
       --train-tokenizer 2048 --held-out 0.03
   neo-jax train cpu
   neo-jax generate "My dear Emma," --model runs/cpu/model

@@ -11,8 +11,8 @@ cost      16 million tokens; the chip holds 5.3 GB of frozen weights in bfloat16
 expected  a held-out loss below that of the model as it came; not run by us
 """
 
-from neo_jax.lora import LoraConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.transforms.lora import LoraConfig
 
 config = TrainConfig(
     data="data/mine",

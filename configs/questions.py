@@ -14,8 +14,8 @@ expected  it shows the way: a model so small learns the form and little more; no
           use, --pretrained EleutherAI/gpt-neo-1.3B and data prepared with its tokenizer
 """
 
-from neo_jax.lora import LoraConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.transforms.lora import LoraConfig
 
 config = TrainConfig(
     data="data/questions",

@@ -15,23 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from neo_jax import hub
+from neo_jax.checkpoints import hub
+from neo_jax.checkpoints.host_device import copy, float_dtype
+from neo_jax.checkpoints.open_model import load_params, read_config, stored_leaves
+from neo_jax.checkpoints.save import Leaf, new_folder, write_model
 from neo_jax.config import ModelConfig
-from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo
-from neo_jax.names import tensors
-from neo_jax.paths import is_remote, make_path
-from neo_jax.pretrained import load_params, read_config, stored_leaves
-from neo_jax.saving import Leaf, new_folder, write_model
-from neo_jax.stacked import stack, unstack
+from neo_jax.files.paths import is_remote, make_path
+from neo_jax.model.scan import stack, unstack
+from neo_jax.model.tensor_table import tensors
+from neo_jax.model.transformer import Neo
+from neo_jax.text.tokenizer import has_tokenizer, load_tokenizer
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.export import find_checkpoint, read_model, read_params
+from neo_jax.training.initial_state import find_pretrained
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.start import find_pretrained
-from neo_jax.training.state import abstract_state, state_of
-from neo_jax.transfer import copy, float_dtype
+from neo_jax.training.run_checkpoint import find_checkpoint, read_model, read_params
+from neo_jax.training.step import abstract_state, state_of
 
 Leaves = dict[tuple[str, ...], Leaf]
 

@@ -10,10 +10,10 @@ import os
 from textwrap import wrap
 from typing import Any
 
-from neo_jax.config import read_json
+from neo_jax.checkpoints.mesh_tf import model_fields
 from neo_jax.errors import NeoError, suggest
-from neo_jax.mesh_tf import model_fields
-from neo_jax.paths import make_path
+from neo_jax.files.json_text import read_json
+from neo_jax.files.paths import make_path
 
 _OTHER_MODELS = frozenset(
     """axial_pos_emb entmax_loss macaron mlm_training mlp_glu moe_layers no_weight_tie num_mem_kv

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neo_jax.config import ModelConfig
     from neo_jax.errors import NeoError
-    from neo_jax.language_model import LanguageModel, load
-    from neo_jax.model import Neo
-    from neo_jax.sharding import Sharding, make_sharding
+    from neo_jax.model.transformer import Neo
+    from neo_jax.sharding.rules import Sharding, make_sharding
+    from neo_jax.text.language_model import LanguageModel, load
 
 __version__ = "0.1.0"
 
@@ -22,13 +22,13 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "LanguageModel": "language_model",
+    "LanguageModel": "text.language_model",
     "ModelConfig": "config",
-    "Neo": "model",
+    "Neo": "model.transformer",
     "NeoError": "errors",
-    "Sharding": "sharding",
-    "load": "language_model",
-    "make_sharding": "sharding",
+    "Sharding": "sharding.rules",
+    "load": "text.language_model",
+    "make_sharding": "sharding.rules",
 }
 
 

@@ -1,6 +1,6 @@
 """`neo-jax` and `python -m neo_jax`: the command line, with an eye on signals from here on."""
 
-from neo_jax.signals import WATCH
+from neo_jax.devices.signals import WATCH
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from neo_jax.families import (
     PRESET_FIELDS,
     SAME_ACTIVATIONS,
 )
-from neo_jax.json_text import read_json as read_json
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]

@@ -24,25 +24,25 @@ hypothesis.settings.load_profile("default")
 
 # Must precede the first import of the modules that it checks.
 _MODULES = [
-    "neo_jax.attention", "neo_jax.cache", "neo_jax.decode.beam", "neo_jax.decode.engine",
-    "neo_jax.decode.speculative", "neo_jax.layers",
-    "neo_jax.model", "neo_jax.training.loss",
+    "neo_jax.ops.attention", "neo_jax.model.cache", "neo_jax.decode.beam", "neo_jax.decode.engine",
+    "neo_jax.decode.speculative", "neo_jax.model.layers",
+    "neo_jax.model.transformer", "neo_jax.training.objectives.cross_entropy",
 ]  # fmt: skip
 jaxtyping.install_import_hook(_MODULES, "beartype.beartype")
 
+from neo_jax.checkpoints.open_model import save_pretrained  # noqa: E402
 from neo_jax.config import ModelConfig  # noqa: E402
-from neo_jax.data.tokenizer import END_OF_TEXT, load_tokenizer  # noqa: E402
 from neo_jax.data.tokenizer_training import train_sentencepiece  # noqa: E402
-from neo_jax.model import Neo, init_params  # noqa: E402
-from neo_jax.pretrained import save_pretrained  # noqa: E402
+from neo_jax.model.transformer import Neo, init_params  # noqa: E402
+from neo_jax.text.tokenizer import END_OF_TEXT, load_tokenizer  # noqa: E402
 
 # The files that take longest, so that all processes end together. The first traces with
 # jax.profiler, which crashes in a process that has loaded a TPU's compiler.
 _FIRST = [
-    "training/test_loop.py", "test_strategies.py", "test_distributed.py", "test_notebooks.py",
-    "test_stacked.py", "training/test_checkpoint.py", "training/test_interrupt.py",
-    "attention/test_splash.py", "plan/test_steps.py", "decode/test_compiled.py",
-    "training/test_state.py", "test_model_parity.py", "test_bundled.py",
+    "training/test_loop.py", "sharding/test_strategies.py", "devices/test_processes.py",
+    "test_notebooks.py", "model/test_scan.py", "training/test_checkpoint.py",
+    "training/test_interrupt.py", "ops/attention/test_splash.py", "tools/plan/test_steps.py",
+    "decode/test_compiled.py", "training/test_step.py", "model/test_parity.py", "test_bundled.py",
     "evaluation/test_harness.py",
 ]  # fmt: skip
 

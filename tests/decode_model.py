@@ -1,7 +1,7 @@
 """A model that the tests of decoding share: two layers, a window of 16, texts that never end."""
 
 from neo_jax.config import ModelConfig
-from neo_jax.model import Neo
+from neo_jax.model.transformer import Neo
 
 CONFIG = ModelConfig(
     num_layers=2,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from hlo import Program
 
-from neo_jax import cache as caching
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.model import Neo, init_params, logical_axes
-from neo_jax.plan.topology import find_topology
-from neo_jax.sharding import laid_out, make_sharding
+from neo_jax.model import cache as caching
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import laid_out, make_sharding
+from neo_jax.tools.plan.topology import find_topology
 
 
 class Step(NamedTuple):

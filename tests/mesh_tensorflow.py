@@ -10,10 +10,10 @@ import pytest
 import tensorflow
 from flax.traverse_util import flatten_dict
 
+from neo_jax.checkpoints.open_model import load_params, read_config
 from neo_jax.cli import main
 from neo_jax.config import ModelConfig
-from neo_jax.names import tensors
-from neo_jax.pretrained import load_params, read_config
+from neo_jax.model.tensor_table import tensors
 
 THEIRS = {
     "n_layer": 3, "n_embd": 24, "n_head": 3, "n_vocab": 97, "n_ctx": 40,

@@ -12,15 +12,15 @@ from flax.traverse_util import flatten_dict
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.model import Neo, init_params, logical_axes
-from neo_jax.scoring import token_logprobs
-from neo_jax.sharding import make_sharding, tree_shardings
-from neo_jax.stacked import stack
-from neo_jax.training.check import check_run
+from neo_jax.model.scan import stack
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import make_sharding, tree_shardings
+from neo_jax.text.score import token_logprobs
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.loss import Batch
+from neo_jax.training.objectives.cross_entropy import Batch
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.state import abstract_state, make_step, state_of, state_shardings
+from neo_jax.training.preflight import check_run
+from neo_jax.training.step import abstract_state, make_step, state_of, state_shardings
 
 STEPS, ROWS, LENGTH = 3, 48, 24
 # With the usual epsilon Adam would make whole steps of gradients that are nothing but rounding.

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from neo_jax import attention
+from neo_jax.ops import attention
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -1,8 +1,13 @@
-"""The shape of the package: who may import whom, how long a file is, what has a docstring."""
+"""The shape of the package: who may import whom, how long a file is, what has a docstring.
+
+`python tests/test_architecture.py` writes the tree of rooms into README.md.
+"""
 
 import ast
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,53 +15,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "neo_jax"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.parts)
 
-# Imports go to earlier lines only; parts of one line do not import each other.
-LAYERS = [
-    ["axes", "errors", "families", "signals"],
-    ["paths"],
-    ["locks", "json_text"],
-    ["chips", "config", "distributed", "memory"],
-    ["names", "mesh_tf", "hub", "data", "checksums"],
-    ["weights"],
-    ["transfer"],
-    ["saving"],
-    ["pretrained"],
-    ["torus"],
-    ["sharding"],
-    ["shares"],
-    ["int8"],
-    ["layers", "activations", "initializers"],
-    ["attention"],
-    ["cache"],
-    ["model"],
-    ["stacked"],
-    ["lora", "quantize"],
-    ["adapters", "int8_checkpoint"],
-    ["loading"],
-    ["decode"],
-    ["generation"],
-    ["defaults", "training", "scoring", "inside"],
-    ["language_model"],
-    ["evaluation", "plan"],
-    ["benchmark"],
-    ["cli"],
-]
-RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-FILES_OF_CHECKPOINTS = {"paths", "locks", "names", "weights", "hub", "data", "transfer", "saving",
-                        "mesh_tf", "pretrained"}  # fmt: skip
-MATHEMATICS = {
-    "torus",
-    "sharding",
-    "shares",
-    "int8",
-    "layers",
-    "activations",
-    "initializers",
-    "attention",
-    "cache",
-    "model",
-    "decode",
-}
+ROOMS = [
+    "errors", "axes", "files", "families", "config", "devices", "sharding", "ops", "model",
+    "transforms", "checkpoints", "decode", "text", "data", "training", "evaluation", "tools", "cli",
+]  # fmt: skip
+"""In reading order. Imports go to earlier rooms, and within a room."""
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
 
 
 def name(path):
@@ -65,8 +29,8 @@ def name(path):
     return ".".join(part for part in parts if part != "__init__")
 
 
-def part(module):
-    """The first name below the package: what the layers speak of."""
+def room(module):
+    """The first name below the package."""
     return module.split(".")[1]
 
 
@@ -77,7 +41,8 @@ def imports(path):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide the layer"
-            # `from neo_jax import cache` names a module, `from neo_jax.cache import Cache` does not
+            # `from neo_jax.model import cache` names a module, `from neo_jax.config import preset`
+            # does not
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             found = [dotted if is_module(dotted) else node.module for dotted in inner]
         else:
@@ -95,39 +60,68 @@ INNER = [
 ]
 
 
-def test_every_module_has_its_place():
-    assert {part(name(path)) for path in INNER} == set(RANK)
+def test_every_module_is_in_a_room():
+    assert {room(name(path)) for path in INNER} == set(RANK)
 
 
 @pytest.mark.parametrize("path", INNER, ids=name)
 def test_imports_go_one_way(path):
-    mine = part(name(path))
+    mine = room(name(path))
     for module in imports(path):
-        if module == "neo_jax":  # the version, and where the package lies
+        if module == "neo_jax":  # the version, and the package's folder
             assert mine in ("cli", "evaluation", "training")
             continue
-        theirs = part(module)
+        theirs = room(module)
         assert theirs == mine or RANK[theirs] < RANK[mine], f"{name(path)} imports {module}"
-        if mine in MATHEMATICS:
-            assert theirs not in FILES_OF_CHECKPOINTS, f"{name(path)} imports {module}"
+        if mine in ("sharding", "ops", "model", "decode"):  # mathematics, of arrays alone
+            assert theirs not in ("files", "checkpoints"), f"{name(path)} imports {module}"
 
 
 def test_the_test_of_imports_sees_them_all():
     found = {name(path): set(imports(path)) for path in FILES}
-    assert {"neo_jax.cache", "neo_jax.config", "neo_jax.attention"} <= found["neo_jax.model"]
-    assert {"neo_jax.hub", "neo_jax.decode.sampling"} <= found["neo_jax.language_model"]
+    assert {"neo_jax.model.cache", "neo_jax.config", "neo_jax.ops.attention"} <= found[
+        "neo_jax.model.transformer"
+    ]
+    assert {"neo_jax.checkpoints.hub", "neo_jax.decode.sampling"} <= found[
+        "neo_jax.text.language_model"
+    ]
     assert "neo_jax.training.loop" in found["neo_jax.cli.train"]  # inside a function
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_are_short_and_explain_themselves(path):
     source = path.read_text()
-    assert len(source.splitlines()) <= (300 if path == PACKAGE / "model.py" else 400)
+    assert len(source.splitlines()) <= (300 if path == PACKAGE / "model/transformer.py" else 400)
     assert "TODO" not in source
     tree = ast.parse(source)
     assert ast.get_docstring(tree)
     for node, owner in definitions(tree):
         assert ast.get_docstring(node), f"{name(path)}: {owner}{node.name} has no docstring"
+
+
+def tree():
+    """README's list of rooms: what each is for, by its docstring, and its modules."""
+    lines = ["neo_jax/"]
+    for name_ in ROOMS:
+        folder = PACKAGE / name_
+        source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        says = ast.get_docstring(ast.parse(source.read_text())).split("\n")[0].rstrip(".")
+        lines.append(f"  {name_ + ('/' if folder.is_dir() else '.py'):14}{says}")
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+        inner = [path.stem for path in inside if path.suffix == ".py" and path.stem[0] != "_"]
+        inner += [f"{path.name}/" for path in inside if (path / "__init__.py").is_file()]
+        lines += textwrap.wrap(
+            ", ".join(inner), 92, initial_indent=" " * 18, subsequent_indent=" " * 18
+        )
+    return "\n".join(lines) + "\n"
+
+
+TREE = re.compile(r"neo_jax/\n.*?(?=configs/ )", re.DOTALL)
+
+
+def test_the_tree_in_the_readme():
+    found = TREE.search((PACKAGE.parent / "README.md").read_text())
+    assert found[0] == tree(), "run `python tests/test_architecture.py`"
 
 
 def definitions(node, owner=""):
@@ -144,7 +138,7 @@ def definitions(node, owner=""):
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_partition_specs_are_made_in_two_files(path):
-    made_here = (PACKAGE / "sharding.py", PACKAGE / "shares.py")
+    made_here = (PACKAGE / "sharding/rules.py", PACKAGE / "sharding/fsdp.py")
     assert "PartitionSpec" not in path.read_text() or path in made_here
 
 
@@ -161,3 +155,8 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["[]", "False", "True False False"]
+
+
+if __name__ == "__main__":
+    readme = PACKAGE.parent / "README.md"
+    readme.write_text(TREE.sub(lambda _: tree(), readme.read_text()))

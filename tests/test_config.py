@@ -1,4 +1,4 @@
-"""neo_jax/config.py: the shape of a model, and the way to and from Hugging Face's config.json."""
+"""config.py: the shape of a model, and the way to and from Hugging Face's config.json."""
 
 import dataclasses
 import json
@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPTNeoConfig
 from transformers.activations import ACT2FN
 
-from neo_jax import mesh_tf
-from neo_jax.config import PRESETS, ModelConfig, preset, read_json
+from neo_jax.checkpoints import mesh_tf
+from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.errors import NeoError
+from neo_jax.files.json_text import read_json
 
 # What the hub holds for EleutherAI/gpt-neo-1.3B, stale fields included.
 PUBLISHED = {

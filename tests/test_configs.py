@@ -13,8 +13,8 @@ from neo_jax.axes import BATCH
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, preset
 from neo_jax.data.prepare import prepare
-from neo_jax.model import Neo, init_params, logical_axes
-from neo_jax.sharding import make_sharding, tree_shardings
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.training.loop import train
 
 

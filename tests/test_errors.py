@@ -1,4 +1,4 @@
-"""neo_jax/errors.py: messages, whatever the names in them."""
+"""errors.py: messages, whatever the names in them."""
 
 import pytest
 

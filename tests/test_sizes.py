@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 import neo_jax
-from neo_jax import memory
 from neo_jax.cli import main
 from neo_jax.decode.beam import BeamOptions
+from neo_jax.devices import memory
+from neo_jax.devices.memory import check_batch
 from neo_jax.errors import NeoError
-from neo_jax.memory import check_batch
-from neo_jax.scoring import Row, score_rows
-from neo_jax.sharding import make_sharding
+from neo_jax.sharding.rules import make_sharding
+from neo_jax.text.score import Row, score_rows
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.loop import train
 

@@ -10,8 +10,8 @@ import numpy as np
 from accelerator.programs import prepare
 from accelerator.rows import Row
 from accelerator.sizes import Heads, Sizes
-from neo_jax.attention import KERNELS, OF_DEVICE, Mask, attend, dense
 from neo_jax.errors import NeoError
+from neo_jax.ops.attention import KERNELS, OF_DEVICE, Mask, attend, dense
 
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-10}
 """Of the norm of the difference over that of the result: in 16 bits a step of the type, in float32

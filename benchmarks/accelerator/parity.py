@@ -11,11 +11,11 @@ from flax.traverse_util import unflatten_dict
 from accelerator.rows import Row
 from accelerator.sizes import Sizes, Texts
 from accelerator.theirs import make_theirs
-from neo_jax import names
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.model import Neo
+from neo_jax.model import tensor_table
+from neo_jax.model.transformer import Neo
 
 TOLERANCE = 5e-5
 """Of the largest difference of logits over the largest logit."""
@@ -83,7 +83,7 @@ def _agreement(ours: np.ndarray, theirs: np.ndarray, logits: np.ndarray) -> tupl
 def _params(config: ModelConfig, state: Any) -> Any:
     """Returns their weights as ours, rows of zeros beyond the vocabulary included."""
     leaves = {}
-    for tensor in names.tensors(config):
+    for tensor in tensor_table.tensors(config):
         array = tensor.of("hf", state[tensor.hf_name].cpu().numpy())
         fill = [(0, all_ - here) for all_, here in zip(tensor.shape, array.shape, strict=True)]
         leaves[tensor.path] = jnp.asarray(np.pad(array, fill))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import Array
-from neo_jax.int8 import Int8
+from neo_jax.ops.int8 import Int8
 
 Case = TypeVar("Case", bound=Hashable)
 Made = TypeVar("Made")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from neo_jax.config import ModelConfig, preset
-from neo_jax.stacked import Remat
+from neo_jax.model.scan import Remat
 
 
 class Heads(NamedTuple):

@@ -14,19 +14,19 @@ import numpy as np
 from accelerator.programs import draw, prepare
 from accelerator.rows import Row
 from accelerator.sizes import Sizes
-from neo_jax.benchmark.limits import measure_limits
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.memory import tree_bytes
-from neo_jax.model import Neo, init_params
-from neo_jax.plan.flops import traced_flops
-from neo_jax.quantize import quantized_shapes
-from neo_jax.training.check import device_memory
+from neo_jax.devices.memory import tree_bytes
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.tools.benchmark.limits import measure_limits
+from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.loss import Batch
 from neo_jax.training.metrics import flops_per_token, peak_memory
+from neo_jax.training.objectives.cross_entropy import Batch
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.state import abstract_inputs, abstract_state, make_step, state_of
+from neo_jax.training.preflight import device_memory
+from neo_jax.training.step import abstract_inputs, abstract_state, make_step, state_of
+from neo_jax.transforms.quantize import quantized_shapes
 
 _REPEATS = 3
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from accelerator.rows import Key, Row
-from neo_jax.chips import chip
+from neo_jax.devices.chips import chip
 
 TABLES = {
     "device": (

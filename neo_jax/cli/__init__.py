@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from neo_jax import __version__
-from neo_jax.cli.wording import as_typed, one_line
+from neo_jax.cli.usage_errors import as_typed, one_line
+from neo_jax.devices.signals import STATUS, WATCH
 from neo_jax.errors import NeoError, suggest
-from neo_jax.signals import STATUS, WATCH
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from tyro.conf import OmitArgPrefixes
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import ModelOptions, check_output, check_picture, print_json, write_picture
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.stacked import Remat
+from neo_jax.model.scan import Remat
 
 if TYPE_CHECKING:
-    from neo_jax.benchmark.cells import Measurement
-    from neo_jax.benchmark.run import Request
+    from neo_jax.tools.benchmark.run import Request
+    from neo_jax.tools.benchmark.timed_steps import Measurement
 
 _LENGTH = 256  # of short texts
 
@@ -47,8 +47,8 @@ def main(args: Sequence[str]) -> None:
     if not options.batch or min(options.batch) < 1 or not options.steps or options.seconds < 0:
         raise UsageError("--batch takes numbers of at least 1, --steps names, --seconds 0 or more.")
     request = _request(options)
-    from neo_jax.benchmark import report, roofline
-    from neo_jax.benchmark.run import bench
+    from neo_jax.tools.benchmark import report, roofline
+    from neo_jax.tools.benchmark.run import bench
 
     print("measuring the devices", file=sys.stderr, flush=True)
     result = bench(request, _tell)
@@ -61,13 +61,13 @@ def main(args: Sequence[str]) -> None:
 
 
 def _request(options: Options) -> "Request":
-    from neo_jax.benchmark.cells import MIN_LENGTH
-    from neo_jax.benchmark.run import Request, random_params
-    from neo_jax.language_model import enable_compilation_cache
-    from neo_jax.loading import compute_dtype
-    from neo_jax.memory import check_batch
-    from neo_jax.model import Neo
-    from neo_jax.sharding import make_sharding
+    from neo_jax.checkpoints.load import compute_dtype
+    from neo_jax.devices.memory import check_batch
+    from neo_jax.model.transformer import Neo
+    from neo_jax.sharding.rules import make_sharding
+    from neo_jax.text.language_model import enable_compilation_cache
+    from neo_jax.tools.benchmark.run import Request, random_params
+    from neo_jax.tools.benchmark.timed_steps import MIN_LENGTH
 
     chosen = options.model
     if chosen.quantize != "none" or chosen.cache_dtype != "auto":
@@ -99,10 +99,10 @@ def _config(chosen: ModelOptions) -> tuple[ModelConfig, bool]:
     """Returns the shape of a model, and whether it is a preset, whose weights are to be drawn."""
     if chosen.model in PRESETS:
         return preset(chosen.model), True
-    from neo_jax import adapters, hub, pretrained
+    from neo_jax.checkpoints import hub, open_model, peft
 
     folder = hub.resolve(chosen.model or None, revision=chosen.revision or None)
-    return pretrained.read_config(adapters.base_folder(folder)), False
+    return open_model.read_config(peft.base_folder(folder)), False
 
 
 def _tell(step: "Measurement") -> None:

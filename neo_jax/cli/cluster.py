@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from neo_jax.cli import EXPECTED, UsageError, explain
-from neo_jax.distributed import HEARTBEAT_TIMEOUT, START_TIMEOUT, is_leader, join, num_tasks
+from neo_jax.devices.processes import HEARTBEAT_TIMEOUT, START_TIMEOUT, is_leader, join, num_tasks
 from neo_jax.errors import NeoError
 
 _FATAL = b"the JAX distributed service detected fatal errors"
@@ -47,7 +47,7 @@ class ClusterOptions:
         here: the usual way out would wait for them.
 
         Raises:
-          NeoError: see `neo_jax.distributed.join`; or a coordinator without a mesh.
+          NeoError: see `neo_jax.devices.processes.join`; or a coordinator without a mesh.
         """
         if not on_mesh:
             several = num_tasks() > 1 and self.coordinator == "auto"

@@ -16,7 +16,7 @@ from neo_jax.errors import NeoError, suggest
 
 if TYPE_CHECKING:
     from neo_jax.evaluation.texts import Total
-    from neo_jax.language_model import LanguageModel
+    from neo_jax.text.language_model import LanguageModel
 
 _SUITES = ("model-card",)
 
@@ -188,7 +188,7 @@ def _tasks(options: Options) -> None:
 
 
 def _suite(options: Options) -> None:
-    from neo_jax.evaluation import card, published, suite, tasks
+    from neo_jax.evaluation import card, reference_results, suite, tasks
 
     files = suite.read_data(options.data)
     manager = tasks.open_tasks([options.include_path] if options.include_path else [])
@@ -197,7 +197,7 @@ def _suite(options: Options) -> None:
         print(f"{name} is left out: {why}", file=sys.stderr)
     lm = options.model.load()
     results = _run(options, lm, list(loaded.values()), manager)
-    beside = published.find_published(lm.config)
+    beside = reference_results.find_published(lm.config)
     rows = card.rows(results, beside)
     if options.json:
         _print_results({**results, "model_card": card.describe(rows, beside, left_out)})

@@ -11,7 +11,7 @@ import jax
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from neo_jax import __version__
-from neo_jax.checksums import checksums
+from neo_jax.checkpoints.checksums import checksums
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import (
@@ -22,17 +22,17 @@ from neo_jax.cli.options import (
     read_prompts,
     said_in,
 )
-from neo_jax.cli.samples import keeps, kept_samples
+from neo_jax.cli.sample_file import keeps, kept_samples
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED
-from neo_jax.distributed import is_leader
+from neo_jax.devices.processes import is_leader
+from neo_jax.devices.signals import WATCH
 from neo_jax.errors import NeoError
-from neo_jax.generation import BATCH_SIZE, MAX_NEW_TOKENS, TextOptions, check_together, fit
-from neo_jax.signals import WATCH
+from neo_jax.text.generate import BATCH_SIZE, MAX_NEW_TOKENS, TextOptions, check_together, fit
 
 if TYPE_CHECKING:
-    from neo_jax.language_model import LanguageModel, Prompt, Sample
+    from neo_jax.text.language_model import LanguageModel, Prompt, Sample
 
     OnFinish = Callable[[int, list[Sample]], None]
 
@@ -69,7 +69,7 @@ class Options:
 
     @property
     def text(self) -> TextOptions:
-        """Those that `neo_jax.generation` knows."""
+        """Those that `neo_jax.text.generate` knows."""
         names = [field.name for field in dataclasses.fields(TextOptions)]
         return TextOptions(**{name: getattr(self, name) for name in names})
 

@@ -10,16 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 from tyro.conf import Positional
 
-from neo_jax import hub, pretrained
-from neo_jax.adapters import describe_adapter, is_adapter
-from neo_jax.cache import sequence_bytes
+from neo_jax.checkpoints import hub, open_model
+from neo_jax.checkpoints.int8_folder import is_int8, read_int8_config
+from neo_jax.checkpoints.peft import describe_adapter, is_adapter
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
-from neo_jax.cli.placement import describe, lines
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.data.tokenizer import has_tokenizer, load_tokenizer
-from neo_jax.int8_checkpoint import is_int8, read_int8_config
-from neo_jax.sharding import Sharding, make_sharding
+from neo_jax.model.cache import sequence_bytes
+from neo_jax.sharding.rules import Sharding, make_sharding
+from neo_jax.text.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.tools.layout_report import describe, lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
         if is_adapter(folder):
             _tell_adapter(folder, options)
             return
-        read = read_int8_config if is_int8(folder) else pretrained.read_config
+        read = read_int8_config if is_int8(folder) else open_model.read_config
         config = _of_a_run(folder) or read(folder)
     fields = _describe(config, folder, name)
     sharding = _sharding(options.mesh, options.rules)
@@ -71,7 +71,7 @@ def _of_a_run(folder: Path) -> ModelConfig | None:
     """Returns the model of a run of neo-jax train, or of one of its checkpoints."""
     if (folder / "config.json").is_file():
         return None
-    from neo_jax.training.export import find_checkpoint, read_model
+    from neo_jax.training.run_checkpoint import find_checkpoint, read_model
 
     found = find_checkpoint(folder)
     return read_model(found)[0] if found else None
@@ -99,7 +99,7 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
         if not (folder / "config.json").is_file():  # a run
             dtypes = ["float32"]
         else:
-            dtypes = ["int8"] if is_int8(folder) else pretrained.stored_dtypes(folder, config)
+            dtypes = ["int8"] if is_int8(folder) else open_model.stored_dtypes(folder, config)
         fields["dtype"] = "+".join(dtypes)
         fields["tokenizer"] = None
         if has_tokenizer(folder):

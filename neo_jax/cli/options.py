@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from neo_jax.data.compression import unpacked_name
 from neo_jax.data.sources import json_lines, text_lines
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import check_writable, is_remote, make_path
+from neo_jax.files.compression import unpacked_name
+from neo_jax.files.paths import check_writable, is_remote, make_path
 
 if TYPE_CHECKING:
-    from neo_jax.language_model import LanguageModel
+    from neo_jax.text.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelOptions:
 
     def load(self) -> "LanguageModel":
         """Loads the model."""
-        from neo_jax.language_model import load
+        from neo_jax.text.language_model import load
 
         return load(
             self.model or None,
@@ -120,7 +120,7 @@ def output_lines(path: str) -> Iterator[IO[str]]:
     Raises:
       NeoError: the file cannot be written, or another run is writing it.
     """
-    from neo_jax.distributed import holding, is_leader
+    from neo_jax.devices.processes import holding, is_leader
 
     if not path:
         yield sys.stdout

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from neo_jax.attention import Kernel
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import check_picture, print_json, write_picture
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.stacked import Remat
+from neo_jax.model.scan import Remat
+from neo_jax.ops.attention import Kernel
 from neo_jax.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from neo_jax.plan.steps import Step
-    from neo_jax.plan.topology import Topology
+    from neo_jax.tools.plan.steps import Step
+    from neo_jax.tools.plan.topology import Topology
 
 _COMPILED = 3  # meshes of a search
 
@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> None:
         options = parse(StepOptions, "plan", args, default=StepOptions(PlanOptions()))
     check_picture(options.plan.picture)
     _start_jax(options.plan.topology)
-    from neo_jax.plan.topology import find_topology
+    from neo_jax.tools.plan.topology import find_topology
 
     topology = find_topology(options.plan.topology)
     if options.plan.search:
@@ -82,8 +82,8 @@ def main(args: Sequence[str]) -> None:
 
 
 def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
-    from neo_jax.plan import report
-    from neo_jax.plan.compiled import make_plan
+    from neo_jax.tools.plan import report
+    from neo_jax.tools.plan.plan import make_plan
 
     chosen = options if isinstance(options, StepOptions) else options.config
     mesh = chosen.mesh or ("" if chosen.rules else "fsdp=-1")
@@ -97,8 +97,8 @@ def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
 
 
 def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
-    from neo_jax.plan import ranking
-    from neo_jax.plan.search import search
+    from neo_jax.tools.plan import ranking
+    from neo_jax.tools.plan.search import search
 
     kind = options.step if isinstance(options, StepOptions) else "train"
     build = functools.partial(_step, options, topology)
@@ -129,11 +129,11 @@ def _step(
     """Returns the step that is asked for, on a mesh."""
     import jax.numpy as jnp
 
-    from neo_jax.loading import cached_dtype
-    from neo_jax.memory import check_batch
-    from neo_jax.model import Neo
-    from neo_jax.plan import steps
-    from neo_jax.sharding import make_sharding
+    from neo_jax.checkpoints.load import cached_dtype
+    from neo_jax.devices.memory import check_batch
+    from neo_jax.model.transformer import Neo
+    from neo_jax.sharding.rules import make_sharding
+    from neo_jax.tools.plan import steps
 
     sharding = make_sharding(mesh, rules, topology.devices)
     assert sharding is not None
@@ -175,9 +175,9 @@ def _model(name: str) -> ModelConfig:
     published = name.rpartition("/")[2].lower()
     if published in PRESETS:
         return preset(published)
-    from neo_jax import hub, pretrained
+    from neo_jax.checkpoints import hub, open_model
 
-    return pretrained.read_config(hub.resolve(name or None))
+    return open_model.read_config(hub.resolve(name or None))
 
 
 def _with_model(config: TrainConfig) -> TrainConfig:

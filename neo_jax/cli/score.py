@@ -11,10 +11,10 @@ from tyro.conf import OmitArgPrefixes
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
-from neo_jax.distributed import is_leader
+from neo_jax.devices.processes import is_leader
 
 if TYPE_CHECKING:
-    from neo_jax.language_model import Prompt
+    from neo_jax.text.language_model import Prompt
 
 
 @dataclasses.dataclass(frozen=True)

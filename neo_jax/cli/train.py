@@ -16,8 +16,8 @@ from neo_jax.cli import UsageError, explain, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
-from neo_jax.lora import LoraConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.transforms.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")
     default = Options(load_config(args[0]), ClusterOptions())
     options = parse(Options, "train", args[1:], default=default)
-    from neo_jax.distributed import is_leader
-    from neo_jax.language_model import enable_compilation_cache
+    from neo_jax.devices.processes import is_leader
+    from neo_jax.text.language_model import enable_compilation_cache
     from neo_jax.training.checkpoint import SaveError
     from neo_jax.training.loop import train
 

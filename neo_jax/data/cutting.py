@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from neo_jax.data.tokenizer import BytePairTokenizer, Tokenizer
+from neo_jax.text.tokenizer import BytePairTokenizer, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

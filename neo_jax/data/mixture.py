@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 
 from neo_jax.data.packing import TokenDataset, split_names
-from neo_jax.data.tokenizer import TOKENIZER_FILES
 from neo_jax.data.writer import HELD_OUT
 from neo_jax.errors import NeoError
-from neo_jax.paths import make_path
+from neo_jax.files.paths import make_path
+from neo_jax.text.tokenizer import TOKENIZER_FILES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

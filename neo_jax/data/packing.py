@@ -10,11 +10,11 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from neo_jax.config import read_json
 from neo_jax.data.writer import DATASET_FILE, OFFSETS_FILE, PROMPTS_FILE, VERSION
-from neo_jax.distributed import is_leader
+from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, reason, suggest
-from neo_jax.paths import file_size, is_file, is_remote, make_path, read_range
+from neo_jax.files.json_text import read_json
+from neo_jax.files.paths import file_size, is_file, is_remote, make_path, read_range
 
 
 @dataclasses.dataclass(frozen=True)

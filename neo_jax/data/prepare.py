@@ -9,19 +9,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from neo_jax.data.atomic_folder import TRAINED, WORK, staging
 from neo_jax.data.cutting import LINES, divide
-from neo_jax.data.journal import digests
 from neo_jax.data.progress import Advance, progress_bar
+from neo_jax.data.resume import digests
 from neo_jax.data.sources import Pair, Source, find_sources, text_parts
-from neo_jax.data.staging import TRAINED, WORK, staging
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tfrecords import Record
-from neo_jax.data.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.data.tokenizing import is_held_out, token_dtype, tokenize
 from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, TRAIN, VERSION, Extent
 from neo_jax.errors import NeoError
-from neo_jax.paths import absolute, find_files, make_path
+from neo_jax.files.paths import absolute, find_files, make_path
+from neo_jax.text.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 
 TokenizerKind = Literal["sentencepiece", "bpe"]
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neo_jax.data.compression import UNPACKERS, open_unpacked, unpacked_name
-from neo_jax.data.files import data_files
 from neo_jax.data.hugging_face import SCHEME, HubDataset
+from neo_jax.data.listing import data_files
 from neo_jax.data.tfrecords import Record, read_records
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import file_version
+from neo_jax.files.compression import UNPACKERS, open_unpacked, unpacked_name
+from neo_jax.files.paths import file_version
 
 ENDINGS = (".txt", ".jsonl", ".tfrecord", ".tfrecords")
 """A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}, or a

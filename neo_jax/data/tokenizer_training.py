@@ -5,14 +5,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from neo_jax.data.tokenizer import (
+from neo_jax.errors import NeoError
+from neo_jax.files.paths import is_remote, make_path
+from neo_jax.text.tokenizer import (
     END_OF_TEXT,
     BytePairTokenizer,
     SentencePieceTokenizer,
     check_unicode,
 )
-from neo_jax.errors import NeoError
-from neo_jax.paths import is_remote, make_path
 
 _SENTENCE = 1000  # characters: four bytes each at most, within SentencePiece's limit of 4192
 _MOST_CHARACTERS = 200_000_000  # SentencePiece holds them in memory, several times over

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from neo_jax.data.atomic_folder import JOURNAL, WORK, clear
 from neo_jax.data.cutting import divide, exact_cuts
-from neo_jax.data.journal import Journal, Place
 from neo_jax.data.progress import progress_bar
+from neo_jax.data.resume import Journal, Place
 from neo_jax.data.sources import PART, Document, Pair, Source, TextFile, text_parts
-from neo_jax.data.staging import JOURNAL, WORK, clear
 from neo_jax.data.tfrecords import Record
-from neo_jax.data.tokenizer import Tokenizer
 from neo_jax.data.writer import HELD_OUT, TRAIN, Extent, SplitWriter, holds
 from neo_jax.errors import NeoError
+from neo_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
-from neo_jax.decode.compiling import Loop
 from neo_jax.decode.engine import DecodeState, completion
 from neo_jax.decode.sampling import Settings, is_end, processed
-from neo_jax.distributed import to_host
+from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, check_numbers
-from neo_jax.model import Neo
+from neo_jax.model.transformer import Neo
+from neo_jax.ops.tuning import Loop
 
 _MOST_PENALTY = 100.0  # of either sign: what lengths to its power do to scores, float32 holds
 

@@ -16,11 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax import cache as caching
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
-from neo_jax.cache import Cache
-from neo_jax.decode.compiling import Loop
-from neo_jax.decode.prompt import read
+from neo_jax.decode.prefill import read
 from neo_jax.decode.sampling import (
     History,
     SamplingOptions,
@@ -30,11 +27,14 @@ from neo_jax.decode.sampling import (
     logprobs_of,
     stack_settings,
 )
-from neo_jax.distributed import to_host
+from neo_jax.devices.memory import check_batch
+from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
-from neo_jax.memory import check_batch
-from neo_jax.model import Neo
-from neo_jax.sharding import Sharding, constrain, padded_rows
+from neo_jax.model import cache as caching
+from neo_jax.model.cache import Cache
+from neo_jax.model.transformer import Neo
+from neo_jax.ops.tuning import Loop
+from neo_jax.sharding.rules import Sharding, constrain, padded_rows
 
 MIN_PREFILL = 16
 MIN_ROOM = 64

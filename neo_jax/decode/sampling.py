@@ -21,7 +21,7 @@ import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, UInt
 from neo_jax.errors import NeoError, brief, check_numbers, checked
-from neo_jax.sharding import pick
+from neo_jax.sharding.rules import pick
 
 _LARGEST = 1e6  # of what divides logits: float32 holds what comes of it
 

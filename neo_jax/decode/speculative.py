@@ -19,17 +19,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from neo_jax import cache as caching
 from neo_jax.axes import Array, Bool, Float, Int, Params
-from neo_jax.cache import SLACK, Cache
 from neo_jax.decode import engine
-from neo_jax.decode.compiling import Loop
 from neo_jax.decode.engine import Completion, DecodeState, completion
 from neo_jax.decode.sampling import History, Settings, is_end, logprobs_of, processed
-from neo_jax.distributed import to_host
+from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo
-from neo_jax.sharding import pick
+from neo_jax.model import cache as caching
+from neo_jax.model.cache import SLACK, Cache
+from neo_jax.model.transformer import Neo
+from neo_jax.ops.tuning import Loop
+from neo_jax.sharding.rules import pick
 
 MAX_DRAFTED = SLACK
 """Tokens of a draft: a pass appends one more, and caches have slack for that."""

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neo_jax.evaluation.published import BENCHMARKS, MEASURES, PUBLISHED, SOURCE, Measure
+from neo_jax.evaluation.reference_results import BENCHMARKS, MEASURES, PUBLISHED, SOURCE, Measure
 
 _NAMES = {
     "gpt-neo-125m": "GPT-Neo 125M",

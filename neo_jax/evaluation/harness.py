@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
-from neo_jax.distributed import is_leader
+from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, brief, checked, suggest
-from neo_jax.evaluation import answers
-from neo_jax.evaluation.continuations import Request, score_continuations
-from neo_jax.generation import TextOptions, check_together, read_options, reseeded
-from neo_jax.language_model import LanguageModel, load
-from neo_jax.paths import cache_folder
-from neo_jax.scoring import token_logprobs
+from neo_jax.evaluation import response_cache
+from neo_jax.evaluation.loglikelihood import Request, score_continuations
+from neo_jax.files.paths import cache_folder
+from neo_jax.text.generate import TextOptions, check_together, read_options, reseeded
+from neo_jax.text.language_model import LanguageModel, load
+from neo_jax.text.score import token_logprobs
 
 _NEW_TOKENS = 256  # where a task does not say, as the harness's other models have it
 _GENERATED_TOGETHER = 16
@@ -234,10 +234,10 @@ class NeoLM(TemplateLM):
 
     def _finish(
         self,
-        keys: Sequence[answers.Request],
+        keys: Sequence[response_cache.Request],
         asked: Sequence[Any],
         compute: Callable[[list[Any]], Iterator[tuple[int, Any]]],
-        form: answers.Form,
+        form: response_cache.Form,
         quiet: bool,
     ) -> list[Any]:
         """Returns the answer to all that is asked, of which what is not on disk is computed."""
@@ -333,11 +333,13 @@ def _whole(batch_size: str | int) -> int:
     return int(batch_size)
 
 
-def _open_answers(cache: str, lm: LanguageModel) -> answers.Answers | None:
+def _open_answers(cache: str, lm: LanguageModel) -> response_cache.Answers | None:
     if cache == "none" or jax.process_count() > 1:
         return None
     path = Path(cache) if cache else cache_folder() / "answers.sqlite"
-    return answers.Answers(path, answers.fingerprint(lm.model, lm.params, lm.tokenizer))
+    return response_cache.Answers(
+        path, response_cache.fingerprint(lm.model, lm.params, lm.tokenizer)
+    )
 
 
 def _tell(line: str) -> None:

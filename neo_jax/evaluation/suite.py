@@ -10,12 +10,12 @@ import datasets
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from neo_jax.data.compression import unpacked_name
 from neo_jax.data.sources import json_lines
 from neo_jax.errors import NeoError, reason, suggest
-from neo_jax.evaluation.published import BENCHMARKS
+from neo_jax.evaluation.reference_results import BENCHMARKS
 from neo_jax.evaluation.texts import read_documents, read_pages
-from neo_jax.paths import make_path
+from neo_jax.files.compression import unpacked_name
+from neo_jax.files.paths import make_path
 
 # What the harness's tasks of The Pile's subsets are.
 _PILE = {

@@ -17,7 +17,7 @@ from lm_eval.utils import make_table
 
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.harness import NeoLM
-from neo_jax.paths import check_writable
+from neo_jax.files.paths import check_writable
 
 _RESAMPLES = 1000  # for the standard errors of what is no mean
 

@@ -2,7 +2,7 @@
 
 A document begins after the end-of-text token, where the tokenizer has one, so that all of it is
 predicted; else its first token is not. Beyond the context it is read by windows (see
-`neo_jax.scoring`). Words are what white space separates, counted as lm-evaluation-harness does.
+`neo_jax.text.score`). Words are what white space separates, counted as lm-evaluation-harness does.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from neo_jax.data.compression import open_unpacked, unpacked_name
 from neo_jax.data.sources import TextFile, find_sources, json_lines
 from neo_jax.errors import NeoError
 from neo_jax.evaluation import wikitext
-from neo_jax.language_model import LanguageModel
-from neo_jax.paths import make_path
-from neo_jax.scoring import token_logprobs
+from neo_jax.files.compression import open_unpacked, unpacked_name
+from neo_jax.files.paths import make_path
+from neo_jax.text.language_model import LanguageModel
+from neo_jax.text.score import token_logprobs
 
 _TOGETHER = 1 << 16  # bytes of text that are tokenized and scored together, at least
 
@@ -134,8 +134,8 @@ def measure(
     Args:
       lm: the model.
       documents: what to predict.
-      stride: see `neo_jax.scoring.token_logprobs`.
-      batch_size: see `neo_jax.scoring.score_rows`.
+      stride: see `neo_jax.text.score.token_logprobs`.
+      batch_size: see `neo_jax.text.score.score_rows`.
 
     Raises:
       NeoError: no tokenizer, or a stride beyond the context.

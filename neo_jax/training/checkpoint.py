@@ -21,12 +21,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from neo_jax.distributed import all_processes, check_shared, from_leader, is_leader
+from neo_jax.devices.processes import all_processes, check_shared, from_leader, is_leader
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import absolute, check_writable, is_remote, make_path, move_folder, write_whole
+from neo_jax.files.paths import (
+    absolute,
+    check_writable,
+    is_remote,
+    make_path,
+    move_folder,
+    write_whole,
+)
 from neo_jax.training import snapshot
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.state import TrainState
+from neo_jax.training.step import TrainState
 
 
 class SaveError(NeoError):

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Literal
 
-from neo_jax.attention import Kernel
 from neo_jax.config import ModelConfig
+from neo_jax.devices.memory import check_batch
 from neo_jax.errors import NeoError, check_numbers
-from neo_jax.lora import LoraConfig
-from neo_jax.memory import check_batch
-from neo_jax.stacked import Remat
+from neo_jax.model.scan import Remat
+from neo_jax.ops.attention import Kernel
+from neo_jax.transforms.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import BATCH, Array
-from neo_jax.sharding import make_sharding
-from neo_jax.signals import taken
+from neo_jax.devices.signals import taken
+from neo_jax.sharding.rules import make_sharding
 
 
 class Interrupt:

@@ -11,33 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax import axes
-from neo_jax.adapters import save_adapter
 from neo_jax.axes import Array, Params
+from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.peft import save_adapter
+from neo_jax.checkpoints.save import remove_leftovers
 from neo_jax.data.feed import Batch as HostBatch
 from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
-from neo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from neo_jax.distributed import holding, is_leader
+from neo_jax.devices.processes import holding, is_leader
 from neo_jax.errors import NeoError
-from neo_jax.lora import merge
-from neo_jax.model import Neo
-from neo_jax.paths import make_path
-from neo_jax.pretrained import save_pretrained
-from neo_jax.saving import remove_leftovers
-from neo_jax.sharding import make_sharding
-from neo_jax.stacked import unstack
-from neo_jax.training.check import check_run, check_size
+from neo_jax.files.paths import make_path
+from neo_jax.model.scan import unstack
+from neo_jax.model.transformer import Neo
+from neo_jax.sharding.rules import make_sharding
+from neo_jax.text.tokenizer import Tokenizer, load_tokenizer
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
+from neo_jax.training.initial_state import find_pretrained, first_state, load_stacked
 from neo_jax.training.interrupt import Interrupt
-from neo_jax.training.loss import Batch, batch_losses
+from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
 from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.preflight import check_run, check_size
 from neo_jax.training.report import Evaluation, Report
 from neo_jax.training.samples import Sampler
 from neo_jax.training.snapshot import base_of
-from neo_jax.training.start import find_pretrained, first_state, load_stacked
-from neo_jax.training.state import TrainState, abstract_state, make_step, whole
+from neo_jax.training.step import TrainState, abstract_state, make_step, whole
 from neo_jax.training.trace import Trace
+from neo_jax.transforms.lora import merge
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -46,9 +46,9 @@ def train(config: TrainConfig) -> TrainState:
     Leaves in the output folder: checkpoints/, best.json, metrics.jsonl, loss.png, what else the
     config asks for, and model/, which `neo_jax.load` and transformers read; beside it adapter/, for
     PEFT, where adapters were trained, which model/ has merged. Several processes (see
-    `neo_jax.distributed`) that call this are one run, and all need to see that folder; checkpoints
-    of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the running step end, save
-    and return; the second one does what it always did.
+    `neo_jax.devices.processes`) that call this are one run, and all need to see that folder;
+    checkpoints of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the running
+    step end, save and return; the second one does what it always did.
 
     Returns:
       The final state, which may be of a later step if the run has gone further before; or that of

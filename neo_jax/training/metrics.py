@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neo_jax.chips import chip
 from neo_jax.config import ModelConfig
+from neo_jax.devices.chips import chip
 
 
 def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> float:

@@ -20,14 +20,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from neo_jax.distributed import is_leader
+from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError
-from neo_jax.paths import make_path
+from neo_jax.files.paths import make_path
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.metrics import flops_per_token, peak_flops, peak_memory
 from neo_jax.training.plot import LossPlot
 from neo_jax.training.sinks import LineFile, Sink, open_sinks
-from neo_jax.training.state import Metrics
+from neo_jax.training.step import Metrics
 
 
 class Evaluation(NamedTuple):

@@ -1,11 +1,11 @@
 """Texts that a model in training writes, for people to read."""
 
 from neo_jax.axes import Params
-from neo_jax.data.tokenizer import StreamDecoder, Tokenizer
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.model import Neo
-from neo_jax.stacked import unstack
+from neo_jax.model.scan import unstack
+from neo_jax.model.transformer import Neo
+from neo_jax.text.tokenizer import StreamDecoder, Tokenizer
 from neo_jax.training.config import TrainConfig
 
 

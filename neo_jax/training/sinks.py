@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from neo_jax.errors import NeoError, reason
-from neo_jax.paths import is_remote, make_path, write_whole
+from neo_jax.files.paths import is_remote, make_path, write_whole
 from neo_jax.training.config import TrainConfig
 
 

@@ -27,10 +27,10 @@ from flax.traverse_util import flatten_dict
 
 from neo_jax import __version__
 from neo_jax.axes import Params
-from neo_jax.checksums import checksums
+from neo_jax.checkpoints.checksums import checksums
 from neo_jax.errors import reason
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.state import TrainState
+from neo_jax.training.step import TrainState
 
 T = TypeVar("T")
 

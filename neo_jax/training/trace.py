@@ -2,10 +2,10 @@
 
 import jax
 
-from neo_jax.distributed import is_leader
-from neo_jax.paths import make_path
+from neo_jax.devices.processes import is_leader
+from neo_jax.files.paths import make_path
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.state import Metrics
+from neo_jax.training.step import Metrics
 
 _WARM_UP = 2  # steps: the first compiles, the second may still fill queues
 

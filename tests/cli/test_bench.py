@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from neo_jax.benchmark import limits
 from neo_jax.cli.bench import Options, _request
 from neo_jax.cli.options import ModelOptions
+from neo_jax.tools.benchmark import limits
 
 
 @pytest.fixture(autouse=True)

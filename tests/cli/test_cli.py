@@ -1,4 +1,4 @@
-"""neo_jax/cli: help, real processes, and command lines that cannot be understood."""
+"""cli: help, real processes, and command lines that cannot be understood."""
 
 import os
 import shutil

@@ -6,7 +6,7 @@ import pytest
 
 from neo_jax.cli.train import load_config
 from neo_jax.config import ModelConfig
-from neo_jax.sharding import make_sharding
+from neo_jax.sharding.rules import make_sharding
 
 THEIRS = {
     "n_layer": 6, "n_embd": 96, "n_head": 4, "n_vocab": 50304, "n_ctx": 512,

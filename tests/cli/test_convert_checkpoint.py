@@ -15,17 +15,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from neo_jax.checkpoints.open_model import load_params, save_pretrained
 from neo_jax.cli.train import load_config
 from neo_jax.config import ModelConfig
-from neo_jax.model import Neo
-from neo_jax.names import tensors
-from neo_jax.pretrained import load_params, save_pretrained
-from neo_jax.stacked import unstack
+from neo_jax.model.scan import unstack
+from neo_jax.model.tensor_table import tensors
+from neo_jax.model.transformer import Neo
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
+from neo_jax.training.initial_state import first_state
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.start import first_state
-from neo_jax.training.state import abstract_state, init_state
+from neo_jax.training.step import abstract_state, init_state
 
 pytestmark = pytest.mark.optimized
 
@@ -157,10 +157,10 @@ def test_nothing_is_overwritten_and_nothing_unproved_is_silent(succeed, fail, tm
 
 
 def test_damage_on_the_way_is_found(fail, tmp_path, monkeypatch):
-    from neo_jax import saving
+    from neo_jax.checkpoints import save
 
     folder = write(tmp_path / "theirs", GPT_NEO, random_params(GPT_NEO), "safetensors")
-    copy, count = saving.copy, []
+    copy, count = save.copy, []
 
     def flip(view, dtype, shape):
         count.append(1)
@@ -168,7 +168,7 @@ def test_damage_on_the_way_is_found(fail, tmp_path, monkeypatch):
         array.flat[0] += len(count) == 7
         return array
 
-    monkeypatch.setattr(saving, "copy", flip)
+    monkeypatch.setattr(save, "copy", flip)
     text = fail("convert", folder, tmp_path / "ours")
     assert "is not what its source holds; do not use this folder" in text
 

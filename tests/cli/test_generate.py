@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import neo_jax
-from neo_jax.adapters import save_adapter
+from neo_jax.checkpoints.peft import save_adapter
 from neo_jax.cli.generate import Options, _what_decides
 from neo_jax.cli.options import ModelOptions
-from neo_jax.cli.samples import Kept, kept_samples
+from neo_jax.cli.sample_file import Kept, kept_samples
 from neo_jax.decode.sampling import SamplingOptions
-from neo_jax.lora import LoraConfig, attach, init_adapters
-from neo_jax.stacked import stack, unstack
+from neo_jax.model.scan import stack, unstack
+from neo_jax.transforms.lora import LoraConfig, attach, init_adapters
 
 FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
 OPTIONS = ["--max-new-tokens", 12, "--temperature", 0]
@@ -224,7 +224,7 @@ def test_nothing_kept_is_not_spoken_of(run, many, monkeypatch):
 
 
 def test_other_processes_leave_the_file_to_the_first(monkeypatch, tmp_path):
-    monkeypatch.setattr("neo_jax.cli.samples.is_leader", lambda: False)
+    monkeypatch.setattr("neo_jax.cli.sample_file.is_leader", lambda: False)
     name = hashlib.sha256(json.dumps("run").encode()).hexdigest()[:8]
     partial = tmp_path / f"samples.jsonl.partial-{name}"
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from neo_jax.checkpoints.open_model import read_config
 from neo_jax.config import PRESETS, preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.memory import tree_bytes
-from neo_jax.model import Neo, init_params
-from neo_jax.pretrained import read_config
+from neo_jax.devices.memory import tree_bytes
+from neo_jax.model.transformer import Neo, init_params
 
 
 def test_a_folder(succeed, checkpoints):

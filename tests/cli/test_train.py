@@ -15,7 +15,7 @@ from neo_jax.training.config import TrainConfig
 
 CONFIG = """
 from neo_jax.config import ModelConfig
-from neo_jax.lora import LoraConfig
+from neo_jax.transforms.lora import LoraConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 config = TrainConfig(

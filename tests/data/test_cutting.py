@@ -1,4 +1,4 @@
-"""neo_jax/data/cutting.py: the ids of pieces are those of the undivided text, whatever it holds."""
+"""data/cutting.py: the ids of pieces are those of the undivided text, whatever it holds."""
 
 import gzip
 import json
@@ -15,9 +15,9 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from neo_jax.data import sources, tokenizing
 from neo_jax.data.cutting import LINES, divide, exact_cuts
 from neo_jax.data.prepare import prepare
-from neo_jax.data.tokenizer import BytePairTokenizer, load_tokenizer
 from neo_jax.data.tokenizer_training import train_byte_pairs
 from neo_jax.errors import NeoError
+from neo_jax.text.tokenizer import BytePairTokenizer, load_tokenizer
 
 ADDED = [
     AddedToken("<|endoftext|>", special=True, normalized=False),

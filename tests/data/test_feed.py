@@ -1,4 +1,4 @@
-"""neo_jax/data/{packing,mixture,feed}.py: sequences and batches."""
+"""data/{packing,mixture,feed}.py: sequences and batches."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""neo_jax/data/hugging_face.py: data sets that `datasets` loads, here from folders."""
+"""data/hugging_face.py: data sets that `datasets` loads, here from folders."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""neo_jax/data/{sources,prepare}.py: documents from files, data sets on disk."""
+"""data/{sources,prepare}.py: documents from files, data sets on disk."""
 
 import bz2
 import gzip
@@ -16,12 +16,13 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neo_jax.data import compression, tokenizing
+from neo_jax.data import tokenizing
 from neo_jax.data.prepare import prepare
 from neo_jax.data.sources import TextFile, find_sources
-from neo_jax.data.tokenizer import load_tokenizer
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.errors import NeoError
+from neo_jax.files import compression
+from neo_jax.text.tokenizer import load_tokenizer
 
 TEXTS = [
     "The quick brown fox\njumps over the lazy dog.\n\nCafé, naïve, 日本.",

@@ -1,4 +1,4 @@
-"""neo_jax/data/statistics.py: lengths of documents, and their picture."""
+"""data/statistics.py: lengths of documents, and their picture."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""neo_jax/data/tfrecords.py: the reader against a writer, and a file that TensorFlow wrote."""
+"""data/tfrecords.py: the reader against a writer, and a file that TensorFlow wrote."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""neo_jax/decode/beam.py: the beams of transformers, their order and their scores."""
+"""decode/beam.py: the beams of transformers, their order and their scores."""
 
 import itertools
 import math
@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import GPTNeoForCausalLM
 
+from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import beam, engine
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo, init_params
-from neo_jax.names import tensors
-from neo_jax.pretrained import save_pretrained
-from neo_jax.sharding import make_sharding
+from neo_jax.model.tensor_table import tensors
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.sharding.rules import make_sharding
 
 pytestmark = pytest.mark.optimized
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import neo_jax
-from neo_jax.cache import SLACK, num_bytes, num_slots
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, logprobs_of, make_settings
-from neo_jax.language_model import cached_dtype
-from neo_jax.model import Neo
+from neo_jax.model.cache import SLACK, num_bytes, num_slots
+from neo_jax.model.transformer import Neo
+from neo_jax.text.language_model import cached_dtype
 
 HELD_OUT = Path(__file__).parents[1] / "text" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)

@@ -13,8 +13,8 @@ from jax.experimental.layout import Format, Layout
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.plan.topology import find_topology
-from neo_jax.sharding import laid_out, make_sharding
+from neo_jax.sharding.rules import laid_out, make_sharding
+from neo_jax.tools.plan.topology import find_topology
 
 pytestmark = pytest.mark.tpu_compiler
 

@@ -1,4 +1,4 @@
-"""neo_jax/decode/engine.py: whole continuations, by transformers and by plain forward passes."""
+"""decode/engine.py: whole continuations, by transformers and by plain forward passes."""
 
 import copy
 import dataclasses
@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTNeoForCausalLM
 
+from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.engine import MIN_ROOM, bucket, room_for
 from neo_jax.decode.sampling import SamplingOptions, make_settings, stack_settings
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo, init_params
-from neo_jax.names import tensors
-from neo_jax.pretrained import save_pretrained
-from neo_jax.sharding import make_sharding
+from neo_jax.model.tensor_table import tensors
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.sharding.rules import make_sharding
 
 pytestmark = [pytest.mark.core, pytest.mark.optimized]
 

@@ -1,4 +1,4 @@
-"""neo_jax/decode/sampling.py: which tokens are kept, and how they are drawn."""
+"""decode/sampling.py: which tokens are kept, and how they are drawn."""
 
 import dataclasses
 

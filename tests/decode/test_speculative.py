@@ -1,4 +1,4 @@
-"""neo_jax/decode/speculative.py: the texts of plain decoding, and its distribution."""
+"""decode/speculative.py: the texts of plain decoding, and its distribution."""
 
 import dataclasses
 import functools
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from neo_jax.cache import SLACK
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine, speculative
 from neo_jax.decode.sampling import (
@@ -22,9 +21,10 @@ from neo_jax.decode.sampling import (
 )
 from neo_jax.decode.speculative import Acceptance, Draft
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo, init_params
-from neo_jax.names import tensors
-from neo_jax.sharding import make_sharding
+from neo_jax.model.cache import SLACK
+from neo_jax.model.tensor_table import tensors
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.sharding.rules import make_sharding
 
 WINDOW = 8
 NEW = 100  # local layers have 24 slots: they wrap around four times

@@ -1,4 +1,4 @@
-"""neo_jax/evaluation/harness.py: the same answers as the harness's own PyTorch model."""
+"""evaluation/harness.py: the same answers as the harness's own PyTorch model."""
 
 import contextlib
 import json
@@ -126,7 +126,7 @@ def test_batches_and_meshes_do_not_matter(ours, checkpoints, manager, mesh, batc
 KILLED = """
 import os, signal, sys
 from neo_jax.cli import main
-from neo_jax.evaluation.answers import Answers
+from neo_jax.evaluation.response_cache import Answers
 
 add, finished = Answers.add, []
 

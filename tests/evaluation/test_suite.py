@@ -12,7 +12,7 @@ from neo_jax import cli
 from neo_jax.config import ModelConfig, preset
 from neo_jax.errors import NeoError
 from neo_jax.evaluation import card, suite, tasks, texts
-from neo_jax.evaluation.published import BENCHMARKS, MEASURES, PUBLISHED, find_published
+from neo_jax.evaluation.reference_results import BENCHMARKS, MEASURES, PUBLISHED, find_published
 
 EXAMPLES = {
     "pile": [{"text": "Call me Ishmael: some years ago"}, {"text": "never mind how long it " * 5}],
@@ -93,7 +93,9 @@ def likely(lm, context, continuation):
 
 def test_every_benchmark_beside_what_was_published(run, lm, files, tmp_path, monkeypatch):
     """One run: values against plain computations, the table, the picture and the files."""
-    monkeypatch.setattr("neo_jax.evaluation.published.find_published", lambda config: "gpt2-xl")
+    monkeypatch.setattr(
+        "neo_jax.evaluation.reference_results.find_published", lambda config: "gpt2-xl"
+    )
     words = [f"{name}={file}" for name, file in files.items()]
     out, png = tmp_path / "out", tmp_path / "card.png"
     status, text, err = run("--data", *words, "--json", "--output", out, "--picture", png)

@@ -1,4 +1,4 @@
-"""neo_jax/evaluation/texts.py and wikitext.py: documents, what they count as, how likely."""
+"""evaluation/texts.py and wikitext.py: documents, what they count as, how likely."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""neo_jax/training/checkpoint.py: what stays, what is damaged, what cannot be written."""
+"""training/checkpoint.py: what stays, what is damaged, what cannot be written."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from neo_jax.errors import NeoError
-from neo_jax.paths import find_files
+from neo_jax.files.paths import find_files
 from neo_jax.training import checkpoint, snapshot
 from neo_jax.training.checkpoint import Checkpoints
-from neo_jax.training.state import TrainState
+from neo_jax.training.step import TrainState
 
 NAN = float("nan")
 
@@ -349,7 +349,7 @@ def test_a_save_that_fails_in_the_background_is_one_line_and_the_end(config, tmp
     file = tmp_path / "config.py"
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
-        "from neo_jax.lora import LoraConfig\n"
+        "from neo_jax.transforms.lora import LoraConfig\n"
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"
     )

@@ -1,4 +1,4 @@
-"""neo_jax/training/interrupt.py: runs that are asked to stop, and runs that are killed."""
+"""training/interrupt.py: runs that are asked to stop, and runs that are killed."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_jax.signals import WATCH
+from neo_jax.devices.signals import WATCH
 from neo_jax.training import loop
 from neo_jax.training.interrupt import Interrupt
 from neo_jax.training.loop import train

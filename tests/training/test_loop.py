@@ -1,4 +1,4 @@
-"""neo_jax/training/loop.py: whole runs of a tiny model."""
+"""training/loop.py: whole runs of a tiny model."""
 
 import dataclasses
 import json
@@ -20,14 +20,14 @@ from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.packing import TokenDataset
 from neo_jax.data.prepare import prepare
 from neo_jax.errors import NeoError
-from neo_jax.model import Neo, init_params
-from neo_jax.sharding import make_sharding
-from neo_jax.stacked import unstack
-from neo_jax.training import check, loop
+from neo_jax.model.scan import unstack
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.sharding.rules import make_sharding
+from neo_jax.training import loop, preflight
 from neo_jax.training.loop import train
-from neo_jax.training.loss import Batch
+from neo_jax.training.objectives.cross_entropy import Batch
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.state import init_state, make_step
+from neo_jax.training.step import init_state, make_step
 
 
 def metrics(config, name="loss"):
@@ -399,17 +399,17 @@ def test_a_state_larger_than_its_device(config, monkeypatch):
     """Four arrays of 4 bytes a parameter: weights, gradients and AdamW's two."""
     params = jax.eval_shape(lambda: init_state(Neo(config.model), optax.identity(), 0)).params
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    monkeypatch.setattr(check, "device_memory", lambda: 16 * size)
+    monkeypatch.setattr(preflight, "device_memory", lambda: 16 * size)
     with pytest.raises(NeoError, match=r"GB of each device, which has .* GB; split them over more"):
         train(config)
     assert not Path(config.output).exists()
-    monkeypatch.setattr(check, "device_memory", lambda: 16 * size + 64)  # and counters
+    monkeypatch.setattr(preflight, "device_memory", lambda: 16 * size + 64)  # and counters
     assert int(train(dataclasses.replace(config, steps=1)).step) == 1
 
 
 def test_the_memory_of_a_device_is_its_share_of_the_machine():
     share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 8
-    assert check.device_memory() == share
+    assert preflight.device_memory() == share
 
 
 def test_a_vocabulary_that_does_not_fit(config):

@@ -1,4 +1,4 @@
-"""neo_jax/training/metrics.py: FLOPs and memory."""
+"""training/metrics.py: FLOPs and memory."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neo_jax.config import ModelConfig, preset
-from neo_jax.names import tensors
+from neo_jax.model.tensor_table import tensors
 from neo_jax.training import metrics
 from neo_jax.training.metrics import flops_per_token, peak_flops, peak_memory
 

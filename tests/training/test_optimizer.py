@@ -1,4 +1,4 @@
-"""neo_jax/training/optimizer.py: the schedule by its formula, AdamW by torch's."""
+"""training/optimizer.py: the schedule by its formula, AdamW by torch's."""
 
 import dataclasses
 import math
@@ -11,9 +11,9 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
-from neo_jax.lora import LoraConfig, init_adapters
 from neo_jax.training.config import OptimizerConfig
 from neo_jax.training.optimizer import _decays, make_optimizer, make_schedule
+from neo_jax.transforms.lora import LoraConfig, init_adapters
 
 pytestmark = pytest.mark.optimized
 

@@ -1,4 +1,4 @@
-"""neo_jax/training/plot.py: loss.png, there and current."""
+"""training/plot.py: loss.png, there and current."""
 
 import io
 from pathlib import Path

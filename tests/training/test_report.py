@@ -1,4 +1,4 @@
-"""neo_jax/training/report.py: what is written, and when."""
+"""training/report.py: what is written, and when."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""neo_jax/training/sinks.py: files of a run that is resumed, and those of other tools."""
+"""training/sinks.py: files of a run that is resumed, and those of other tools."""
 
 import contextlib
 import dataclasses

@@ -1,0 +1,1 @@
+"""Models in files: Hugging Face's, Flax's, Mesh-TensorFlow's and PEFT's, read and written."""

@@ -1,0 +1,1 @@
+"""The machine: its chips, their memory and links, the processes that share them."""

@@ -1,0 +1,1 @@
+"""Files of any kind: local and in buckets, compressed, locked, written in one piece."""

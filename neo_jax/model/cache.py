@@ -1,0 +1,249 @@
+"""Keys and values of the tokens so far, a `LayerCache` a layer, every leaf leading with batch.
+
+A key at position p lies in slot p modulo the number of slots. A global layer has a slot for every
+position, so its cache is linear; a local layer has window + slack slots and wraps around. Slots
+remember the position they hold, and masks are made from these: what a slot held before it was
+overwritten lies outside the window as long as one step appends no more than slack + 1 tokens.
+
+Keys and values are floats, or int8 with a scale for each row, head and slot.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from neo_jax.axes import BATCH, HEAD_DIM, HEADS, KV_LENGTH, Array, Float, Int
+from neo_jax.config import ModelConfig
+from neo_jax.ops.int8 import Int8, rounded
+from neo_jax.sharding.rules import Sharding, constrain
+
+SLACK = 16
+"""Slots of a local layer beyond its window: one step may append up to SLACK + 1 tokens."""
+
+
+class LayerCache(NamedTuple):
+    """What one layer attends to."""
+
+    k: Float[Array, "B N S H"] | Int8
+    v: Float[Array, "B N S H"] | Int8
+    positions: Int[Array, "B S"]  # absolute position of the key in each slot, -1 where empty
+
+
+Cache = tuple[LayerCache, ...]
+"""One `LayerCache` for each layer."""
+
+
+LOGICAL_AXES = {
+    "k": (BATCH, HEADS, KV_LENGTH, HEAD_DIM),
+    "v": (BATCH, HEADS, KV_LENGTH, HEAD_DIM),
+    "positions": (BATCH, KV_LENGTH),
+}
+"""How the leaves of a layer's cache are split; int8's scales have the first of these axes."""
+
+
+def place(sharding: Sharding | None, cache: LayerCache) -> LayerCache:
+    """Tells the compiler how a layer's cache lies on the mesh."""
+
+    def lie(name: str, part: Any) -> Any:
+        axes, path = LOGICAL_AXES[name], f"the cache's {name}"
+        return jax.tree.map(lambda x: constrain(sharding, x, axes[: x.ndim], path), part)
+
+    return LayerCache(**{name: lie(name, part) for name, part in cache._asdict().items()})
+
+
+def num_slots(config: ModelConfig, layer: int, length: int, slack: int = SLACK) -> int:
+    """Slots that a layer needs to decode up to `length` tokens, `slack` + 1 in a step."""
+    window = config.window(layer)
+    return length if window is None else min(length, window + slack)
+
+
+def num_bytes(config: ModelConfig, slots: int, dtype: DTypeLike) -> int:
+    """Returns the bytes of one layer's slots, for one sequence: keys, values, scales, positions."""
+    scale = 4 if dtype == jnp.int8 else 0
+    key = config.num_heads * (config.head_dim * np.dtype(dtype).itemsize + scale)
+    return slots * (2 * key + 4)
+
+
+class CacheBytes(NamedTuple):
+    """Memory that the cache of a sequence takes, on all devices together."""
+
+    per_token: int  # while all layers grow
+    per_token_beyond_window: int  # of global layers alone: local ones have wrapped around
+    per_sequence: int
+
+
+def sequence_bytes(config: ModelConfig, length: int, dtype: DTypeLike) -> CacheBytes:
+    """Returns the memory of the cache of a sequence of up to `length` tokens."""
+    layers = range(config.num_layers)
+    slot = num_bytes(config, 1, dtype)
+    num_global = sum(config.window(i) is None for i in layers)
+    slots = sum(num_slots(config, i, length) for i in layers)
+    return CacheBytes(slot * len(layers), slot * num_global, slot * slots)
+
+
+def extend(
+    cache: LayerCache,
+    k: Float[Array, "B N T H"],
+    v: Float[Array, "B N T H"],
+    positions: Int[Array, "B T"],
+) -> LayerCache:
+    """Writes new keys and values into the slots of their positions; those at -1 are dropped.
+
+    The way is that which the compiler of the device does in place. For a scatter a TPU's lays the
+    cache out anew before and after each step; for a slice a CPU's makes all bfloat16 float32.
+    """
+    new = LayerCache(_like(cache.k, k), _like(cache.v, v), positions)
+    return jax.lax.platform_dependent(cache, new, tpu=_extend_in_turn, default=_extend_at_once)
+
+
+def _like(old: Array | Int8, new: Array) -> Array | Int8:
+    """Returns new keys or values as the cache holds them."""
+    return rounded(new, 1) if isinstance(old, Int8) else new
+
+
+def _slot_axis(ndim: int) -> int:
+    """Returns which axis of a leaf of a layer's cache, [B, S] or [B, N, S, ...], are slots."""
+    return min(ndim - 1, 2)
+
+
+def _extend_in_turn(cache: LayerCache, new: LayerCache) -> LayerCache:
+    """Writes one token of one row after another, as slices."""
+    rows, tokens = new.positions.shape
+    slots = cache.positions.shape[1]
+
+    def write_one(i: Array, cache: LayerCache) -> LayerCache:
+        row, token = i // tokens, i % tokens
+        position = new.positions[row, token]
+
+        def write(old: Array, new: Array) -> Array:
+            axis = _slot_axis(new.ndim)
+            source, place = [row] + [0] * (new.ndim - 1), [row] + [0] * (new.ndim - 1)
+            source[axis], place[axis] = token, position % slots
+            sizes = [size if i not in (0, axis) else 1 for i, size in enumerate(new.shape)]
+            new = jax.lax.dynamic_slice(new, source, sizes).astype(old.dtype)
+            here = jax.lax.dynamic_slice(old, place, sizes)
+            return jax.lax.dynamic_update_slice(old, jnp.where(position >= 0, new, here), place)
+
+        return jax.tree.map(write, cache, new)
+
+    return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
+
+
+def _extend_at_once(cache: LayerCache, new: LayerCache) -> LayerCache:
+    """Writes all tokens of all rows by one scatter a leaf."""
+    slots, positions = cache.positions.shape[1], new.positions
+    if positions.shape == (1, 1):
+        return _extend_by_one(cache, new)
+    rows = jnp.arange(positions.shape[0])[:, None]
+    index = jnp.where(positions >= 0, positions % slots, slots)
+
+    def write(old: Array, new: Array) -> Array:
+        # Two index arrays around a slice put their axes in front: [B, T, N, H].
+        new = new.astype(old.dtype).swapaxes(1, 2)
+        return old.at[rows, :, index].set(new, mode="drop")
+
+    return LayerCache(
+        jax.tree.map(write, cache.k, new.k),
+        jax.tree.map(write, cache.v, new.v),
+        cache.positions.at[rows, index].set(positions, mode="drop"),
+    )
+
+
+def _extend_by_one(cache: LayerCache, new: LayerCache) -> LayerCache:
+    """The same for one token of one row, as a slice of arrays without their batch axis.
+
+    XLA's CPU backend moves an axis of size 1 about, and then copies the cache at every step.
+    """
+    position = new.positions[0, 0]
+    slot = position % cache.positions.shape[1]
+
+    def write(old: Array, new: Array) -> Array:
+        axis = _slot_axis(new.ndim) - 1
+        here = jax.lax.dynamic_slice_in_dim(old[0], slot, 1, axis)
+        new = jnp.where(position >= 0, new[0].astype(old.dtype), here)
+        return jax.lax.dynamic_update_slice_in_dim(old[0], new, slot, axis)[None]
+
+    return jax.tree.map(write, cache, new)
+
+
+def rollback(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
+    """Forgets the tokens of each row at positions from `lengths` on.
+
+    What they overwrote stays lost: in a local layer keys that lie outside the window of whatever is
+    appended next, as long as no more than SLACK tokens are forgotten.
+    """
+    return tuple(
+        layer._replace(positions=jnp.where(layer.positions < lengths[:, None], layer.positions, -1))
+        for layer in cache
+    )
+
+
+def from_sequence(
+    config: ModelConfig,
+    sequence: Sequence[LayerCache],
+    lengths: Int[Array, "B"],
+    length: int,
+    dtype: DTypeLike | None = None,
+    slack: int = SLACK,
+) -> Cache:
+    """Turns the keys and values of whole prompts into a cache to go on from.
+
+    Args:
+      config: the model.
+      sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H], where
+        token t lies at index t; or a cache that holds what this one shall.
+      lengths: tokens of each row to keep; what follows is padding.
+      length: tokens, prompt included, that the cache must be able to hold.
+      dtype: of its keys and values, int8 or a floating-point type; None keeps that of `sequence`.
+      slack: slots of local layers beyond their window.
+
+    Returns:
+      A cache of `num_slots` slots a layer that holds each row's newest tokens.
+    """
+    return tuple(
+        _arrange(layer, lengths, num_slots(config, i, length, slack), dtype)
+        for i, layer in enumerate(sequence)
+    )
+
+
+def _arrange(
+    layer: LayerCache, lengths: Int[Array, "B"], slots: int, dtype: DTypeLike | None
+) -> LayerCache:
+    # The newest position that belongs into slot s is the largest p < length with p % slots == s.
+    newest = lengths[:, None] - 1
+    positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
+    index = (jnp.clip(positions, 0) % layer.positions.shape[1])[:, None, :, None]
+
+    def kept(part: Any) -> Array | Int8:
+        part = jnp.take_along_axis(part, index, axis=2, mode="clip")
+        return rounded(part, 1) if dtype == jnp.int8 else part.astype(dtype or part.dtype)
+
+    return LayerCache(kept(layer.k), kept(layer.v), jnp.where(positions >= 0, positions, -1))
+
+
+def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
+    """Gives a cache the slots to decode up to `length` tokens, more than there were or fewer.
+
+    Texts must fit: of a row that holds a position of `length` or more, keys are lost.
+    """
+    return tuple(_resize(layer, num_slots(config, i, length)) for i, layer in enumerate(cache))
+
+
+def _resize(layer: LayerCache, slots: int) -> LayerCache:
+    # Where the number of slots changes no text has wrapped around yet: slots are positions.
+    def fit(leaf: Array) -> Array:
+        axis = _slot_axis(leaf.ndim)
+        kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
+        widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
+        return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions
+
+    return jax.tree.map(fit, layer)
+
+
+def vacate(cache: Cache, rows: Int[Array, "..."]) -> Cache:
+    """Empties rows: they see nothing of what was there."""
+    return tuple(layer._replace(positions=layer.positions.at[rows].set(-1)) for layer in cache)

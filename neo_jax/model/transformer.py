@@ -1,0 +1,300 @@
+"""GPT-Neo: a pre-norm decoder whose layers alternate between global and local attention; GPT-2.
+
+Pure functions of parameters and arrays: a cache goes in, a cache comes out. Facts of the forward
+pass follow transformers' `modeling_gpt_neo.py` and EleutherAI's Mesh-TensorFlow original.
+
+    x = wte[tokens] + wpe[positions]
+    x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))      for each layer
+    logits = ln_f(x) wte^T
+
+GPT-2 (`modeling_gpt2.py`) differs by fields of the config: `qkv_bias`, `scale_attention`, and only
+global layers; where the head is not tied, by a table of its own in the place of wte.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+
+from neo_jax import axes
+from neo_jax.axes import Array, Float, Int, Params
+from neo_jax.config import ModelConfig
+from neo_jax.model import cache as caching
+from neo_jax.model.cache import Cache, LayerCache
+from neo_jax.model.initializers import stddev, zeros_beyond
+from neo_jax.model.layers import Einsum, Embed, LayerNorm
+from neo_jax.ops.attention import Kernel, Mask, attend
+from neo_jax.ops.gelu import ACTIVATIONS
+from neo_jax.sharding.rules import Sharding, constrain
+
+# How activations lie: None stays whole, ... is for the compiler to place.
+RESIDUAL_STREAM = (axes.BATCH, axes.LENGTH, None)
+QUERIES = (axes.BATCH, axes.HEADS, ..., axes.HEAD_DIM)
+MLP_HIDDEN = (axes.BATCH, ..., axes.MLP)
+LOGITS = (axes.BATCH, ..., axes.VOCAB)
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: Float[Array, "B T V"]
+    cache: Cache  # what each layer attended to; without a cache as input, the sequence itself
+    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embedding, each block but the last, ln_f
+
+
+class Attention(nn.Module):
+    """Multi-head attention, in GPT-Neo without scaling and without biases of q, k and v."""
+
+    config: ModelConfig
+    window: int | None
+    dtype: DTypeLike = jnp.float32
+    kernel: Kernel = "auto"
+    sharding: Sharding | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None,
+        starts: Int[Array, "B T"] | None = None,
+        asked: Int[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], LayerCache]:
+        """Returns the attention's output, of the asked tokens or all, and what it attended to."""
+        heads = (axes.HEADS, axes.HEAD_DIM)
+        scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
+
+        def project(name: str, x: Array, scale: float = 1.0) -> Array:
+            linear = _linear(self, name, (axes.EMBED,), heads, bias=self.config.qkv_bias)
+            y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
+            return constrain(self.sharding, y, QUERIES, name)
+
+        q = project("q_proj", _at(x, asked), scale)
+        k, v = project("k_proj", x), project("v_proj", x)
+        aligned = cache is None and asked is None  # the sequence is its own cache
+        cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
+        q_positions, starts = _at(positions, asked), _at(starts, asked)
+        mask = Mask(q_positions, cache.positions, self.window, aligned, starts)
+        cache = caching.place(self.sharding, cache)
+        self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
+        y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
+        out_proj = _linear(self, "out_proj", heads, (axes.EMBED,))
+        return out_proj("btnh,dnh->btd", y.swapaxes(1, 2)), cache
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between them."""
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    sharding: Sharding | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns c_proj(activation(c_fc(x)))."""
+        c_fc = _linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
+        c_proj = _linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
+        x = ACTIVATIONS[self.config.activation](c_fc("btd,fd->btf", x))
+        x = constrain(self.sharding, x, MLP_HIDDEN, "c_fc's output")
+        return c_proj("btf,df->btd", x)
+
+
+def _linear(
+    module: Attention | MLP,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    *,
+    bias: bool = True,
+) -> Einsum:
+    """Returns the linear map between logical axes that has this name in a layer."""
+    shape = tuple(map(module.config.size, outputs + inputs))
+    return Einsum(
+        shape,
+        outputs + inputs,
+        normal(stddev(module.config, name)),
+        bias_axes=outputs if bias else (),
+        dtype=module.dtype,
+        sharding=module.sharding,
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    config: ModelConfig
+    window: int | None
+    dtype: DTypeLike = jnp.float32
+    kernel: Kernel = "auto"
+    sharding: Sharding | None = None
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        """Declares the parts, named as in Hugging Face's checkpoints."""
+        config, sharding = self.config, self.sharding
+        self.ln_1 = LayerNorm(config.norm_epsilon, sharding)
+        self.attn = Attention(config, self.window, self.dtype, self.kernel, sharding)
+        self.ln_2 = LayerNorm(config.norm_epsilon, sharding)
+        self.mlp = MLP(config, self.dtype, sharding)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None,
+        starts: Int[Array, "B T"] | None = None,
+        asked: Int[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], LayerCache]:
+        """Returns the stream of `asked` tokens or all, and what it saw: nothing before `starts`."""
+        attended, cache = self.attn(self.ln_1(x), positions, cache, starts, asked)
+        keep_all = not self.has_rng("dropout")
+        x = _at(x, asked) + self.drop(attended, deterministic=keep_all)
+        return x + self.drop(self.mlp(self.ln_2(x)), deterministic=keep_all), cache
+
+
+class Neo(nn.Module):
+    """The language model. Holds no state: `Neo(config).apply({"params": params}, tokens)`.
+
+    Fields:
+      config: the shape.
+      dtype: operands of products. The residual stream, LayerNorm, softmax and logits are float32
+        whatever it is.
+      kernel: which attention implementation.
+      sharding: how activations lie on a mesh; None on one device.
+      dropout: the share of the embedding's and of each branch's outputs that is dropped wherever
+        `apply` is given a "dropout" key; without one nothing is.
+      cache_dtype: of the keys and values that decoding goes on from, int8 or a floating-point type;
+        None stands for `dtype`.
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    kernel: Kernel = "auto"
+    sharding: Sharding | None = None
+    dropout: float = 0.0
+    cache_dtype: DTypeLike | None = None
+
+    def setup(self) -> None:
+        """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
+        config, dtype, sharding = self.config, self.dtype, self.sharding
+        width = config.embed_dim
+        init = zeros_beyond(config.vocab_size, normal(0.02))
+        vocab = (config.padded_vocab_size, width, axes.VOCAB, init, dtype, sharding)
+        self.wte = Embed(*vocab)
+        self.lm_head = self.wte if config.tied_head else Embed(*vocab)
+        self.wpe = Embed(config.max_length, width, axes.POSITIONS, normal(0.01), dtype, sharding)
+        self.h = [make_block(self, i) for i in range(config.num_layers)]
+        self.ln_f = LayerNorm(config.norm_epsilon, sharding)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Returns logits for the token after each token.
+
+        Args:
+          tokens: ids, in [0, vocab_size).
+          positions: the absolute position of each token, -1 for padding; 0, 1, 2, ... if None.
+            Without a cache a row's positions run on without gaps.
+          cache: what earlier calls returned; None for a sequence that starts here.
+        """
+        hidden_states, cache = self._hidden_states(tokens, positions, cache, None)
+        logits = self.unembed(hidden_states[-1])[..., : self.config.vocab_size]
+        return Output(logits, cache, hidden_states)
+
+    def encode(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        asked: Int[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], Cache]:
+        """Like a call, but stops before the output head: returns ln_f's output and the cache.
+
+        The output is of all tokens or of the `asked` indices; the last layer spares the others.
+        """
+        hidden_states, cache = self._hidden_states(tokens, positions, cache, asked)
+        return hidden_states[-1], cache
+
+    def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vp"]:
+        """Returns output logits, float32, for ln_f's output, over the padded vocabulary.
+
+        Logits of the padding are -inf: no draw, maximum or sum ever notices them.
+        """
+        logits = constrain(self.sharding, self.lm_head.attend(x), LOGITS, "logits")
+        if logits.shape[-1] == self.config.vocab_size:
+            return logits
+        exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
+        return jnp.where(exists[None, None], logits, -jnp.inf)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+        """Returns what the first block reads, and the positions."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.wte(tokens) + self.wpe(positions)
+        return self.drop(x, deterministic=not self.has_rng("dropout")), positions
+
+    def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the final LayerNorm of what the last block gave."""
+        return self.ln_f(x)
+
+    def _hidden_states(
+        self, tokens: Array, positions: Array | None, cache: Cache | None, asked: Array | None
+    ) -> tuple[tuple[Array, ...], Cache]:
+        indexed = positions is None or cache is not None
+        x, positions = self.embed(tokens, positions)
+        # Kernels that know only indices take what is before position 0 for another document.
+        starts = None if indexed else jnp.zeros_like(positions)
+        # Tokens that are appended to a cache are too few to be split.
+        lies = RESIDUAL_STREAM if cache is None else (axes.BATCH, None, None)
+        hidden_states, caches = [], []
+        for i, block in enumerate(self.h):
+            x = constrain(self.sharding, x, lies, "the residual stream")
+            hidden_states.append(x)
+            here = asked if i == len(self.h) - 1 else None
+            x, layer_cache = block(x, positions, cache[i] if cache else None, starts, here)
+            caches.append(layer_cache)
+        return (*hidden_states, self.ln_f(x)), tuple(caches)
+
+
+def _at(x: Any, asked: Array | None) -> Any:
+    """Returns the entries [B, K, ...] of [B, T, ...] with the asked indices; None is all."""
+    return x if x is None or asked is None else jax.vmap(lambda row, i: row[i])(x, asked)
+
+
+def make_block(model: Neo, layer: int) -> Block:
+    """Returns the module of a layer, without its parameters."""
+    window = model.config.window(layer)
+    return Block(model.config, window, model.dtype, model.kernel, model.sharding, model.dropout)
+
+
+def init_params(model: Neo, key: Array) -> Params:
+    """Draws parameters with Mesh-TensorFlow's initialisation, float32; pure, may be jitted."""
+    return nn.meta.unbox(_init(model, key)["params"])
+
+
+def logical_axes(model: Neo) -> Params:
+    """Returns the parameter tree with each leaf's tuple of logical axes in its place."""
+    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+    return jax.tree.map(
+        lambda box: tuple(box.names),
+        boxed["params"],
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
+
+
+def _init(model: Neo, key: Array) -> Params:
+    # A single token lies on no mesh, and a kernel may be one of devices that are not here.
+    alone = model.clone(sharding=None, kernel="auto")
+    method = Neo.encode if model.config.tied_head else Neo.__call__
+    return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)

@@ -1,0 +1,120 @@
+"""Attention by several implementations of one signature, `attend(q, k, v, mask)`.
+
+| name    | what                                                     | "auto" takes it for         |
+|---------|----------------------------------------------------------|-----------------------------|
+| dense   | every query against every key; the plain one, the oracle | decoding                    |
+| blocked | blocks of queries against the keys that they can see     | whole sequences             |
+| splash  | a TPU kernel                                             | the same, bfloat16 on a TPU |
+| cudnn   | an NVIDIA kernel                                         | the same, 16 bits on a GPU  |
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from neo_jax.axes import BATCH, HEADS, Array, Float
+from neo_jax.errors import NeoError, suggest
+from neo_jax.ops.attention.blocked import blocked
+from neo_jax.ops.attention.cudnn import cudnn
+from neo_jax.ops.attention.dense import dense
+from neo_jax.ops.attention.mask import Mask
+from neo_jax.ops.attention.splash import splash
+from neo_jax.ops.int8 import Int8
+from neo_jax.sharding.rules import Sharding, device_of
+
+Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
+KERNELS: dict[str, Callable[..., Array]] = {
+    "dense": dense,
+    "blocked": blocked,
+    "splash": splash,
+    "cudnn": cudnn,
+}
+OF_DEVICE = {"tpu": "splash", "gpu": "cudnn"}
+"""The kernels that are made for one kind of device, and which the compiler cannot split."""
+
+
+def attend(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N S H"] | Int8,
+    v: Float[Array, "B N S H"] | Int8,
+    mask: Mask,
+    kernel: Kernel = "auto",
+    sharding: Sharding | None = None,
+) -> Float[Array, "B N T H"]:
+    """Softmax attention without scaling, as GPT-Neo has it: softmax(q k^T + mask) v, in float32.
+
+    Args:
+      q: queries.
+      k: keys; int8 where they are those of a cache, which dense serves.
+      v: values, likewise.
+      mask: which key each query sees.
+      kernel: which implementation; "auto" takes dense unless the sequence attends to itself, then
+        what is made for the device where that can do it, and else blocked.
+      sharding: how rows and heads lie on a mesh.
+
+    Raises:
+      NeoError: unknown kernel, or one that cannot do what is asked.
+    """
+    name = choose(kernel, q, mask, device_of(sharding))
+    if sharding is None or name not in OF_DEVICE.values():
+        return KERNELS[name](q, k, v, mask)
+    lies = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")
+    rows = sharding.spec((BATCH, None), mask.q_positions.shape, "positions")
+    on_each_device = jax.shard_map(
+        KERNELS[name],
+        mesh=sharding.mesh,
+        in_specs=(lies, lies, lies, rows),
+        out_specs=lies,
+        check_vma=False,  # Pallas kernels do not say along which axes of a mesh they vary
+    )
+    return on_each_device(q, k, v, mask)
+
+
+def choose(kernel: str, q: Array, mask: Mask, device: Any) -> str:
+    """Returns the name of the implementation that serves queries [B, N, T, H] on a device.
+
+    Raises:
+      NeoError: unknown kernel, or one that cannot do what is asked; the message names another.
+    """
+    usual = "blocked" if mask.aligned else "dense"
+    if kernel == "auto":
+        fast = OF_DEVICE.get(device.platform, usual)
+        return usual if _obstacle(fast, q, mask, device) else fast
+    if kernel not in KERNELS:
+        raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, KERNELS)}")
+    obstacle = _obstacle(kernel, q, mask, device)
+    if obstacle:
+        raise NeoError(f"the '{kernel}' kernel {obstacle}; use '{usual}'.")
+    return kernel
+
+
+def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
+    """Returns why a kernel cannot do what is asked, "" where it can."""
+    if kernel != "dense" and not mask.aligned:
+        return "serves a sequence that attends to itself"
+    if kernel == "splash":
+        if device.platform != "tpu":
+            return f"runs on TPUs, not on a {device.platform.upper()}"
+        if q.dtype != jnp.bfloat16:
+            return f"computes in bfloat16, not in {q.dtype}"
+    if kernel == "cudnn":
+        capability = str(getattr(device, "compute_capability", "none"))
+        if device.platform != "gpu" or not _at_least_ampere(capability):
+            return "runs on NVIDIA GPUs of compute capability 8.0 or newer"
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"computes in bfloat16 or float16, not in {q.dtype}"
+        if mask.q_starts is not None:
+            return "knows neither documents within a row nor padding"
+        if q.shape[-1] > 128 or q.shape[-1] % 8:
+            return f"takes heads of up to 128, a multiple of 8, not of {q.shape[-1]}"
+    return ""
+
+
+def _at_least_ampere(capability: str) -> bool:
+    major = capability.partition(".")[0]
+    return major.isdecimal() and int(major) >= 8
+
+
+__all__ = ["KERNELS", "Kernel", "Mask", "attend", "blocked", "choose", "cudnn", "dense", "splash"]

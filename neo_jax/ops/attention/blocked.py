@@ -1,0 +1,123 @@
+"""Attention in blocks of queries, each against just the range of keys that it can see.
+
+For a local layer the work grows with T times the window and not with T squared; for a global
+layer the half of the logits that causality hides is never computed. The largest array is one
+block's logits, also in the backward pass: it forms a block's weights again from the logarithms of
+the softmax's sums (Dao et al., "FlashAttention", 2022, algorithm 4).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from neo_jax.axes import Array, Float
+from neo_jax.errors import NeoError
+from neo_jax.ops.attention.dense import HIDDEN
+from neo_jax.ops.attention.mask import Mask
+
+BLOCK_SIZE = 256
+
+_Positions = tuple[Array, Array, Array | None]
+
+
+def blocked(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N T H"],
+    v: Float[Array, "B N T H"],
+    mask: Mask,
+    block_size: int = BLOCK_SIZE,
+) -> Float[Array, "B N T H"]:
+    """Equals `dense` for a sequence that attends to itself; any length T.
+
+    Raises:
+      NeoError: queries and keys are not the same tokens; take kernel "dense" for a cache.
+    """
+    if not mask.aligned:
+        raise NeoError(
+            "the 'blocked' kernel serves a sequence that attends to itself; use 'dense'."
+        )
+    # Without a barrier XLA folds transpositions into products, and its CPU backend cannot run every
+    # bfloat16 product that results.
+    q, k, v = jax.lax.optimization_barrier((q, k, v))
+    positions = (mask.q_positions, mask.k_positions, mask.q_starts)
+    return _blocked(mask.window, block_size, q, k, v, positions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(
+    window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
+) -> Array:
+    return _forward(window, block_size, q, k, v, positions)[0]
+
+
+def _forward(
+    window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
+) -> tuple[Array, tuple]:
+    mask = _mask(positions, window)
+    outputs, log_sums = [], []
+    for queries, keys in _blocks(q.shape[2], window, block_size):
+        logits = _product("bnth,bnsh->bnts", q[:, :, queries], k[:, :, keys])
+        logits = jnp.where(mask.block(queries, keys).visible()[:, None], logits, HIDDEN)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        outputs.append(_product("bnts,bnsh->bnth", weights.astype(v.dtype), v[:, :, keys]) / total)
+        log_sums.append((largest + jnp.log(total)).swapaxes(2, 3))
+    y, log_sum = jnp.concatenate(outputs, axis=2), jnp.concatenate(log_sums, axis=3)
+    return y, (q, k, v, positions, y, log_sum)
+
+
+def _backward(
+    window: int | None, block_size: int, saved: tuple, grad: Array
+) -> tuple[Array | None, ...]:
+    q, k, v, positions, y, log_sum = saved
+    mask = _mask(positions, window)
+    dots = jnp.sum(grad * y, axis=-1)[:, :, None]
+    grad = jax.lax.optimization_barrier(grad.astype(v.dtype))
+    grads_q = []
+    grad_k = grad_v = jnp.zeros(k.shape, jnp.float32)
+    # Keys come first in a block's weights, "bnst": only one of the products transposes an operand.
+    for queries, keys in _blocks(q.shape[2], window, block_size):
+        block_q, block_k, block_grad = q[:, :, queries], k[:, :, keys], grad[:, :, queries]
+        logits = _product("bnsh,bnth->bnst", block_k, block_q)
+        visible = mask.block(queries, keys).visible()[:, None].swapaxes(2, 3)
+        weights = jnp.where(visible, jnp.exp(logits - log_sum[..., queries]), 0)
+        grad_weights = _product("bnsh,bnth->bnst", v[:, :, keys], block_grad)
+        grad_logits = (weights * (grad_weights - dots[..., queries])).astype(q.dtype)
+        grads_q.append(_product("bnst,bnsh->bnth", grad_logits, block_k))
+        grad_k = grad_k.at[:, :, keys].add(_product("bnst,bnth->bnsh", grad_logits, block_q))
+        weights = weights.astype(v.dtype)
+        grad_v = grad_v.at[:, :, keys].add(_product("bnst,bnth->bnsh", weights, block_grad))
+    grad_q = jnp.concatenate(grads_q, axis=2)
+    grads = (grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype))
+    return *grads, None
+
+
+_blocked.defvjp(_forward, _backward)
+
+
+def _mask(positions: _Positions, window: int | None) -> Mask:
+    of_queries, of_keys, starts = positions
+    return Mask(of_queries, of_keys, window, q_starts=starts)
+
+
+def _blocks(length: int, window: int | None, size: int) -> list[tuple[slice, slice]]:
+    """Returns blocks of queries, and the keys that each can see."""
+    starts = range(0, length, size)
+    first = [0 if window is None else max(0, start - window + 1) for start in starts]
+    stops = [min(start + size, length) for start in starts]
+    return [
+        (slice(start, stop), slice(key, stop))
+        for start, stop, key in zip(starts, stops, first, strict=True)
+    ]
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(
+        equation,
+        x,
+        y,
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

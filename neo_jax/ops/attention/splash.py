@@ -1,0 +1,83 @@
+"""Attention by the TPU kernel that comes with JAX: `splash`, which skips blocks nobody sees.
+
+It knows indices and not positions, and documents by segment ids; neither the logits nor the mask
+ever leave the chip's own memory. Its backward pass forms the weights again, as `blocked` does.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from neo_jax.axes import Array, Float
+from neo_jax.ops.attention.mask import Mask
+
+LANES = 128  # of a TPU's registers: lengths are padded to a multiple
+BLOCK_SIZES = (512, 256, LANES)
+
+
+def splash(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N T H"],
+    v: Float[Array, "B N T H"],
+    mask: Mask,
+    interpret: bool = False,
+) -> Float[Array, "B N T H"]:
+    """Equals `dense` for a sequence that attends to itself, its output rounded to q's dtype.
+
+    On a mesh this is for one device's rows and heads: `attend` sees to it. Rows are padded on the
+    right, in the future, to a multiple of 128.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask: aligned. Tokens before a query's start are hidden where they belong to another start.
+      interpret: whether to run it step by step where there is no TPU; slow.
+    """
+    length = q.shape[2]
+    fill = -length % LANES
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (q, k, v))
+    segments = None
+    if mask.q_starts is not None:
+        documents = jnp.where(mask.q_positions >= 0, mask.q_starts, -1)
+        documents = jnp.pad(documents, ((0, 0), (0, fill)), constant_values=-1)
+        segments = splash_attention.SegmentIds(documents, documents)
+    size = block_size(length + fill, mask.window)
+    kernel = splash_attention.make_splash_mha(
+        _visible(length + fill, mask.window, heads=q.shape[1]),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=size,
+            block_kv=size,
+            block_q_dkv=size,
+            block_kv_dkv=size,
+            block_q_dq=size,
+            block_kv_dq=size,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    return jax.vmap(kernel)(q, k, v, segments)[:, :, :length].astype(jnp.float32)
+
+
+def _visible(length: int, window: int | None, heads: int) -> splash_attention.MultiHeadMask:
+    shape = (length, length)
+    if window is None:
+        return splash_attention.MultiHeadMask([splash_attention.CausalMask(shape)] * heads)
+    # To the left of a query its window but for itself, to the right nothing.
+    local = splash_attention.LocalMask(shape, (window - 1, 0), offset=0)
+    return splash_attention.MultiHeadMask([local] * heads)
+
+
+def block_size(length: int, window: int | None) -> int:
+    """Returns the side of the blocks of logits: large, but no wider than the window.
+
+    A wider block would be mostly hidden: at a window of 256 and 2048 tokens blocks of 512 form 1.9
+    times the logits that blocks of 256 do.
+
+    Args:
+      length: of the sequence, a multiple of 128.
+      window: keys that a query sees; None for all before it.
+    """
+    widest = length if window is None else max(window, LANES)
+    return next(size for size in BLOCK_SIZES if size <= widest and length % size == 0)

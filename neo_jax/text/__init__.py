@@ -1,0 +1,1 @@
+"""What users call: texts in, texts, scores and features out."""

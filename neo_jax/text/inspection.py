@@ -1,0 +1,86 @@
+"""What a model computes of a text on its way: hidden states, and what its heads attend to."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from neo_jax.axes import Array, Float, Int, Params
+from neo_jax.decode.engine import MIN_PREFILL, bucket, check_tokens
+from neo_jax.devices.processes import to_host
+from neo_jax.errors import NeoError, checked
+from neo_jax.model.transformer import Neo
+from neo_jax.ops.attention import Mask
+from neo_jax.ops.attention.dense import weights
+from neo_jax.sharding.rules import padded_rows
+
+
+def hidden_states(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.ndarray:
+    """Returns the hidden states [T, D] of a text, float32.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      ids: the text, within the context.
+      layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
+
+    Raises:
+      NeoError: no such layer, no such token, or more of them than the context holds.
+    """
+    layer, last = checked("layer", layer, int), model.config.num_layers
+    if not -last - 1 <= layer <= last:
+        raise NeoError(f"layer {layer} is not one of 0 to {last}, or -1.")
+    states = _hidden_states(model, layer, params, _padded(model, ids))
+    return to_host(states[0, : len(ids)])
+
+
+def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.ndarray:
+    """Returns what the heads of a layer attend to in a text, float32 [N, T, T].
+
+    Entry [n, t, s] is the share that the value of token s has in what head n gives for token t: 0
+    where t does not see s; over s they sum to 1.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      ids: the text, within the context.
+      layer: from 0.
+
+    Raises:
+      NeoError: as `hidden_states`.
+    """
+    layer = checked("layer", layer, int)
+    if not 0 <= layer < model.config.num_layers:
+        raise NeoError(f"layer {layer} is not one of 0 to {model.config.num_layers - 1}.")
+    maps = _attention(model, layer, params, _padded(model, ids))
+    return to_host(maps[0, :, : len(ids), : len(ids)])
+
+
+def _padded(model: Neo, ids: Sequence[int]) -> np.ndarray:
+    """Returns ids as a batch of a length that rarely compiles anew, padded on the right."""
+    check_tokens(model, ids)
+    width = bucket(len(ids), MIN_PREFILL, model.config.max_length)
+    padded = np.zeros((padded_rows(model.sharding, 1), width), np.int32)
+    padded[0, : len(ids)] = ids
+    return padded
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _hidden_states(
+    model: Neo, layer: int, params: Params, tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    return model.apply({"params": params}, tokens).hidden_states[layer]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attention(
+    model: Neo, layer: int, params: Params, tokens: Int[Array, "B T"]
+) -> Float[Array, "B N T T"]:
+    (_, sequence), seen = model.apply(
+        {"params": params}, tokens, method=Neo.encode, mutable=["intermediates"]
+    )
+    (queries,) = seen["intermediates"][f"h_{layer}"]["attn"]["queries"]
+    positions = sequence[layer].positions
+    mask = Mask(positions, positions, model.config.window(layer))
+    return weights(queries, sequence[layer].k, mask)

@@ -1,0 +1,401 @@
+"""`neo_jax.load(...)`: a model, its parameters and its tokenizer in one hand."""
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, overload
+
+import jax
+import numpy as np
+
+from neo_jax.axes import Params
+from neo_jax.checkpoints import hub, peft
+from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, read_model
+from neo_jax.config import ModelConfig
+from neo_jax.decode.beam import BeamOptions
+from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.speculative import NUM_DRAFTED, Draft
+from neo_jax.errors import NeoError, brief, checked, suggest
+from neo_jax.files.paths import cache_folder
+from neo_jax.model.transformer import Neo
+from neo_jax.ops.attention import Kernel
+from neo_jax.sharding.rules import Sharding, make_sharding
+from neo_jax.text import defaults, generate, inspection
+from neo_jax.text.defaults import Defaults, read_defaults
+from neo_jax.text.generate import (
+    BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    Overflow,
+    Prompt,
+    Sample,
+    TextOptions,
+    check_together,
+    fit,
+    make_method,
+    read_options,
+    spread,
+)
+from neo_jax.text.score import token_logprobs
+from neo_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from neo_jax.transforms.quantize import QUANTIZATIONS, Quantization
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well the model predicts one text."""
+
+    ids: list[int]
+    logprobs: np.ndarray  # [len(ids) - 1], log p of each token after the first, in nats
+    loss: float  # the mean of -logprobs, nats a token
+    num_bytes: int  # UTF-8 bytes of the scored tokens; 0 without a tokenizer
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode a byte of the text after its first token; NaN without a tokenizer."""
+        if not self.num_bytes:
+            return math.nan
+        return -float(self.logprobs.sum(dtype=np.float64)) / math.log(2) / self.num_bytes
+
+
+class LanguageModel:
+    """A pretrained GPT-Neo. Its pure parts are `model`, `params`, `config` and `tokenizer`.
+
+    `defaults` are the options of its generation_config.json, for texts of which a caller does not
+    say more; `lm.defaults = neo_jax.text.defaults.Defaults()` leaves them out.
+    """
+
+    def __init__(
+        self,
+        model: Neo,
+        params: Params,
+        tokenizer: Tokenizer | None,
+        folder: Path,
+        defaults: Defaults = Defaults(),  # noqa: B008
+    ):
+        """Holds what `load` found; `folder` is where."""
+        self.defaults = defaults
+        self.model = model
+        self.params = params
+        self.tokenizer = tokenizer
+        self.folder = folder
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self.model.config
+
+    def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
+        """Returns the ids of a text; ids are passed through.
+
+        Args:
+          prompt: a text or ids.
+          add_special_tokens: whether to add what the tokenizer's files say that a text begins or
+            ends with; GPT-2's and GPT-Neo's say nothing.
+
+        Raises:
+          NeoError: the checkpoint has no tokenizer files, or the prompt is empty or none.
+        """
+        if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | np.ndarray):
+            raise NeoError(f"{brief(prompt)} is not a prompt; give a text or a list of token ids.")
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt, add_special_tokens)
+        else:
+            ids = [checked("a token id", token, int) for token in prompt]
+        if not ids:
+            raise NeoError("the prompt is empty; give at least one token.")
+        return ids
+
+    @overload
+    def generate(self, prompts: str, max_new_tokens: int | None = ..., **options: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int | None = ..., **options: Any
+    ) -> list[str]: ...
+    def generate(
+        self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
+    ) -> str | list[str]:
+        """Continues a text, or each of several; returns the new text.
+
+        Args:
+          prompts: a text, or a list of texts or lists of ids.
+          max_new_tokens: where to stop at the latest; None is what `defaults` say, or 64.
+          **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p,
+            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed, suppress_tokens,
+            begin_suppress_tokens, bad_words_ids, forced_bos_token_id, forced_eos_token_id; those of
+            `BeamOptions`: num_beams, length_penalty, early_stopping; and what `samples` takes:
+            stop, batch_size, on_overflow, draft, num_drafted. What is left out is what `defaults`
+            say, else what those classes do.
+
+        Raises:
+          NeoError: an empty prompt, unknown options, or more tokens than the context holds.
+        """
+        self._tokenizer  # noqa: B018  (raises where there is none to write text with)
+        many = [prompts] if isinstance(prompts, str) else _listed(prompts)
+        new, sampling, others = self._filled(max_new_tokens, options)
+        made = self.samples(many, new, sampling=sampling, **others)
+        texts = [sample.text or "" for sample in made]
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def sample(self, *args: Any, **options: Any) -> list[Sample]:
+        """Returns all of `samples`."""
+        return list(self.samples(*args, **options))
+
+    def samples(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        num_samples: int = 1,
+        sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        batch_size: int = BATCH_SIZE,
+        on_overflow: Overflow = "error",
+        on_finish: Callable[[int, list[Sample]], None] | None = None,
+        beams: BeamOptions | None = None,
+        draft: "LanguageModel | str | None" = None,
+        num_drafted: int = NUM_DRAFTED,
+    ) -> Iterator[Sample]:
+        """Like `generate`, with everything that is known of each completion.
+
+        Sample i of a prompt is drawn with the seed `seed + i`. The samples of a prompt follow each
+        other, in the order of the prompts. Without `sampling` all that is None is what `defaults`
+        say.
+
+        Args:
+          prompts: texts or lists of ids.
+          max_new_tokens: where to stop at the latest; None without defaults is 64.
+          num_samples: for each prompt, which is read once.
+          sampling: options, for all prompts or for each.
+          stop: a text, or several, before the first of which a completion ends; () is none.
+          batch_size: completions that are written at one time; one that is done makes place for
+            the next.
+          on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
+            room for the new ones, "error" refuses it.
+          on_finish: called with the index of each prompt and its samples as soon as these are
+            there, in any order.
+          beams: with more than one, the samples are the best texts that are found, best first.
+          draft: a smaller model of the same tokens, or "prompt", whose proposals are judged
+            together; the texts are distributed as without it.
+          num_drafted: tokens that it proposes at a time.
+
+        Raises:
+          NeoError: before anything runs, as `generate`; also of counts below 1.
+        """
+        prompts = _listed(prompts)
+        if sampling is None:
+            said = {"stop": stop, "draft": draft, **getattr(beams, "__dict__", {})}
+            given = {name: value for name, value in said.items() if value is not None}
+            max_new_tokens, sampling, others = self._filled(max_new_tokens, given)
+            stop, beams = others.get("stop"), others.get("beams", beams)
+        beams = BeamOptions() if beams is None else beams
+        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        asked = TextOptions(max_new_tokens, num_samples, stop, batch_size, on_overflow, num_drafted)
+        several = spread(sampling, len(prompts))
+        check_together(several, asked, beams, draft is not None)
+        if asked.stop:
+            self._tokenizer  # noqa: B018  (raises where there is none to read stops with)
+        return generate.samples(
+            self.model,
+            self.params,
+            self.tokenizer,
+            prompts,
+            [fit(self.model, self.encode(prompt), asked) for prompt in prompts],
+            several,
+            asked,
+            on_finish,
+            make_method(
+                beams,
+                Draft(draft.model, draft.params) if isinstance(draft, LanguageModel) else draft,
+                asked.num_drafted,
+            ),
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        on_overflow: Overflow = "error",
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yields the new text in whole characters as it comes.
+
+        It is sampled as in `generate`; where `defaults` search with beams, the text is greedy.
+        """
+        others = read_options(options)[1]
+        if others:
+            raise NeoError(f"a stream has no option '{next(iter(others))}'; take `generate`.")
+        given = options if stop is None else options | {"stop": stop}
+        new, sampling, others = self._filled(max_new_tokens, given | {"num_beams": 1})
+        asked = TextOptions(new, stop=others.get("stop"), on_overflow=on_overflow)
+        return generate.stream(
+            self.model,
+            self.params,
+            self._tokenizer,
+            fit(self.model, self.encode(prompt), asked),
+            sampling,
+            asked,
+        )
+
+    def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
+        """Returns how well each text is predicted; texts may be longer than the context.
+
+        Args:
+          texts: texts or ids.
+          stride: see `neo_jax.text.score`; matters beyond the context only.
+        """
+        return list(self.scores(texts, stride))
+
+    def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
+        """Like `score`, one at a time as they are computed."""
+        texts = _listed(texts)
+        many = [self.encode(text) for text in texts]
+        for text, ids, logprobs in zip(
+            texts, many, token_logprobs(self.model, self.params, many, stride), strict=True
+        ):
+            loss = -float(logprobs.mean(dtype=np.float64)) if len(logprobs) else math.nan
+            yield Score(ids, logprobs, loss, self._num_bytes(text, ids))
+
+    def embed(self, texts: Sequence[Prompt], layer: int = -1) -> list[np.ndarray]:
+        """Returns hidden states as features, float32 [T, D] for each text.
+
+        Args:
+          texts: texts or ids, each within the context.
+          layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
+        """
+        encoded = map(self.encode, _listed(texts))
+        return [inspection.hidden_states(self.model, self.params, ids, layer) for ids in encoded]
+
+    def attention(self, text: Prompt, layer: int) -> np.ndarray:
+        """Returns what the heads of a layer attend to, float32 [N, T, T].
+
+        Entry [n, t, s] is the share that the value of token s has in what head n gives for token
+        t: 0 where t does not see s; over s they sum to 1.
+
+        Args:
+          text: a text or ids, within the context.
+          layer: from 0; `config.layer_types[layer]` says whether it is global or local.
+
+        Raises:
+          NeoError: no such layer, or more tokens than the context holds.
+        """
+        return inspection.attention(self.model, self.params, self.encode(text), layer)
+
+    def _filled(
+        self, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> tuple[int, SamplingOptions, dict[str, Any]]:
+        """Returns what a caller says, and what `defaults` say of the rest, sorted by kind."""
+        if self.defaults.ignored:
+            names = ", ".join(self.defaults.ignored)
+            warnings.warn(f"{defaults.FILE} has {names}, which is not followed.", stacklevel=3)
+        said = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+        filled = self.defaults.fill(said)
+        new = filled.pop("max_new_tokens", MAX_NEW_TOKENS)
+        return new, *read_options(filled)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise NeoError(
+                f"{self.folder} holds no tokenizer; give prompts as token ids, or add its "
+                "tokenizer.json, vocab.json and merges.txt, or .model file."
+            )
+        return self.tokenizer
+
+    def _num_bytes(self, text: Prompt, ids: list[int]) -> int:
+        if self.tokenizer is None:
+            return 0
+        whole = text if isinstance(text, str) else self.tokenizer.decode(ids)
+        # A character that the first token leaves unfinished is for the others to predict.
+        first = self.tokenizer.decode(ids[:1]).rstrip("\ufffd")
+        return len(whole.encode()) - len(first.encode())
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str = "auto",
+    mesh: str = "",
+    rules: str = "",
+    sharding: Sharding | None = None,
+    kernel: Kernel = "auto",
+    quantize: Quantization = "none",
+    cache_dtype: str = "auto",
+) -> LanguageModel:
+    """Loads a checkpoint in Hugging Face's format.
+
+    Where it is an adapter in PEFT's format, the model that it names is loaded, and the adapter
+    merged into it.
+
+    Args:
+      model: a folder, also gs://bucket/folder; a hub name such as "EleutherAI/gpt-neo-1.3B"; or
+        None for the bundled model.
+      revision: of the hub repository: a branch, tag or commit.
+      token: for gated or private repositories; else HF_TOKEN or the stored login is used.
+      dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
+      mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
+      rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
+        `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.
+      sharding: a strategy in the place of the two texts.
+      kernel: the attention implementation.
+      quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
+        after another as they are read; an adapter is merged first, for which the whole model is
+        held as it is stored.
+      cache_dtype: of the keys and values of a text in the making: "float32", "bfloat16", "int8", or
+        "auto" for `dtype`, on CPUs for float32, in which they compute with it.
+
+    Raises:
+      NeoError: whatever is wrong with the name, the files or the mesh, in one line.
+    """
+    enable_compilation_cache()
+    if not isinstance(sharding, Sharding | None):
+        raise NeoError(f"sharding is what `make_sharding` returns, not {brief(sharding)}.")
+    sharding = sharding or make_sharding(mesh, rules, default="decode")
+    folder = hub.resolve(model, revision=revision, token=token)
+    base = peft.base_folder(folder, token=token)
+    compute = compute_dtype(dtype)
+    if quantize not in QUANTIZATIONS:
+        raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
+    if kernel not in get_args(Kernel):
+        raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, get_args(Kernel))}")
+    cached = cached_dtype(cache_dtype, jax.default_backend())
+    config, params = read_model(folder, base, compute, sharding, quantize)
+    params = lay_out(config, params)
+    said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
+    home = folder if has_tokenizer(folder) else base
+    tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
+    model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
+    return LanguageModel(model, params, tokenizer, folder, said)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, if it can be written.
+
+    Where JAX was told another folder, or to keep none, that counts.
+    """
+    chosen = jax.config.values
+    if not chosen["jax_compilation_cache_dir"] and chosen["jax_enable_compilation_cache"]:
+        folder = cache_folder() / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(folder, os.W_OK):  # JAX would warn of every program
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _listed(prompts: Any) -> list[Prompt]:
+    # Texts are sequences too, of characters.
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise NeoError(
+            f"this takes several, not {brief(prompts)}: give a list of prompts, as in ['one text']."
+        )
+    return list(prompts)

@@ -1,0 +1,1 @@
+"""What looks at a model from outside: plans, benchmarks, layouts."""

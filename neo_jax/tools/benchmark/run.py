@@ -1,0 +1,138 @@
+"""All figures of a model, one after another."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from neo_jax.axes import Array, Params
+from neo_jax.checkpoints.load import lay_out
+from neo_jax.devices.chips import Chip, chip
+from neo_jax.model.scan import Remat
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import Sharding, padded_rows, tree_shardings
+from neo_jax.tools.benchmark import timed_steps
+from neo_jax.tools.benchmark.limits import Limits, measure_limits
+from neo_jax.tools.benchmark.timed_steps import Budget, Kind, Measurement
+from neo_jax.training.config import TrainConfig
+
+
+class Request(NamedTuple):
+    """What to measure."""
+
+    name: str  # of the model, to be told
+    model: Neo  # as `load` holds it
+    load_params: Callable[[], Params]  # gives its parameters; not called for training alone
+    train_sharding: Sharding | None  # how `train` splits it
+    kinds: Sequence[Kind]
+    batches: Sequence[int]  # of sequences, over all devices; rounded up to what a mesh can split
+    lengths: Sequence[int]  # of sequences, in tokens
+    remat: Remat  # of training
+    seconds: float  # in which steps may begin that would end in it
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those that the model lies on."""
+        sharding = self.model.sharding
+        return list(sharding.mesh.devices.flat) if sharding else [jax.local_devices()[0]]
+
+
+class Result(NamedTuple):
+    """What was measured."""
+
+    request: Request
+    limits: Limits
+    measurements: list[Measurement]
+
+    @property
+    def published(self) -> Chip:
+        """What is published of each device."""
+        return chip(self.request.devices[0].device_kind)
+
+    @property
+    def rate(self) -> float:
+        """The measured rate of products in the model's dtype, FLOP/s."""
+        return self.limits.products[jnp.dtype(self.request.model.dtype).name]
+
+    def share_of_products(self, step: Measurement) -> float:
+        """Returns a step's rate of products as a share of that measured."""
+        return step.flops_per_second / self.rate
+
+    def share_of_memory(self, step: Measurement) -> float:
+        """Returns the rate of what a step must move as a share of the bandwidth measured."""
+        return step.bytes_per_second / self.limits.bandwidth
+
+    def utilisation(self, step: Measurement) -> float:
+        """Returns MFU, a step's rate of products as a share of the peak; NaN where it is unknown.
+
+        Chowdhery et al., "PaLM", 2022, appendix B.
+        """
+        peak = self.published.peak_flops * len(self.request.devices)
+        return step.flops_per_second / peak
+
+
+def bench(request: Request, tell: Callable[[Measurement], None]) -> Result:
+    """Measures devices, and a model on them; `tell` gets each figure as it is there."""
+    result = Result(request, measure_limits(request.devices), [])
+    budget = Budget(time.perf_counter() + request.seconds, result.rate)
+    for measurement in itertools.chain(_decoding(request, budget), _training(request, budget)):
+        tell(measurement)
+        result.measurements.append(measurement)
+    return result
+
+
+def _decoding(request: Request, budget: Budget) -> Iterator[Measurement]:
+    makers: dict[Kind, Callable[..., timed_steps.Work]]
+    makers = {"prefill": timed_steps.prefill_work, "decode": timed_steps.decode_work}
+    kinds = [kind for kind in makers if kind in request.kinds]
+    if not kinds:
+        return
+    params = request.load_params()
+    # Without an end of text no row ends before its time.
+    config = dataclasses.replace(request.model.config, eos_token_id=-1)
+    model = request.model.clone(config=config)
+    for kind in kinds:
+        for length, batch in _sizes(request, model.sharding):
+            make = functools.partial(makers[kind], model, params, batch, length, budget)
+            yield timed_steps.measure(kind, batch, length, make, budget)
+
+
+def _training(request: Request, budget: Budget) -> Iterator[Measurement]:
+    """Yields figures of the step that `train` runs by default, with AdamW; it draws its weights."""
+    model = request.model.clone(sharding=request.train_sharding)
+    for length, batch in _sizes(request, model.sharding) if "train" in request.kinds else ():
+        config = TrainConfig(
+            data="",
+            output="",
+            steps=1000,
+            batch_size=batch,
+            model=model.config,
+            length=length,
+            dtype=jnp.dtype(model.dtype).name,
+            remat=request.remat,
+        )
+        make = functools.partial(timed_steps.train_work, model, config, budget)
+        yield timed_steps.measure("train", batch, length, make, budget)
+
+
+def _sizes(request: Request, sharding: Sharding | None) -> list[tuple[int, int]]:
+    """Returns lengths and batches, the smallest first."""
+    batches = {padded_rows(sharding, batch) for batch in request.batches}
+    return [(length, batch) for length in sorted(set(request.lengths)) for batch in sorted(batches)]
+
+
+def random_params(model: Neo) -> Params:
+    """Draws parameters in the model's dtype, each where it lives."""
+
+    def draw(key: Array) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(model.dtype), init_params(model, key))
+
+    key, places = jax.random.key(0), None
+    if model.sharding:
+        places = tree_shardings(model.sharding, logical_axes(model), jax.eval_shape(draw, key))
+    return lay_out(model.config, jax.jit(draw, out_shardings=places)(key))

@@ -1,0 +1,248 @@
+"""One figure at a time: a step of some kind, batch and length is compiled, warmed up and timed."""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from neo_jax.axes import Params
+from neo_jax.decode import engine
+from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.devices.memory import device_memory, tree_bytes
+from neo_jax.errors import NeoError
+from neo_jax.model.transformer import Neo
+from neo_jax.tools.plan.flops import traced_flops
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.preflight import check_run
+from neo_jax.training.step import abstract_inputs, abstract_state, init_state, make_step
+
+Kind = Literal["prefill", "decode", "train"]
+
+MIN_LENGTH = 16
+"""Tokens of the shortest texts: decoding appends half of them, some at a time."""
+
+_REPEATS = 5
+_LONG_ENOUGH = 0.5  # seconds of decoding that are timed at once
+_SURE = 0.3  # the share of the measured rate of products that a step is taken to reach
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A step and how long it took: figures of all devices together, NaN where it did not run."""
+
+    kind: Kind
+    batch: int  # sequences
+    length: int  # tokens of each; of decoding, for how many the cache has room
+    flops: float = math.nan  # of the step's products as traced, without what is computed again
+    traffic: float = math.nan  # bytes that must move at least, see `Work`
+    seconds: float = math.nan  # of a step, the median of repeats
+    repeats: int = 0
+    note: str = ""  # why it did not run
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model in a step."""
+        return self.batch * (1 if self.kind == "decode" else self.length)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed."""
+        return self.tokens / self.seconds
+
+    @property
+    def flops_per_second(self) -> float:
+        """The rate of products."""
+        return self.flops / self.seconds
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The rate of what must move."""
+        return self.traffic / self.seconds
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte that must move."""
+        return self.flops / self.traffic
+
+
+class Work(NamedTuple):
+    """A step that has been compiled and has run once.
+
+    Its traffic is what no implementation can do without: reading every weight and every slot of the
+    cache in decoding, reading weights and writing the cache in prefill, reading and writing
+    weights and optimizer in training. Activations may stay in caches, so they do not count.
+    """
+
+    flops: float
+    traffic: float
+    seconds: Callable[[], float]  # runs it again: of a step
+
+
+class CannotRunError(Exception):
+    """A step that is left out; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Until when steps may run, and how fast products are."""
+
+    deadline: float  # of `time.perf_counter`
+    rate: float  # FLOP/s
+
+    def check(self, flops: float) -> None:
+        """Raises `CannotRunError` where work of so many FLOPs might not end in time."""
+        needed, left = flops / (_SURE * self.rate), self.deadline - time.perf_counter()
+        if needed > left:
+            raise CannotRunError(
+                f"may take {needed:.0f} s, {max(0, left):.0f} s are left of --seconds"
+            )
+
+
+def measure(
+    kind: Kind, batch: int, length: int, make: Callable[[], Work], budget: Budget
+) -> Measurement:
+    """Times a step that `make` prepares; why one cannot run is noted."""
+    try:
+        work = make()
+        times: list[float] = []
+        while not times or (len(times) < _REPEATS and time.perf_counter() < budget.deadline):
+            times.append(work.seconds())
+    except CannotRunError as error:
+        return Measurement(kind, batch, length, note=str(error))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Measurement(kind, batch, length, note="out of memory")
+    return Measurement(
+        kind, batch, length, work.flops, work.traffic, statistics.median(times), len(times)
+    )
+
+
+def prefill_work(model: Neo, params: Params, batch: int, length: int, budget: Budget) -> Work:
+    """Prepares reading `batch` prompts of `length` tokens, with room for no more.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      batch: sequences, which divide over the mesh.
+      length: tokens of each, within the context.
+      budget: for how long it may run.
+
+    Raises:
+      CannotRunError: it would take too long, or more memory than there is.
+    """
+    arguments = _prompts(model, params, batch, length, length)
+    flops = _compile(model, engine.prefill.trace(model, length, *arguments), budget, 2)
+    prefill = functools.partial(engine.prefill, model, length, *arguments)
+    cache = prefill().cache
+    traffic = _traffic(model, _without(params, "wte", "wpe"), cache)
+    return Work(flops, traffic, lambda: _seconds(prefill))
+
+
+def decode_work(model: Neo, params: Params, batch: int, length: int, budget: Budget) -> Work:
+    """Prepares appending tokens to `batch` texts, the second half of `length`; as `prefill_work`.
+
+    The model's vocabulary must hold no end of text, so that nothing stops early.
+    """
+    arguments = _prompts(model, params, batch, length, length // 2)
+    _compile(model, engine.prefill.trace(model, length, *arguments), budget, 1)
+    state = engine.prefill(model, length, *arguments)
+    step = engine.run.on(model).trace(model, params, state, 1)
+    flops = _compile(model, step, budget, 2 + _REPEATS)
+    traffic = _traffic(model, _without(params, "wpe"), state.cache)
+
+    def append(steps: int) -> Any:
+        nonlocal state
+        state = engine.run(model, params, state, steps)
+        return state
+
+    _seconds(functools.partial(append, 1))
+    once = _seconds(functools.partial(append, 1))
+    steps = max(1, min(int(_LONG_ENOUGH / once), (length - length // 2 - 2) // _REPEATS))
+    return Work(flops, traffic, lambda: _seconds(functools.partial(append, steps)) / steps)
+
+
+def train_work(model: Neo, config: TrainConfig, budget: Budget) -> Work:
+    """Prepares the training step of a config, on weights that are drawn; as `prefill_work`."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_step(model, optimizer, config)
+    try:
+        check_run(config, model, step, abstract_state(model, optimizer), has_starts=False)
+    except NeoError as error:
+        raise CannotRunError(str(error)) from error
+    rows, length = config.batch_size, config.sequence_length
+    places, _ = abstract_inputs(config, model)
+    batch = Batch(
+        jax.device_put(_tokens(model, (rows, length + 1)), places.tokens.sharding),
+        jax.device_put(np.ones((rows, length), np.float32), places.weights.sharding),
+    )
+    state = init_state(model, optimizer, config.seed)
+    useful = make_step(model, optimizer, dataclasses.replace(config, remat="none"))
+    flops = traced_flops(useful.trace(state, batch), model.config)
+    _compile(model, step.trace(state, batch), budget, 2)
+    traffic = 2 * _traffic(model, (state.params, state.opt_state))
+
+    def advance() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return state, metrics
+
+    advance()
+    return Work(flops, traffic, lambda: _seconds(advance))
+
+
+def _prompts(model: Neo, params: Params, batch: int, length: int, prompt: int) -> tuple[Any, ...]:
+    """Returns what prefill takes: rows of `length` tokens that begin with a prompt."""
+    settings = make_settings(SamplingOptions(temperature=0.0), [0] * batch)
+    lengths, limits = np.full(batch, prompt, np.int32), np.full(batch, length, np.int32)
+    return params, _tokens(model, (batch, length)), lengths, limits, settings
+
+
+def _tokens(model: Neo, shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, shape, np.int32)
+
+
+def _compile(model: Neo, traced: jax.stages.Traced, budget: Budget, times: int) -> float:
+    """Compiles a step, which jit then finds; returns its FLOPs.
+
+    Raises:
+      CannotRunError: to run it so many times would take too long, or more memory than there is.
+    """
+    flops = traced_flops(traced, model.config)
+    budget.check(times * flops)
+    memory = traced.lower().compile().memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
+    there = device_memory(_num_devices(model))
+    if needed > there:
+        raise CannotRunError(
+            f"out of memory: {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB a device"
+        )
+    return flops
+
+
+def _traffic(model: Neo, *trees: Any) -> float:
+    return float(_num_devices(model) * tree_bytes(trees, tiled=False))
+
+
+def _num_devices(model: Neo) -> int:
+    return model.sharding.mesh.size if model.sharding else 1
+
+
+def _without(params: Params, *names: str) -> Params:
+    """Returns the parameters without tables of which single rows are read."""
+    return {name: leaf for name, leaf in params.items() if name not in names}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start

@@ -1,0 +1,246 @@
+"""What lies where under a strategy: a table of every array, and drawings of how they are cut."""
+
+import dataclasses
+import itertools
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from neo_jax import axes
+from neo_jax.config import ModelConfig
+from neo_jax.model import cache, transformer
+from neo_jax.model.tensor_table import tensors
+from neo_jax.sharding.rules import Sharding
+
+_SHOWN = 8  # parts of an axis, and devices in a part, that a drawing shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Arrays of one name and shape, one a layer."""
+
+    name: str  # of a parameter, h_* standing for every layer; or of a cache leaf
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    count: int
+    split: tuple[tuple[str, ...], ...]  # the mesh axes that split each axis
+
+    def size_per_device(self, sharding: Sharding) -> int:
+        """Elements that a device holds of all these arrays."""
+        shards = math.prod(sharding.mesh.shape[name] for names in self.split for name in names)
+        return self.count * math.prod(self.shape) // shards
+
+
+def parameters(config: ModelConfig, sharding: Sharding) -> list[Part]:
+    """Returns what a device holds of the parameters; optimizer slots lie as they do.
+
+    Raises:
+      NeoError: the strategy cannot split this model; see `Sharding.spec`.
+    """
+    counts: dict[str, int] = {}
+    parts = {}
+    for tensor in tensors(config):
+        path = "/".join(tensor.path)
+        sharding.spec(tensor.axes, tensor.shape, path)
+        name = re.sub(r"^h_\d+", "h_*", path)
+        counts[name] = counts.get(name, 0) + 1
+        parts[name] = (tensor.axes, tensor.shape)
+    return [_part(sharding, name, *parts[name], counts[name]) for name in parts]
+
+
+def cache_leaves(config: ModelConfig, sharding: Sharding) -> list[Part]:
+    """Returns what a device holds of a cache for whole contexts, one row for every batch shard."""
+    rows = sharding.num_shards(axes.BATCH)
+    parts = []
+    for kind in dict.fromkeys(config.layer_types):
+        layer = config.layer_types.index(kind)
+        slots = cache.num_slots(config, layer, config.max_length)
+        sizes = {
+            axes.BATCH: rows,
+            axes.HEADS: config.num_heads,
+            axes.KV_LENGTH: slots,
+            axes.HEAD_DIM: config.head_dim,
+        }
+        for leaf, leaf_axes in cache.LOGICAL_AXES.items():
+            shape = tuple(sizes[axis] for axis in leaf_axes)
+            name = f"{kind} cache/{leaf}"
+            sharding.spec(leaf_axes, shape, name)
+            parts.append(_part(sharding, name, leaf_axes, shape, config.layer_types.count(kind)))
+    return parts
+
+
+def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
+    """Returns what a device holds of the activations of one block and of the head.
+
+    For whole contexts, one row for every batch shard. What the compiler places counts as whole.
+    """
+    sizes = {
+        axes.BATCH: sharding.num_shards(axes.BATCH),
+        axes.LENGTH: config.max_length,
+        axes.EMBED: config.embed_dim,
+        axes.HEADS: config.num_heads,
+        axes.HEAD_DIM: config.head_dim,
+        axes.MLP: config.mlp_dim,
+        axes.VOCAB: config.padded_vocab_size,
+    }
+    parts = []
+    for name, told, logical in (
+        ("residual stream", transformer.RESIDUAL_STREAM, (axes.BATCH, axes.LENGTH, axes.EMBED)),
+        ("queries", transformer.QUERIES, (axes.BATCH, axes.HEADS, axes.LENGTH, axes.HEAD_DIM)),
+        ("MLP hidden", transformer.MLP_HIDDEN, (axes.BATCH, axes.LENGTH, axes.MLP)),
+        ("logits", transformer.LOGITS, (axes.BATCH, axes.LENGTH, axes.VOCAB)),
+    ):
+        shape = tuple(sizes[axis] for axis in logical)
+        split = tuple(sharding.mesh_axes(axis) if isinstance(axis, str) else () for axis in told)
+        sharding.spec([axis if isinstance(axis, str) else None for axis in told], shape, name)
+        parts.append(Part(name, logical, shape, 1, split))
+    return parts
+
+
+def _part(
+    sharding: Sharding, name: str, axes: tuple[str, ...], shape: tuple[int, ...], count: int
+) -> Part:
+    return Part(name, axes, shape, count, tuple(map(sharding.mesh_axes, axes)))
+
+
+def describe(config: ModelConfig, sharding: Sharding) -> dict[str, Any]:
+    """Returns a strategy's mesh, rules and arrays, sizes in bytes a device, for JSON."""
+    weights, leaves = parameters(config, sharding), cache_leaves(config, sharding)
+    num_weights = sum(part.size_per_device(sharding) for part in weights)
+    return {
+        "mesh": dict(sharding.mesh.shape),
+        "rules": {axis: list(names) for axis, names in sharding.rules},
+        "parameters": [_fields(part, sharding, 4) for part in weights],
+        "activations": [_fields(part, sharding, 4) for part in activations(config, sharding)],
+        "cache": [_fields(part, sharding, _cache_bytes(part)) for part in leaves],
+        "bytes_per_device": {
+            "parameters_float32": 4 * num_weights,
+            "optimizer_adamw_float32": 8 * num_weights,
+            "parameters_bfloat16": 2 * num_weights,
+            "cache_bfloat16": sum(
+                part.size_per_device(sharding) * _cache_bytes(part) for part in leaves
+            ),
+        },
+    }
+
+
+def _cache_bytes(part: Part) -> int:
+    return 4 if part.name.endswith("positions") else 2
+
+
+def _fields(part: Part, sharding: Sharding, itemsize: int) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "count": part.count,
+        "axes": list(part.axes),
+        "shape": list(part.shape),
+        "split": [list(names) for names in part.split],
+        "bytes_per_device": itemsize * part.size_per_device(sharding),
+    }
+
+
+def lines(config: ModelConfig, sharding: Sharding) -> Iterator[str]:
+    """Yields the table and the drawings, line by line."""
+    fields = describe(config, sharding)
+    yield "mesh   " + ", ".join(f"{name}={size}" for name, size in fields["mesh"].items())
+    yield "rules  " + ", ".join(f"{axis}:{'+'.join(n)}" for axis, n in fields["rules"].items())
+    yield ""
+    rows = [("array", "axes, and what splits them", "a device")]
+    for kind in ("parameters", "activations", "cache"):
+        rows += [_row(part) for part in fields[kind]]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for name, cut, size in rows:
+        yield f"{name:<{widths[0]}}  {cut:<{widths[1]}}  {size:>{widths[2]}}"
+    yield ""
+    yield "AdamW keeps two arrays for each parameter, which lie as it does."
+    for name, size in fields["bytes_per_device"].items():
+        yield f"{name.replace('_', ' '):<{widths[0]}}  {_bytes(size)} a device"
+    by_cut: dict[tuple, list[Part]] = {}
+    for part in parameters(config, sharding) + cache_leaves(config, sharding):
+        by_cut.setdefault(_cuts(part), []).append(part)
+    for cuts, parts in by_cut.items():
+        yield ""
+        yield from textwrap.wrap(", ".join(part.name for part in parts), 100)
+        yield from draw(cuts, sharding) if cuts else ["  whole on every device"]
+
+
+def _cuts(part: Part) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Returns the axes that are split, each with what splits it."""
+    return tuple((axis, names) for axis, names in zip(part.axes, part.split, strict=True) if names)
+
+
+def _row(part: dict[str, Any]) -> tuple[str, str, str]:
+    cut = " x ".join(
+        f"{axis} {size}" + (f"/{'+'.join(names)}" if names else "")
+        for axis, size, names in zip(part["axes"], part["shape"], part["split"], strict=True)
+    )
+    times = f"{part['count']} x " if part["count"] > 1 else ""
+    return part["name"], f"{times}{cut}", _bytes(part["bytes_per_device"])
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def draw(cuts: Sequence[tuple[str, tuple[str, ...]]], sharding: Sharding) -> Iterator[str]:
+    """Yields a drawing of an array: boxes are its parts, numbers the devices that hold each.
+
+    The first axis that is split goes down, the second across; devices count along the mesh, its
+    last axis fastest.
+
+    Args:
+      cuts: at least one logical axis, each with the mesh axes that split it.
+      sharding: the strategy.
+    """
+    down, across = [*cuts, ("", ())][:2]
+    rows = _shortened(_cells(sharding, down[1], across[1]))
+    columns = len(_shortened(rows[0]))
+    texts = [
+        [_numbers(cell) for cell in _shortened(row)] if row else ["…"] * columns for row in rows
+    ]
+    width = max(len(text) for row in texts for text in row)
+    margin = max(len(down[0]), len("+".join(down[1]))) + 2
+    if across[0]:
+        yield f"{'':<{margin}}  {across[0]} over {'+'.join(across[1])}"
+
+    def rule(left: str, middle: str, right: str) -> str:
+        return " " * margin + left + middle.join(["─" * (width + 2)] * columns) + right
+
+    labels = itertools.chain([down[0], "+".join(down[1])], itertools.repeat(""))
+    yield rule("┌", "┬", "┐")
+    for i, row in enumerate(texts):
+        if i:
+            yield rule("├", "┼", "┤")
+        inside = "│".join(f" {text:^{width}} " for text in row)
+        yield f"{next(labels):>{margin - 1}} │{inside}│"
+    yield rule("└", "┴", "┘")
+
+
+def _cells(sharding: Sharding, down: Sequence[str], across: Sequence[str]) -> list[list[list[int]]]:
+    """Returns the devices of every part, by the part's row and column."""
+    shape = sharding.mesh.shape
+    names = list(shape)
+    numbers = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
+    rest = [name for name in names if name not in (*down, *across)]
+    order = [names.index(name) for name in (*down, *across, *rest)]
+    rows = math.prod(shape[name] for name in down)
+    columns = math.prod(shape[name] for name in across)
+    return numbers.transpose(order).reshape(rows, columns, -1).tolist()
+
+
+def _shortened(items: list) -> list:
+    return items if len(items) <= _SHOWN else [*items[: _SHOWN - 2], None, items[-1]]
+
+
+def _numbers(devices: list[int] | None) -> str:
+    return " ".join(
+        "…" if number is None else str(number) for number in _shortened(devices or [None])
+    )

@@ -1,0 +1,204 @@
+"""What a compiled program computes and what it moves through memory, on one device."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from neo_jax.tools.plan.hlo import (
+    Instruction,
+    Program,
+    Run,
+    called,
+    elements,
+    num_bytes,
+    runs,
+    sizes,
+)
+
+KernelFlops = Callable[[Instruction, tuple[tuple[int, ...], ...]], float]
+"""The FLOPs of a call of a kernel, by the call and the sizes of its operands."""
+
+
+class Work(NamedTuple):
+    """What one run of a program takes of a device."""
+
+    flops: float  # of products of matrices; others are few
+    memory_bytes: float  # that go through its memory
+
+
+def no_kernels(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
+    """Stands for the arithmetic of kernels in a program that has none."""
+    return 0.0
+
+
+def work(
+    program: Program, kernel_flops: KernelFlops = no_kernels, open_trips: int | None = None
+) -> Work:
+    """Counts a program's products and its traffic with memory, loops as often as they run.
+
+    An instruction reads its operands and writes its result, apart from what a TPU holds in its
+    vector memory; of an operand that is only sliced the slices count, of a result that is only
+    updated the update.
+
+    Args:
+      program: what `neo_jax.tools.plan.hlo.parse` returned.
+      kernel_flops: the arithmetic of its kernels.
+      open_trips: how often a loop runs whose end depends on data.
+
+    Raises:
+      ValueError: there is such a loop and `open_trips` is None.
+    """
+    flops = memory_bytes = 0.0
+    for run in runs(program, open_trips):
+        if run.times is None:
+            raise ValueError(f"{run.instruction.name} is in a loop of unknown length")
+        flops += run.times * _flops(program.computations[run.computation], run, kernel_flops)
+        if not run.fusions:
+            memory_bytes += run.times * _traffic(program, run)
+    return Work(flops, memory_bytes)
+
+
+def _flops(lines: Mapping[str, Instruction], run: Run, kernel_flops: KernelFlops) -> float:
+    each = run.instruction
+    if each.opcode not in ("dot", "convolution", "custom-call"):
+        return 0
+    operands = tuple(sizes(lines[name].shape) for name in each.operands if _is_array(lines[name]))
+    if each.opcode == "dot":
+        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
+        axes = [int(axis) for axis in summed[1].split(",")] if summed and summed[1] else []
+        return 2 * math.prod(sizes(each.shape)) * math.prod(operands[0][axis] for axis in axes)
+    if each.opcode == "convolution":
+        return _convolution_flops(each, operands)
+    return kernel_flops(each, operands)
+
+
+def _is_array(instruction: Instruction) -> bool:
+    return not instruction.shape.startswith("(")
+
+
+def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
+    """Counts multiplications and additions, those with padding and between dilations left out.
+
+    A TPU's compiler writes every product of matrices as a convolution, one with batch axes as one
+    whose window slides along them, and of whose entries few meet.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", call.attributes)
+    assert labels, f"{call.name} does not say its axes"
+    left, right, result = (
+        dict(zip(axes, shape, strict=True))
+        for axes, shape in zip(labels.groups(), (*operands, sizes(call.shape)), strict=True)
+    )
+    spatial = sorted(axis for axis in left if axis.isdigit())
+    window = re.search(r"window=\{([^}]*)\}", call.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    groups = re.search(r"batch_group_count=(\d+)", call.attributes)
+    meetings = 1
+    for number, axis in enumerate(spatial):
+        stride, low, left_step, right_step = (
+            int(fields[name].split("x")[number].split("_")[0]) if name in fields else default
+            for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+        )
+        at = np.arange(result[axis])[:, None] * stride + np.arange(right[axis]) * right_step - low
+        inside = (at >= 0) & (at <= (left[axis] - 1) * left_step) & (at % left_step == 0)
+        meetings *= int(inside.sum())
+    batch = left["b"] // (int(groups[1]) if groups else 1)
+    return 2 * batch * result["f"] * right["i"] * meetings
+
+
+# Instructions that move nothing by themselves: names for what is there, and ends of what began.
+_STILL = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "copy-done",
+    "slice-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done",
+)  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
+
+
+def _traffic(program: Program, run: Run) -> float:
+    each, lines = run.instruction, program.computations[run.computation]
+    if each.opcode in _STILL:
+        return 0
+    if each.opcode in _SLICES:
+        part = elements(each.shape)[-2 if each.opcode == "slice-start" else 0]
+        return num_bytes(part) + _in_memory(part)
+    if each.opcode == "dynamic-update-slice":
+        return 2 * _in_memory(lines[each.operands[1]].shape)
+    if each.opcode == "copy-start":
+        target, source = elements(each.shape)[:2]
+        return _in_memory(target) + _in_memory(source)
+    operands = [lines[name].shape for name in each.operands]
+    if each.opcode == "async-start":
+        return _started_traffic(program, each, operands)
+    if each.opcode == "fusion":
+        return _fusion_traffic(program, called("calls", each), each, operands)
+    return _in_memory(each.shape) + sum(map(_in_memory, operands))
+
+
+def _started_traffic(program: Program, start: Instruction, operands: list[str]) -> float:
+    """Counts what goes on beside other work as a fusion, whose result is behind its operands.
+
+    What a SparseCore does names neither; the computation does.
+    """
+    inside = called("calls", start)
+    result = elements(start.shape)[1]
+    if not operands:
+        lines = program.computations[inside].values()
+        given = {int(each.operands[0]): each.shape for each in lines if each.opcode == "parameter"}
+        operands = [given[number] for number in sorted(given)]
+        result = next(each.shape for each in lines if each.is_root)
+    return _fusion_traffic(program, inside, start._replace(shape=result), operands)
+
+
+def _fusion_traffic(
+    program: Program, inside: str, fusion: Instruction, operands: list[str]
+) -> float:
+    """Counts what a fusion reads of its operands, and the result but for what is only updated."""
+    total, updated = 0.0, 0.0
+    for line in program.computations[inside].values():
+        if line.opcode != "parameter":
+            continue
+        shape = operands[int(line.operands[0])]
+        uses = _uses(program, inside, line)
+        if not _in_memory(shape):
+            continue
+        if all(use.opcode in _SLICES for use, _ in uses):
+            total += min(sum(num_bytes(use.shape) for use, _ in uses), num_bytes(shape))
+        elif all(use.opcode == "dynamic-update-slice" for use, _ in uses):
+            total += sum(num_bytes(lines[use.operands[1]].shape) for use, lines in uses)
+            updated += num_bytes(shape)
+        else:
+            total += _in_memory(shape)
+    return total + max(_in_memory(fusion.shape) - updated, 0)
+
+
+def _uses(
+    program: Program, computation: str, line: Instruction
+) -> list[tuple[Instruction, Mapping[str, Instruction]]]:
+    """Returns what uses a result, and where, looking through bitcasts and into fusions."""
+    lines = program.computations[computation]
+    found: list[tuple[Instruction, Mapping[str, Instruction]]] = []
+    for user in lines.values():
+        if line.name not in user.operands:
+            continue
+        if user.opcode == "bitcast" and not user.is_root:
+            found += _uses(program, computation, user)
+        elif user.opcode == "fusion":
+            inside = called("calls", user)
+            number = str(user.operands.index(line.name))
+            parameters = program.computations[inside].values()
+            here = next(p for p in parameters if (p.opcode, *p.operands) == ("parameter", number))
+            for use, where in _uses(program, inside, here):
+                passed_on = use.opcode == "bitcast" and not user.is_root
+                found += _uses(program, computation, user) if passed_on else [(use, where)]
+        else:
+            found.append((user, lines))
+    return found
+
+
+def _in_memory(shape: str) -> int:
+    """Returns the bytes of those arrays of a shape that are not in vector or scalar memory."""
+    arrays = re.findall(r"\w+\[[\d,<=]*\](?:\{[^}]*\})?", shape)
+    return sum(num_bytes(array) for array in arrays if not re.search(r"S\([1-9]\)", array))

@@ -1,0 +1,166 @@
+"""A plan for people and for programs: a table, fields for JSON, a picture."""
+
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from neo_jax.model.cache import sequence_bytes
+from neo_jax.tools.plan.plan import Plan
+from neo_jax.tools.plan.roofline import as_milliseconds, utilisation
+from neo_jax.tools.plan.steps import Step
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as fields for JSON; bytes and FLOPs are of a device, None is unknown."""
+    memory, step, roof = plan.memory, plan.step, plan.roofline
+    chip, work = plan.topology.chip, plan.work
+    fields = {
+        "topology": plan.topology.name,
+        "devices": len(plan.topology.devices),
+        "device_kind": plan.topology.devices[0].device_kind,
+        "parameters": step.model.config.num_params,
+        "mesh": dict(step.mesh.shape),
+        "rules": {axis: list(names) for axis, names in step.sharding.rules},
+        "dtype": str(step.model.dtype),
+        "tokens": step.tokens,
+        "fits": plan.fits,
+        "refusal": plan.refusal or None,
+        "memory": {
+            "parts": memory.parts,
+            "parts_without_padding": memory.unpadded,
+            "arguments": memory.arguments,
+            "temporaries": memory.temporaries,
+            "total": memory.total,
+            "capacity": memory.capacity,
+        },
+        "flops": {
+            "useful": plan.useful_flops,
+            "repeated": plan.repeated_flops,
+            "program": work.flops if work else None,
+        },
+        "cache": _cache(step),
+        "memory_traffic": work.memory_bytes if work else None,
+        "collectives": [{**row._asdict(), "axes": list(row.axes)} for row in plan.traffic],
+        "roofline_ms": {**as_milliseconds(roof), "step": 1e3 * roof.step} if roof else None,
+        "mfu": utilisation(chip, roof, plan.useful_flops) if roof else None,
+        "tokens_per_second": step.tokens / roof.step if roof else None,
+        "compile_seconds": plan.compile_seconds,
+        "program_bytes": plan.program_bytes or None,
+    }
+    return _without_nan(fields)
+
+
+def _cache(step: Step) -> dict[str, Any] | None:
+    """Returns what the cache of a sequence takes of all devices together, in decoding."""
+    if step.kind != "decode":
+        return None
+    dtype = np.dtype(step.model.cache_dtype or step.model.dtype)
+    memory = sequence_bytes(step.model.config, step.length, dtype)
+    return {"dtype": dtype.name, **memory._asdict()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """Yields a plan as a table, line by line."""
+    memory, step, roof, done = plan.memory, plan.step, plan.roofline, plan.work
+    devices = f"{len(plan.topology.devices)} x {plan.topology.devices[0].device_kind}"
+    yield f"topology      {plan.topology.name}, {devices}"
+    yield "mesh          " + ", ".join(f"{name}={size}" for name, size in step.mesh.shape.items())
+    yield "rules         " + ", ".join(f"{a}:{'+'.join(names)}" for a, names in step.sharding.rules)
+    yield f"tokens        {step.tokens:,} a step, {step.model.config.num_params:,} parameters"
+    yield ""
+    yield "memory of a device"
+    for name, size in memory.parts.items():
+        padding = size - memory.unpadded[name]
+        note = f"  {bytes_text(padding)} of it padding" if padding else ""
+        yield f"  {name:<20}{bytes_text(size):>10}{note}"
+    cache = _cache(step)
+    if cache:
+        token, whole = bytes_text(cache["per_token"]), bytes_text(cache["per_sequence"])
+        note = f"on all devices, {token} a token, {cache['dtype']}"
+        yield f"  {'cache, a sequence':<20}{whole:>10}  {note}"
+    if memory.temporaries is not None:
+        yield f"  {'temporaries':<20}{bytes_text(memory.temporaries):>10}  activations, gradients"
+    source = "  by the compiler, which refuses; the rest by arithmetic" if plan.refusal else ""
+    yield f"  {'in all':<20}{bytes_text(memory.total):>10}{source}"
+    if not math.isnan(memory.capacity):
+        verdict = "fits" if plan.fits else "does not fit"
+        yield f"  {'of':<20}{bytes_text(memory.capacity):>10}  {verdict}"
+    yield ""
+    yield "products of a device"
+    yield f"  {'useful':<20}{plan.useful_flops / 1e12:>10.3f} TFLOP"
+    yield f"  {'computed again':<20}{plan.repeated_flops / 1e12:>10.3f} TFLOP"
+    if done is None or roof is None:
+        return
+    yield f"  {'in the program':<20}{done.flops / 1e12:>10.3f} TFLOP"
+    yield ""
+    yield "collectives, what a device sends"
+    for row in plan.traffic:
+        where = "+".join(row.axes) + (", between slices" if row.between_slices else "")
+        sent = bytes_text(row.wire_bytes)
+        yield f"  {row.kind:<20}{sent:>10}  {row.times:>6} times along {where}"
+    if not plan.traffic:
+        yield "  none"
+    yield ""
+    yield "least time of a step"
+    for name, milliseconds in as_milliseconds(roof).items():
+        if milliseconds > 0:  # neither unknown nor without a part in it
+            yield f"  {name:<20}{milliseconds:>10.2f} ms"
+    if not math.isnan(roof.step):
+        share = utilisation(plan.topology.chip, roof, plan.useful_flops)
+        speed = f"{step.tokens / roof.step:,.0f} tokens/s"
+        yield f"  bound by {roof.slowest}: {speed}, MFU at most {share:.1%}"
+    yield f"compiled in {plan.compile_seconds:.1f} s"
+
+
+def bytes_text(size: float) -> str:
+    """Returns bytes in words, three digits: "1.23 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def draw(plan: Plan) -> bytes:
+    """Returns a PNG: what fills a device's memory, what it sends, and the times of a step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), dpi=100, layout="constrained")
+    figure.suptitle(f"{plan.topology.name}: {plan.step.tokens:,} tokens a step")
+    bars, sent, times = figure.subplots(3, 1, height_ratios=[1, 2, 2])
+    left = 0.0
+    parts = dict(plan.memory.parts)
+    if plan.memory.temporaries is not None:
+        parts["temporaries"] = plan.memory.temporaries
+    for name, size in parts.items():
+        bars.barh(["memory"], [size / 1e9], left=[left], label=f"{name} {bytes_text(size)}")
+        left += size / 1e9
+    if not math.isnan(plan.memory.capacity):
+        bars.axvline(plan.memory.capacity / 1e9, color="black", linestyle="--", label="capacity")
+    bars.set_xlabel("GB a device")
+    bars.legend(fontsize=8, loc="upper right")
+    rows = plan.traffic[:6][::-1]
+    sent.barh(
+        [f"{row.kind}, {'+'.join(row.axes)}" for row in rows],
+        [row.wire_bytes / 1e9 for row in rows],
+    )
+    sent.set_xlabel("GB that a device sends a step")
+    known = {
+        name: each
+        for name, each in (as_milliseconds(plan.roofline) if plan.roofline else {}).items()
+        if not math.isnan(each)
+    }
+    times.barh(list(known), list(known.values()))
+    times.set_xlabel("least time, ms a step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

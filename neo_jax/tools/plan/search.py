@@ -1,0 +1,135 @@
+"""Which mesh is best: every one that divides, ranked by arithmetic, the best few compiled."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+from neo_jax.axes import BATCH, EMBED
+from neo_jax.devices.chips import Chip
+from neo_jax.devices.memory import tree_bytes
+from neo_jax.errors import NeoError
+from neo_jax.tools.plan.plan import Plan, capacity, make_plan
+from neo_jax.tools.plan.steps import Step
+from neo_jax.tools.plan.topology import Topology
+
+Build = Callable[[str, str], Step]
+"""Builds a step for a mesh and rules, or raises `NeoError` where these cannot split it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh and rules, what they would take by arithmetic, and a plan where one was made."""
+
+    mesh: str
+    rules: str
+    memory: float  # bytes of a device
+    sent: float  # bytes that a device sends in a step
+    seconds: float  # of a step; NaN where the chip is not known
+    fits: bool
+    plan: Plan | None = None
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """What to rank by: what fits comes first, then by time, or if unknown by what is sent."""
+        if self.plan is None:
+            return not self.fits, self.sent if math.isnan(self.seconds) else self.seconds
+        seconds = self.plan.roofline.step if self.plan.roofline else math.inf
+        sent = sum(row.wire_bytes for row in self.plan.traffic)
+        return not self.plan.fits, sent if math.isnan(seconds) else seconds
+
+
+def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> list[Candidate]:
+    """Ranks every mesh of a topology; those that were compiled come first.
+
+    Args:
+      build: see `Build`.
+      topology: the devices.
+      kind: of the step, which decides the rules that are tried.
+      num_compiled: how many to compile.
+
+    Raises:
+      NeoError: no mesh splits the step; the message is that of the last that was tried.
+    """
+    found, error = [], None
+    rules = ("fsdp+tensor",) if kind == "train" else ("fsdp+tensor", "decode")
+    for mesh, names in itertools.product(_meshes(len(topology.devices)), rules):
+        try:
+            found.append(_estimate(build, mesh, names, topology))
+        except NeoError as reason:
+            error = reason
+    if not found:
+        assert error is not None
+        raise error
+    found.sort(key=lambda each: each.order)
+    best = [
+        dataclasses.replace(each, plan=make_plan(build(each.mesh, each.rules), topology))
+        for each in found[:num_compiled]
+    ]
+    return [*sorted(best, key=lambda each: each.order), *found[num_compiled:]]
+
+
+def _meshes(num_devices: int) -> Iterator[str]:
+    """Yields every mesh of data, fsdp and model that has so many devices."""
+    divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    for data, model in itertools.product(divisors, divisors):
+        if num_devices % (data * model) == 0:
+            yield f"data={data},fsdp={num_devices // (data * model)},model={model}"
+
+
+def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candidate:
+    step = build(mesh, rules)
+    if step.rows % step.sharding.num_shards(BATCH):
+        raise NeoError(f"{step.rows} sequences do not divide over mesh {mesh}; choose others.")
+    tiled = not topology.is_here
+    held = {name: tree_bytes(tree, tiled) for name, tree in step.parts.items()}
+    config = step.model.config
+    # A sequence's activations of one layer's input, float32.
+    layer = 4 * step.rows // step.sharding.num_shards(BATCH) * step.length * config.embed_dim
+    memory = float(sum(held.values()))
+    if step.kind == "train":
+        memory += held["parameters"] + layer * config.num_layers  # gradients; what is saved
+    sent = _sent(step)
+    seconds = _seconds(step, topology.chip, sum(held.values()), sent)
+    return Candidate(mesh, rules, memory, sent, seconds, not memory > capacity(topology))
+
+
+def _seconds(step: Step, chip: Chip, held: float, sent: float) -> float:
+    """Returns the slowest of products, memory and interconnect, each by itself."""
+    training = step.kind == "train"
+    products = 2 * _passes(step) * step.model.config.num_params * step.tokens / step.mesh.size
+    moved = held * (2 if training else 1)  # the state is read and written
+    times = (
+        products / chip.peak_flops,
+        moved / chip.memory_bandwidth,
+        sent / (2 * chip.link_bandwidth),
+    )
+    return math.nan if any(map(math.isnan, times)) else max(times)
+
+
+def _passes(step: Step) -> int:
+    """Returns how often weights are multiplied: forward, in training again, and backward twice."""
+    return 4 if step.kind == "train" else 1
+
+
+def _sent(step: Step) -> float:
+    """Returns the bytes that a device sends.
+
+    Training gathers weights in bfloat16 forward and backward and scatters gradients in float32
+    along fsdp, sums these along data, and sums activations after each branch along model.
+    """
+    config, shape, training = step.model.config, step.mesh.shape, step.kind == "train"
+    data, fsdp, model = (shape[name] for name in ("data", "fsdp", "model"))
+    weights = config.num_params / model
+    sent = 0.0
+    if training:
+        sent += (2 * 2 + 4) * weights * (fsdp - 1) / fsdp
+        sent += 2 * 4 * weights / fsdp * (data - 1) / data
+    new_tokens = 1 if step.kind == "decode" else step.length
+    rows = step.tokens / new_tokens / step.sharding.num_shards(BATCH)
+    branch = 4 * rows * new_tokens * config.embed_dim  # float32, what a device has of it
+    sums = _passes(step) * (2 if training else 1) * config.num_layers
+    sent += sums * 2 * branch * (model - 1) / model
+    if not training and step.sharding.mesh_axes(EMBED):
+        sent += sums * 2 * branch * (fsdp - 1) / fsdp
+    return sent

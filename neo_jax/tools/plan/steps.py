@@ -1,0 +1,160 @@
+"""The true steps, training, prefill and decoding, with arguments that are shapes and places."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from neo_jax.axes import BATCH
+from neo_jax.decode import engine
+from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.model import cache as caching
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import Sharding, laid_out, tree_shardings
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.optimizer import make_optimizer
+from neo_jax.training.step import abstract_inputs, abstract_state, make_step
+from neo_jax.transforms.quantize import Quantization, quantized_shapes
+
+Kind = Literal["train", "prefill", "decode"]
+
+OPEN_TRIPS = 1
+"""How often the one loop of data-dependent length runs: decoding, where a trip is a token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that can be traced, lowered and compiled, and what it takes."""
+
+    kind: Kind
+    model: Neo
+    rows: int  # sequences that are worked on at a time, on all devices
+    length: int  # of each
+    parts: dict[str, Any]  # its arguments by what they are: trees of `ShapeDtypeStruct`s
+    tokens: int  # that go through the model in a step
+    trace: Callable[[], jax.stages.Traced]
+    trace_useful: Callable[[], jax.stages.Traced]  # the same without computing anything again
+
+    @property
+    def sharding(self) -> Sharding:
+        """The strategy."""
+        assert self.model.sharding is not None
+        return self.model.sharding
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices, as the strategy has them."""
+        assert isinstance(self.sharding.mesh, Mesh)
+        return self.sharding.mesh
+
+
+def training_step(config: TrainConfig, sharding: Sharding) -> Step:
+    """Returns the step that `train` runs.
+
+    Raises:
+      NeoError: the strategy cannot split this model or batch.
+    """
+    dtype = jnp.dtype(config.dtype)
+    model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(model, optimizer, config.lora)
+    batch, frozen = abstract_inputs(config, model)
+
+    def trace(config: TrainConfig) -> jax.stages.Traced:
+        return make_step(model, optimizer, config).trace(state, batch, frozen)
+
+    return Step(
+        "train",
+        model,
+        config.batch_size // config.accumulation,
+        config.sequence_length,
+        {
+            "parameters": (state.params, frozen),
+            "optimizer": (state.opt_state, state.step, state.skipped),
+            "batch": batch,
+        },
+        config.batch_size * config.sequence_length,
+        functools.partial(trace, config),
+        functools.partial(trace, dataclasses.replace(config, remat="none")),
+    )
+
+
+def prefill_step(model: Neo, batch: int, length: int, quantize: Quantization = "none") -> Step:
+    """Returns the step that reads prompts of `length` tokens, with room for no more.
+
+    Raises:
+      NeoError: the strategy cannot split this model or batch.
+    """
+    arguments = _prefill_arguments(model, batch, length, quantize)
+    trace = functools.partial(engine.prefill.trace, model, length, *arguments)
+    params, *rows = arguments
+    parts = {"parameters": params, "cache": (), "batch": rows}
+    return Step("prefill", model, batch, length, parts, batch * length, trace, trace)
+
+
+def decode_step(model: Neo, batch: int, length: int, quantize: Quantization = "none") -> Step:
+    """Returns the step that appends a token to each of `batch` texts of up to `length` tokens.
+
+    Raises:
+      NeoError: the strategy cannot split this model or batch.
+    """
+    arguments = _prefill_arguments(model, batch, length, quantize)
+    prefill = functools.partial(engine.prefill, model, length)
+    state = _placed(model, jax.eval_shape(prefill, *arguments))
+    params, steps = arguments[0], jax.ShapeDtypeStruct((), jnp.int32)
+    trace = functools.partial(engine.run.on(model).trace, model, params, state, steps)
+    rows = (state._replace(cache=()), steps)
+    parts = {"parameters": params, "cache": state.cache, "batch": rows}
+    return Step("decode", model, batch, length, parts, batch, trace, trace)
+
+
+def _prefill_arguments(
+    model: Neo, batch: int, length: int, quantize: Quantization
+) -> tuple[Any, ...]:
+    assert model.sharding is not None
+    if quantize == "int8":
+        params = quantized_shapes(model.config, model.dtype, model.sharding)
+    else:
+        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        axes = logical_axes(model)
+        params = jax.tree.map(
+            lambda leaf, place, axes: jax.ShapeDtypeStruct(
+                leaf.shape, model.dtype, sharding=laid_out(place, axes)
+            ),
+            shapes,
+            tree_shardings(model.sharding, axes, shapes),
+            axes,
+        )
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    settings = jax.eval_shape(lambda: make_settings(SamplingOptions(), [0] * batch))
+    return params, tokens, rows, rows, settings
+
+
+def _placed(model: Neo, state: engine.DecodeState) -> engine.DecodeState:
+    """Returns a state's shapes with the places that prefill gives its leaves."""
+    sharding = model.sharding
+    assert sharding is not None
+
+    def put(leaf: Any, axes: tuple[str | None, ...]) -> Any:
+        place = sharding.named(axes, leaf.shape, "the decoding state")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    def rows(leaf: Any) -> Any:
+        return put(leaf, (BATCH, *[None] * (leaf.ndim - 1)))
+
+    def layer(cache: Any) -> Any:
+        placed = {
+            name: jax.tree.map(
+                lambda x, axes=caching.LOGICAL_AXES[name]: put(x, axes[: x.ndim]), part
+            )
+            for name, part in cache.items()
+        }
+        return caching.LayerCache(**placed)
+
+    placed = jax.tree.map(rows, state._replace(cache=()))
+    return placed._replace(cache=tuple(layer(each._asdict()) for each in state.cache))

@@ -1,0 +1,98 @@
+"""Where a run starts: from weights that are drawn, or from those of a pretrained checkpoint."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from neo_jax.axes import Array, Params
+from neo_jax.checkpoints import hub
+from neo_jax.checkpoints.open_model import load_params, read_config
+from neo_jax.config import ModelConfig
+from neo_jax.errors import NeoError
+from neo_jax.model.scan import abstract_params, stack
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import tree_shardings
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.step import TrainState, init_state, state_of, state_shardings
+
+
+def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
+    """Finds the checkpoint that a run starts from, if any.
+
+    Returns:
+      The config with that checkpoint's model, and the folder.
+
+    Raises:
+      NeoError: it cannot be found or read, the config describes another model, its length does not
+        fit, or there are to be adapters or new tokens of no model, or both of one.
+    """
+    if config.new_tokens and config.lora.rank:
+        raise NeoError(
+            "adapters do not train embeddings, so those of new_tokens would never be learned; set "
+            "lora.rank or new_tokens to 0."
+        )
+    if not config.pretrained:
+        if config.new_tokens:
+            raise NeoError("new_tokens are for a model in pretrained; set model.vocab_size here.")
+        if config.lora.rank:
+            raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
+        return config, None
+    folder = hub.resolve(config.pretrained)
+    model = read_config(folder)
+    model = dataclasses.replace(model, vocab_size=model.vocab_size + config.new_tokens)
+    if config.model not in (ModelConfig(), model):
+        raise NeoError(
+            f"model is another than that of the checkpoint {config.pretrained}; leave it out of "
+            "the config, or leave out pretrained."
+        )
+    config = dataclasses.replace(config, model=model)
+    config.check_length()
+    return config, folder
+
+
+def first_state(
+    config: TrainConfig, model: Neo, optimizer: optax.GradientTransformation, folder: Path | None
+) -> TrainState:
+    """Returns the state before the first step; `folder` is what `find_pretrained` found."""
+    if folder is None or config.lora.rank:
+        return init_state(model, optimizer, config.seed, config.lora)
+    start = functools.partial(state_of, optimizer=optimizer)
+    stored = dataclasses.replace(
+        model.config, vocab_size=model.config.vocab_size - config.new_tokens
+    )
+    params = load_stacked(model.clone(config=stored), folder, jnp.float32)
+    if config.new_tokens:
+        grown = jax.jit(functools.partial(_grow, before=stored, after=model.config))
+        for table in {"wte", stored.head}:
+            params = params | {table: {"embedding": grown(params[table]["embedding"])}}
+    shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
+    return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _grow(table: Array, before: ModelConfig, after: ModelConfig) -> Array:
+    """Adds rows to an embedding table, float32, each the mean of those of the vocabulary."""
+    mean = table.sum(axis=0, keepdims=True) / before.vocab_size  # the rows beyond it are zeros
+    table = jnp.pad(table, ((0, after.padded_vocab_size - before.padded_vocab_size), (0, 0)))
+    row = jnp.arange(after.padded_vocab_size)[:, None]
+    return jnp.where((before.vocab_size <= row) & (row < after.vocab_size), mean, table)
+
+
+def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:
+    """Reads the weights of a checkpoint into the stacked tree; each array is where it lives.
+
+    Raises:
+      NeoError: see `neo_jax.checkpoints.open_model.load_params`.
+    """
+    stacked = functools.partial(stack, config=model.config)
+    before = after = None
+    if model.sharding:
+        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        before = tree_shardings(model.sharding, logical_axes(model), shapes)
+        after = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model))
+    params = load_params(folder, model.config, dtype=dtype, shardings=before)
+    return jax.jit(stacked, out_shardings=after)(params)

@@ -1,0 +1,181 @@
+"""decode/scheduler.py: texts of a batch whose rows are refilled, by those of one batch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from decode_model import CONFIG, MODEL
+
+from neo_jax.decode import engine, scheduler
+from neo_jax.decode.sampling import SamplingOptions, stack_settings
+from neo_jax.decode.scheduler import Request, complete, in_order
+from neo_jax.errors import NeoError
+from neo_jax.model.transformer import Neo, init_params
+from neo_jax.sharding.rules import make_sharding
+
+OPTIONS = [
+    SamplingOptions(temperature=0.0),
+    SamplingOptions(temperature=1.0, top_p=1.0, seed=3),
+    SamplingOptions(temperature=0.0, repetition_penalty=1.5),
+    SamplingOptions(temperature=1.0, min_p=0.05, no_repeat_ngram_size=2, seed=9),
+]
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(2))
+    scales = {"kernel": 2, "wpe": 8}
+    return jax.tree.map_with_path(
+        lambda path, leaf: scales.get(path[0].key, scales.get(path[-1].key, 1)) * leaf, drawn
+    )
+
+
+def make_requests(lengths, new, seed=0, **fields):
+    """Prompts of these lengths, with as many new tokens, and options in turn."""
+    rng = np.random.default_rng(seed)
+    return [
+        Request(
+            rng.integers(1, CONFIG.vocab_size, length).tolist(),
+            count,
+            [OPTIONS[i % len(OPTIONS)]],
+            **fields,
+        )
+        for i, (length, count) in enumerate(zip(lengths, new, strict=True))
+    ]
+
+
+LENGTHS = [3, 90, 17, 16, 1, 40, 33, 5, 120, 64, 2]
+NEW = [30, 5, 1, 60, 12, 100, 3, 59, 40, 2, 7]
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return make_requests(LENGTHS, NEW)
+
+
+@pytest.fixture(scope="module")
+def alone(params, requests):
+    """What one plain batch gives for them, cut to what each asked for."""
+    settings = stack_settings([request.options[0] for request in requests])
+    prompts = [request.ids for request in requests]
+    texts = engine.generate(MODEL, params, prompts, 40, settings)
+    return [text.ids[:new] for text, new in zip(texts, NEW, strict=True)]
+
+
+def texts_of(params, requests, model=MODEL):
+    """By a batch of three rows: one number, so that tests share their programs."""
+    done = list(in_order(complete(model, params, requests, 3)))
+    assert len(done) == len(requests)
+    return done
+
+
+def test_texts_are_those_of_one_plain_batch(params, requests, alone):
+    for (text,), expected, request in zip(texts_of(params, requests), alone, requests, strict=True):
+        assert text.ids[: len(expected)] == expected
+        assert len(text.ids) == len(text.logprobs) == request.max_new_tokens
+        assert text.finish_reason == "length"
+
+
+def test_an_order_changes_no_text(params, requests):
+    expected = texts_of(params, requests)
+    order = np.random.default_rng(1).permutation(len(requests))
+    shuffled = texts_of(params, [requests[i] for i in order])
+    for i, (text,) in zip(order, shuffled, strict=True):
+        assert text.ids == expected[i][0].ids
+        np.testing.assert_allclose(text.logprobs, expected[i][0].logprobs, rtol=0, atol=1e-5)
+
+
+def test_fifty_prompts_compile_few_programs(params):
+    """At most as many as the module says, with 5 buckets of prompts and 3 of room."""
+    run = engine.run.on(Neo(CONFIG))
+    programs = {
+        engine.prefill: 5, engine.insert: 15, run: 3, engine.resize: 6, engine.blank: 5,
+    }  # fmt: skip
+    for program in programs:
+        program.clear_cache()
+    lengths = np.random.default_rng(2).permutation(np.arange(1, 151, 3))
+    new = np.random.default_rng(3).integers(1, 8, 50)
+    assert len(texts_of(params, make_requests(lengths.tolist(), new.tolist()))) == 50
+    for program, most in programs.items():
+        assert 1 <= program._cache_size() <= most, program
+
+
+def test_a_prompt_is_read_once_for_all_of_its_samples(params, monkeypatch):
+    read = []
+    prefill = engine.prefill
+
+    def noting(model, room, params, tokens, lengths, *rest):
+        read.extend(lengths.tolist())
+        return prefill(model, room, params, tokens, lengths, *rest)
+
+    monkeypatch.setattr(engine, "prefill", noting)
+    drawn = [SamplingOptions(temperature=1.0, top_p=1.0, seed=seed) for seed in range(5)]
+    prompt = list(range(1, 10))
+    samples, one = texts_of(
+        params, [Request(prompt, 30, drawn), Request([7] * 12, 30, [OPTIONS[0]])]
+    )
+    assert [length for length in read if length > 1] == [9, 12]
+    assert len({tuple(text.ids) for text in samples}) == 5
+    settings = stack_settings(drawn)
+    expected = engine.generate(MODEL, params, [prompt] * 5, 30, settings)
+    assert [text.ids for text in samples] == [text.ids for text in expected]
+    assert len(one) == 1
+
+
+def test_a_watch_stops_its_text_alone(params, requests):
+    expected = texts_of(params, requests[:4])
+    told = []
+
+    def watch(ids):
+        told.extend(ids)
+        return 11 if len(told) >= 11 else None
+
+    watched = [dataclasses.replace(requests[0], watches=[watch]), *requests[1:4]]
+    (first,), *others = texts_of(params, watched)
+    assert (first.ids, first.finish_reason) == (expected[0][0].ids[:11], "stop")
+    assert first.logprobs == pytest.approx(expected[0][0].logprobs[:11], abs=1e-5)
+    assert told == expected[0][0].ids[: len(told)]
+    assert len(told) <= 11 + scheduler.WATCHED_STEPS
+    assert [text.ids for (text,) in others] == [text.ids for (text,) in expected[1:]]
+
+
+def test_the_end_of_text_makes_place_for_the_next(params):
+    """A row whose text ends waits for no other: all steps but the last ones write three texts."""
+    requests = make_requests([9] * 6, [40] * 6)
+    whole = [text.ids for (text,) in texts_of(params, requests)]
+    eos = (whole[1][5], whole[3][0])
+    model = Neo(dataclasses.replace(CONFIG, eos_token_id=eos))
+    for (text,), ids in zip(texts_of(params, requests, model=model), whole, strict=True):
+        cut = min((ids.index(end) for end in eos if end in ids), default=len(ids))
+        assert text.ids == ids[:cut]
+        assert text.finish_reason == ("eos" if cut < len(ids) else "length")
+
+
+def test_a_mesh_changes_no_text(params, requests):
+    sharding = make_sharding("data=2,model=2", devices=jax.devices()[:4])
+    some = [requests[0], requests[7], requests[10]]
+    expected = texts_of(params, some)
+    found = texts_of(params, some, model=Neo(CONFIG, sharding=sharding))
+    assert [text.ids for (text,) in found] == [text.ids for (text,) in expected]
+
+
+def test_results_come_in_order_as_early_as_they_can():
+    finished = iter([(1, "b"), (0, "a"), (3, "d"), (2, "c")])
+    results = in_order(finished)
+    assert next(results) == "a"
+    assert next(finished) == (3, "d")
+    assert list(in_order([(2, "c"), (1, "b"), (0, "a")])) == ["a", "b", "c"]
+
+
+def test_prompts_are_taken_by_length_within_a_window():
+    requests = [Request([1] * length, 1, [OPTIONS[0]]) for length in (5, 2, 9, 1, 3)]
+    assert list(scheduler._turns(requests, 3)) == [1, 0, 2, 3, 4]
+    assert list(scheduler._turns(requests, 99)) == [3, 1, 4, 0, 2]
+
+
+def test_nothing_is_asked_and_nothing_can_be_done(params):
+    assert list(complete(MODEL, params, [], 3)) == []
+    bad = [Request([1], 5, [OPTIONS[0]]), Request([1] * 158, 5, [OPTIONS[0]])]
+    with pytest.raises(NeoError, match="a prompt of 158 tokens and 5 new ones exceed"):
+        complete(MODEL, {}, bad, 3)

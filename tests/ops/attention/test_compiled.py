@@ -1,0 +1,84 @@
+"""The TPU kernel as the real compiler takes it, in training and in prefill, on meshes."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from neo_jax.config import ModelConfig
+from neo_jax.decode import engine
+from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.model.scan import abstract_params
+from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.sharding.rules import make_sharding, tree_shardings
+from neo_jax.tools.plan.topology import find_topology
+from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
+
+pytestmark = pytest.mark.tpu_compiler
+
+BATCH = 8
+
+
+def model_on(topology, mesh, rules, **sizes):
+    config = ModelConfig(num_layers=2, embed_dim=256, vocab_size=512, eos_token_id=-1, **sizes)
+    sharding = make_sharding(mesh, rules, devices=find_topology(topology).devices)
+    return Neo(config, jnp.bfloat16, sharding=sharding)
+
+
+def placed(model, shapes, axes, dtype):
+    """Shapes with the places that a strategy gives them."""
+    places = tree_shardings(model.sharding, axes, shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), shapes, places
+    )
+
+
+def rows(model, width, dtype):
+    place = model.sharding.named(("batch", None), (BATCH, width))
+    return jax.ShapeDtypeStruct((BATCH, width), dtype, sharding=place)
+
+
+def compile_gradient(model, length, with_starts=False, remat="none"):
+    starts = rows(model, length, jnp.int32) if with_starts else None
+    batch = Batch(rows(model, length + 1, jnp.int32), rows(model, length, jnp.float32), starts)
+    gradient = jax.grad(lambda p, b: batch_losses(model, p, b, remat=remat).objective)
+    return jax.jit(gradient).lower(abstract_params(model), batch).compile().as_text()
+
+
+def kernels(program):
+    """How often a program calls each kernel, and the shapes that they give of its outputs."""
+    calls = re.findall(r"%splash_mha_(fwd|dq|dkv)\S* = (.*?) custom-call\(", program)
+    counts = collections.Counter(name for name, _ in calls)
+    return counts, {shape for _, types in calls for shape in re.findall(r"bf16\[([\d,]+)\]", types)}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "sizes", "length", "options", "forward", "shape"),
+    [
+        ("fsdp=2,model=2", "fsdp+tensor", {"num_heads": 4}, 96, {"remat": "full"}, 4, "4,2,128,64"),
+        ("data=4", "data", {"num_heads": 2}, 600, {"with_starts": True}, 2, "2,2,640,128"),
+        ("model=4", "tensor", {"num_heads": 64}, 1024, {}, 2, "8,16,1024,4"),
+    ],
+)  # fmt: skip
+def test_a_training_step_on_a_mesh(mesh, rules, sizes, length, options, forward, shape):
+    """Every device works on its own rows and heads; any length, any width of head."""
+    model = model_on("v5e:2x2", mesh, rules, **sizes)
+    counts, shapes = kernels(compile_gradient(model, length, **options))
+    assert counts == {"fwd": forward, "dq": 2, "dkv": 2}
+    assert shapes == {shape}
+
+
+def test_prefill():
+    model = model_on("v5e:1x1", "model=1", "decode", num_heads=2)
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    params = placed(model, shapes, logical_axes(model), jnp.bfloat16)
+    settings = make_settings(SamplingOptions(), [0] * BATCH)
+    lengths = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    tokens = rows(model, 256, jnp.int32)
+    lowered = engine.prefill.lower(model, 512, params, tokens, lengths, lengths, settings)
+    counts, shapes = kernels(lowered.compile().as_text())
+    assert counts == {"fwd": 1}  # what the last layer attends to goes to the cache, and no further
+    assert shapes == {f"{BATCH},2,256,128"}
