@@ -386,10 +386,9 @@ def enable_compilation_cache() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             return
-        if not os.access(folder, os.W_OK):  # JAX would warn of every program
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        if os.access(folder, os.W_OK):  # where not, JAX would warn of every program
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _listed(prompts: Any) -> list[Prompt]:
