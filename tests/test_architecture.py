@@ -7,7 +7,6 @@ import ast
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -100,19 +99,13 @@ def test_files_are_short_and_explain_themselves(path):
 
 
 def tree():
-    """README's list of rooms: what each is for, by its docstring, and its modules."""
+    """README's list of rooms, each with the first sentence of its docstring."""
     lines = ["neo_jax/"]
     for name_ in ROOMS:
         folder = PACKAGE / name_
         source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         says = ast.get_docstring(ast.parse(source.read_text())).split("\n")[0].rstrip(".")
         lines.append(f"  {name_ + ('/' if folder.is_dir() else '.py'):14}{says}")
-        inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        inner = [path.stem for path in inside if path.suffix == ".py" and path.stem[0] != "_"]
-        inner += [f"{path.name}/" for path in inside if (path / "__init__.py").is_file()]
-        lines += textwrap.wrap(
-            ", ".join(inner), 92, initial_indent=" " * 18, subsequent_indent=" " * 18
-        )
     return "\n".join(lines) + "\n"
 
 
