@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "neo_jax"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.parts)
 
 ROOMS = [
-    "errors", "axes", "files", "families", "config", "devices", "sharding", "ops", "model",
-    "transforms", "checkpoints", "decode", "text", "data", "training", "evaluation", "tools", "cli",
+    "errors", "fields", "axes", "files", "families", "config", "devices", "sharding", "ops",
+    "model", "transforms", "checkpoints", "decode", "text", "data", "training", "evaluation",
+    "tools", "cli",
 ]  # fmt: skip
 """In reading order. Imports go to earlier rooms, and within a room."""
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
