@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from neo_jax.model.layers import _Product
-from neo_jax.sharding.fsdp import Shares
+from neo_jax.sharding.fsdp import FsdpLayout
 
 WIDTH, LAYERS, ROWS_OF_TABLE = 768, 12, 50304
 
@@ -48,7 +48,7 @@ def draw(dtype):
 
 def measure(dtype, weights, rows, rounds) -> dict[str, float]:
     """Returns the milliseconds of a pass by every form."""
-    product = _Product(1, dtype, Shares.of(None, (None, None)))
+    product = _Product(1, dtype, FsdpLayout.of(None, (None, None)))
     forms = {
         "plain": lambda x, w: product._einsum("bi,oi->bo", x, w),
         "turned": product._turned,

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from neo_jax.axes import EMBED, Array, Float, Int
 from neo_jax.ops import int8
 from neo_jax.ops.int8 import Int8
-from neo_jax.sharding.fsdp import Shares, gather, look_up
+from neo_jax.sharding.fsdp import FsdpLayout, embedding_lookup, gather
 from neo_jax.sharding.rules import Sharding
 
 PRODUCT = "product"
@@ -122,7 +122,7 @@ def _einsum(
     axes = axes or [None] * len(weight_axes)
     if isinstance(weight, Int8):
         return _einsum_int8(x, weight, dtype, sharding, axes)
-    product = _Product(len(summed), jnp.dtype(dtype), Shares.of(sharding, axes))
+    product = _Product(len(summed), jnp.dtype(dtype), FsdpLayout.of(sharding, axes))
     return _multiply(product, x, weight)
 
 
@@ -130,7 +130,7 @@ def _einsum_int8(
     x: Array, weight: Int8, dtype: DTypeLike, sharding: Sharding | None, axes: Sequence[str | None]
 ) -> Array:
     """Multiplies by whole numbers, which travel as such; then by what a step of each is worth."""
-    values = Shares.of(sharding, axes).gather(weight.values)
+    values = FsdpLayout.of(sharding, axes).gather(weight.values)
     outputs = values.shape[: weight.scale.ndim]
     scale = gather(sharding, weight.scale, axes[: weight.scale.ndim], "a scale")
     y = int8.multiply(_rows(x), values.reshape((math.prod(outputs), -1)), dtype)
@@ -143,10 +143,10 @@ class _Product:
 
     num_inputs: int  # axes of the parameter, the last ones, that are summed over
     dtype: np.dtype
-    shares: Shares
+    layout: FsdpLayout
 
     def forward(self, x: Array, weight: Array) -> Array:
-        weight = self.shares.gather(weight.astype(self.dtype))
+        weight = self.layout.gather(weight.astype(self.dtype))
         matrix = self._matrix(weight)
         if x.shape[1] <= (1 if self.dtype == jnp.float32 else _FEW):
             y = self._appended(_rows(x).reshape((-1, matrix.shape[1])), matrix)
@@ -181,16 +181,16 @@ class _Product:
 
         Where devices share the outputs, halving them would move some.
         """
-        if not self.shares.alone or len(matrix) % 2:
+        if not self.layout.is_single or len(matrix) % 2:
             return self._einsum("bi,oi->bo", row, matrix)
         halves = matrix.reshape((2, -1, matrix.shape[1]))
         return self._einsum("hi,hoi->ho", _twice(row), halves).reshape((1, -1))
 
     def backward(self, x: Array, weight: Array, grad: Array) -> tuple[Array, Array]:
-        matrix = self._matrix(self.shares.gather(weight.astype(self.dtype)))
+        matrix = self._matrix(self.layout.gather(weight.astype(self.dtype)))
         grad_x = self._einsum("bto,oi->bti", _rows(grad), matrix).reshape(x.shape)
         inputs = range(weight.ndim)[-self.num_inputs :]
-        return grad_x, self.shares.gradient(self._outer, x, grad, inputs)
+        return grad_x, self.layout.gradient(self._outer, x, grad, inputs)
 
     def _outer(self, x: Array, grad: Array) -> Array:
         """Returns the gradient of the weight, for some rows."""
@@ -286,10 +286,10 @@ class Embed(nn.Module):
         """Looks up rows, in float32. Ids outside the table take its first or last row."""
         table, scale = self.embedding, None
         if isinstance(table, Int8):
-            shares = Shares.of(self.sharding, (self.axis, None))
-            table, scale = table.values, look_up(shares, table.scale[:, None], ids)
-        shares = Shares.of(self.sharding, (self.axis, EMBED))
-        rows = look_up(shares, table, ids).astype(jnp.float32)
+            layout = FsdpLayout.of(self.sharding, (self.axis, None))
+            table, scale = table.values, embedding_lookup(layout, table.scale[:, None], ids)
+        layout = FsdpLayout.of(self.sharding, (self.axis, EMBED))
+        rows = embedding_lookup(layout, table, ids).astype(jnp.float32)
         return rows if scale is None else rows * scale
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

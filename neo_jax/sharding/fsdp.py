@@ -1,4 +1,4 @@
-"""Shares of a batch: what the devices that split it tell each other about parameters.
+"""Fully sharded data parallelism: what devices that split a batch exchange of parameters.
 
 Where a parameter is split over the same devices as the batch (fsdp), each gathers what it needs as
 it needs it, and keeps its part of every gradient's sum. These exchanges are written out here, so
@@ -26,19 +26,20 @@ EVERYWHERE = PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
-    """How the devices of a mesh share a batch and store a parameter."""
+class FsdpLayout:
+    """How the devices of a mesh split a batch and store a parameter."""
 
     mesh: Mesh | AbstractMesh | None
     batch: Names  # the mesh axes that split the batch
     length: Names  # and sequences, where they do not split the parameter
-    split: tuple[Names, ...]  # for each axis of the parameter those axes of the batch that split it
-    beside: tuple[Names, ...]  # and the other mesh axes that do
+    # For each axis of the parameter those mesh axes of the batch that split it, and the others.
+    fsdp_axes: tuple[Names, ...]
+    other_axes: tuple[Names, ...]
     summed: Names = ()  # mesh axes along which gradients come summed
 
     @classmethod
-    def of(cls, sharding: Sharding | None, axes: Sequence[str | None]) -> "Shares":
-        """Returns the shares of a strategy for a parameter with these logical axes."""
+    def of(cls, sharding: Sharding | None, axes: Sequence[str | None]) -> "FsdpLayout":
+        """Returns the layout that a strategy has for a parameter with these logical axes."""
         if sharding is None:
             return cls(None, (), (), ((),) * len(axes), ((),) * len(axes))
         names = sharding.mesh_axes(BATCH)
@@ -50,22 +51,22 @@ class Shares:
         def shared(axis: str | None) -> Names:
             return sum((cut[name] for name in sharding.mesh_axes(axis) if name in cut), ())
 
-        beside = [tuple(n for n in sharding.mesh_axes(axis) if n not in cut) for axis in axes]
-        taken = {*cut, *sum(beside, ())}
+        others = [tuple(n for n in sharding.mesh_axes(axis) if n not in cut) for axis in axes]
+        taken = {*cut, *sum(others, ())}
         length = tuple(name for name in sharding.mesh_axes(LENGTH) if name not in taken)
-        return cls(mesh, shared(BATCH), length, tuple(map(shared, axes)), tuple(beside))
+        return cls(mesh, shared(BATCH), length, tuple(map(shared, axes)), tuple(others))
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is one device, which has all."""
         return self.mesh is None or self.mesh.size == 1
 
     def gather(self, weight: Array) -> Array:
         """Returns the parameter whole, as far as the devices of the batch are concerned."""
-        if not any(self.split):
+        if not any(self.fsdp_axes):
             return weight
-        whole = PartitionSpec(*map(_entry, self.beside))
-        return self.map(self.gathered, (self.stored,), whole)(weight)
+        whole = PartitionSpec(*map(_entry, self.other_axes))
+        return self.map(self.all_gather, (self.stored,), whole)(weight)
 
     def gradient(
         self, product: Callable[..., Array], x: Array, grad: Array, inputs: Sequence[int]
@@ -80,12 +81,13 @@ class Shares:
         """
         if not self.batch:
             return product(x, grad)
-        outputs = [axis for axis in range(len(self.beside)) if axis not in inputs]
+        outputs = [axis for axis in range(len(self.other_axes)) if axis not in inputs]
         lie = (
-            self.rows([self.beside[i] for i in inputs]),
-            self.rows([self.beside[i] for i in outputs]),
+            self.rows([self.other_axes[i] for i in inputs]),
+            self.rows([self.other_axes[i] for i in outputs]),
         )
-        return self.map(lambda *rows: self.summed_up(product(*rows)), lie, self.stored)(x, grad)
+        reduced = self.map(lambda *rows: self.reduce_gradient(product(*rows)), lie, self.stored)
+        return reduced(x, grad)
 
     def map_share(self, function: Callable[..., Any], takes: Any, gives: Any) -> Any:
         """Returns a function of whole arrays that does this to each share of the batch.
@@ -102,9 +104,9 @@ class Shares:
         """
         if not self.batch:
             return parts[0]
-        lies = PartitionSpec(self.batch, *map(_entry, self.beside))
-        shares = dataclasses.replace(self, summed=self.length)
-        return self.map(lambda part: shares.summed_up(part[0]), (lies,), self.stored)(parts)
+        lies = PartitionSpec(self.batch, *map(_entry, self.other_axes))
+        layout = dataclasses.replace(self, summed=self.length)
+        return self.map(lambda part: layout.reduce_gradient(part[0]), (lies,), self.stored)(parts)
 
     def sum(self, scalars: Any) -> Any:
         """Returns the sums over all shares of scalars that each has; within `map_share`."""
@@ -123,8 +125,8 @@ class Shares:
     @property
     def stored(self) -> PartitionSpec:
         """How the parameter lies."""
-        pairs = zip(self.beside, self.split, strict=True)
-        return PartitionSpec(*(_entry(beside + split) for beside, split in pairs))
+        pairs = zip(self.other_axes, self.fsdp_axes, strict=True)
+        return PartitionSpec(*(_entry(others + fsdp) for others, fsdp in pairs))
 
     def rows(self, split: Sequence[Names] = ()) -> PartitionSpec:
         """How activations lie, [B, T, ...], their further axes split by these mesh axes."""
@@ -147,74 +149,77 @@ class Shares:
             check_vma=False,
         )
 
-    def gathered(self, weight: Array) -> Array:
+    def all_gather(self, weight: Array) -> Array:
         """What `gather` does on a device."""
-        for axis, names in enumerate(self.split):
+        for axis, names in enumerate(self.fsdp_axes):
             if names:
                 weight = jax.lax.all_gather(weight, names, axis=axis, tiled=True)
         return weight
 
-    def summed_up(self, grad: Array) -> Array:
+    def reduce_gradient(self, grad: Array) -> Array:
         """Returns a device's part of the sum of what all say; within `map`."""
-        for axis, names in enumerate(self.split):
+        for axis, names in enumerate(self.fsdp_axes):
             for name in names:  # in turn, see `along_torus`
                 grad = jax.lax.psum_scatter(grad, name, scatter_dimension=axis, tiled=True)
-        done = sum(self.split, self.summed)
+        done = sum(self.fsdp_axes, self.summed)
         rest = tuple(name for name in self.batch + self.length if name not in done)
         return jax.lax.psum(grad, rest) if rest else grad
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def look_up(shares: Shares, table: Array, ids: Array) -> Array:
+def embedding_lookup(layout: FsdpLayout, table: Array, ids: Array) -> Array:
     """Returns the rows of a table, [rows, D], for ids, [B, T]; ids outside take the last or first.
 
     Each device looks up a part of the width for all, and sends every share what it asked for: far
     less than the table, and than its gradient.
     """
-    if shares.mesh is None:
+    if layout.mesh is None:
         return _rows_of(table, ids)
-    if ids.shape[1] % shares.num_parts(shares.length):
-        shares = dataclasses.replace(shares, length=())  # tokens that are appended to a cache
-    of_rows, of_width = shares.beside
-    _, width = shares.split
+    if ids.shape[1] % layout.num_parts(layout.length):
+        layout = dataclasses.replace(layout, length=())  # tokens that are appended to a cache
+    of_rows, of_width = layout.other_axes
+    _, width = layout.fsdp_axes
 
     def of_device(table: Array, ids: Array) -> Array:
-        table = dataclasses.replace(shares, split=(shares.split[0], ())).gathered(table)
-        here, is_here = _places(shares, table, ids)
+        table = dataclasses.replace(layout, fsdp_axes=(layout.fsdp_axes[0], ())).all_gather(table)
+        here, is_here = _places(layout, table, ids)
         found = jnp.where(is_here[..., None], _rows_of(table, here), 0)
         found = jax.lax.psum(found, of_rows) if of_rows else found
         return jax.lax.all_to_all(found, width, 0, 2, tiled=True) if width else found
 
-    takes = (shares.stored, shares.rows())
-    return shares.map(of_device, takes, shares.rows([of_width]))(table, ids)
+    takes = (layout.stored, layout.rows())
+    return layout.map(of_device, takes, layout.rows([of_width]))(table, ids)
 
 
-def _look_up_forward(shares: Shares, table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
-    return look_up(shares, table, ids), (table, ids)
+def _lookup_forward(
+    layout: FsdpLayout, table: Array, ids: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return embedding_lookup(layout, table, ids), (table, ids)
 
 
-def _look_up_backward(
-    shares: Shares, saved: tuple[Array, Array], grad: Array
+def _lookup_backward(
+    layout: FsdpLayout, saved: tuple[Array, Array], grad: Array
 ) -> tuple[Array, None]:
-    _, of_width = shares.beside
-    rows, width = shares.split
+    _, of_width = layout.other_axes
+    rows, width = layout.fsdp_axes
 
     def of_device(table: Array, ids: Array, grad: Array) -> Array:
         grad = jax.lax.all_to_all(grad, width, 2, 0, tiled=True) if width else grad
-        total = jnp.zeros((table.shape[0] * shares.num_parts(rows), table.shape[1]), table.dtype)
-        here, is_here = _places(shares, total, ids)
+        total = jnp.zeros((table.shape[0] * layout.num_parts(rows), table.shape[1]), table.dtype)
+        here, is_here = _places(layout, total, ids)
         total = total.at[jnp.where(is_here, here, len(total))].add(grad, mode="drop")
         # What came from other shares is summed already.
-        return dataclasses.replace(shares, split=(rows, ()), summed=width).summed_up(total)
+        of_rows = dataclasses.replace(layout, fsdp_axes=(rows, ()), summed=width)
+        return of_rows.reduce_gradient(total)
 
-    if shares.mesh is None:
+    if layout.mesh is None:
         table, ids = saved
         return jnp.zeros_like(table).at[jnp.clip(ids, 0, len(table) - 1)].add(grad), None
-    takes = (shares.stored, shares.rows(), shares.rows([of_width]))
-    return shares.map(of_device, takes, shares.stored)(*saved, grad), None
+    takes = (layout.stored, layout.rows(), layout.rows([of_width]))
+    return layout.map(of_device, takes, layout.stored)(*saved, grad), None
 
 
-look_up.defvjp(_look_up_forward, _look_up_backward)
+embedding_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _rows_of(table: Array, ids: Array) -> Array:
@@ -234,10 +239,10 @@ def _rows_of(table: Array, ids: Array) -> Array:
     return jax.lax.platform_dependent(table, ids, cpu=take_late, default=take)
 
 
-def _places(shares: Shares, table: Array, ids: Array) -> tuple[Array, Array]:
+def _places(layout: FsdpLayout, table: Array, ids: Array) -> tuple[Array, Array]:
     """Returns where in a device's rows of a table ids are, for all shares, and which are there."""
-    of_rows, (_, width) = shares.beside[0], shares.split
-    ids = jnp.clip(ids, 0, len(table) * shares.num_parts(of_rows) - 1)
+    of_rows, (_, width) = layout.other_axes[0], layout.fsdp_axes
+    ids = jnp.clip(ids, 0, len(table) * layout.num_parts(of_rows) - 1)
     ids = jax.lax.all_gather(ids, width, axis=0, tiled=True) if width else ids
     here = ids - (jax.lax.axis_index(of_rows) * len(table) if of_rows else 0)
     return here, (here >= 0) & (here < len(table))
@@ -247,9 +252,9 @@ def _entry(names: Names) -> Names | None:
     return names or None
 
 
-def within_share(sharding: Sharding | None) -> Sharding | None:
+def inside_fsdp(sharding: Sharding | None) -> Sharding | None:
     """Returns what is left of a strategy within `map_share`, where axes of the batch are taken."""
-    rules = _rules_beside_batch(sharding) if sharding else ()
+    rules = _rules_without_batch(sharding) if sharding else ()
     if sharding is None or not rules:
         return None
     mesh = jax.sharding.get_abstract_mesh() if sharding.mesh_axes(BATCH) else sharding.mesh
@@ -265,13 +270,13 @@ def gather(
     """
     if sharding is None:
         return weight
-    used = Sharding(sharding.mesh, _rules_beside_batch(sharding))
+    used = Sharding(sharding.mesh, _rules_without_batch(sharding))
     for place in (sharding, used):  # stored first, so that the gradient ends up there
         weight = constrain(place, weight, axes, name)
     return weight
 
 
-def _rules_beside_batch(sharding: Sharding) -> Rules:
+def _rules_without_batch(sharding: Sharding) -> Rules:
     """Returns the rules without the mesh axes that split the batch."""
     batch = sharding.mesh_axes(BATCH)
     rules = ((axis, tuple(n for n in names if n not in batch)) for axis, names in sharding.rules)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
 from neo_jax.model.scan import Remat, embed, encode
 from neo_jax.model.transformer import Neo
-from neo_jax.sharding.fsdp import EVERYWHERE, Shares, within_share
+from neo_jax.sharding.fsdp import EVERYWHERE, FsdpLayout, inside_fsdp
 from neo_jax.sharding.rules import device_of, pick
 
 # Of a device, whose logits exist at a time. Each block reads and writes the gradient of the table:
@@ -87,17 +87,17 @@ class _Head(NamedTuple):
     z_loss: float
 
     @property
-    def shares(self) -> Shares:
+    def layout(self) -> FsdpLayout:
         """How the batch and the table of the output head lie."""
-        return Shares.of(self.model.sharding, (VOCAB, EMBED))
+        return FsdpLayout.of(self.model.sharding, (VOCAB, EMBED))
 
     def gathered(self, table: Array) -> Array:
         """Returns the whole table in float32, gathered in the dtype that products round it to."""
-        return self.shares.gather(table.astype(self.model.dtype)).astype(jnp.float32)
+        return self.layout.gather(table.astype(self.model.dtype)).astype(jnp.float32)
 
     def losses(self, table: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
         """Returns the objective and the cross entropy of some positions, summed."""
-        model = self.model.clone(sharding=within_share(self.model.sharding))
+        model = self.model.clone(sharding=inside_fsdp(self.model.sharding))
         params = {model.config.head: {"embedding": table}}
         logits = model.apply({"params": params}, x, method=Neo.unembed)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
@@ -125,24 +125,24 @@ def _sums(
     head: _Head, table: Array, x: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array]:
     """Returns the objective and the cross entropy; gradients are those of the objective."""
-    shares = head.shares
+    layout = head.layout
 
     def of_share(table: Array, *arrays: Array) -> tuple[Array, Array]:
         def add(sums: tuple[Array, Array], block: tuple[Array, ...]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, head.losses(table, *block)), None
 
         zeros = jnp.zeros(()), jnp.zeros(())
-        return shares.sum(jax.lax.scan(add, zeros, _blocks(head, *arrays))[0])
+        return layout.sum(jax.lax.scan(add, zeros, _blocks(head, *arrays))[0])
 
-    rows, sums = shares.by_share, (EVERYWHERE, EVERYWHERE)
-    function = shares.map_share(of_share, (EVERYWHERE, rows, rows, rows), sums)
+    rows, sums = layout.by_share, (EVERYWHERE, EVERYWHERE)
+    function = layout.map_share(of_share, (EVERYWHERE, rows, rows, rows), sums)
     return function(head.gathered(table), x, targets, weights)
 
 
 def _sums_forward(
     head: _Head, table: Array, x: Array, targets: Array, weights: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    shares = head.shares
+    layout = head.layout
     grad = jax.value_and_grad(head.losses, argnums=(0, 1), has_aux=True)
 
     def of_share(table: Array, x: Array, *arrays: Array) -> tuple[Any, Any]:
@@ -153,12 +153,12 @@ def _sums_forward(
         zeros = (jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(table))
         (*sums, grad_table), grads_x = jax.lax.scan(add, zeros, _blocks(head, x, *arrays))
         grad_x = jnp.moveaxis(grads_x, 0, 1).reshape((x.shape[0], -1, *x.shape[2:]))
-        return shares.sum(tuple(sums)), (grad_table[None], grad_x[:, : x.shape[1]])
+        return layout.sum(tuple(sums)), (grad_table[None], grad_x[:, : x.shape[1]])
 
-    rows, whole = shares.by_share, EVERYWHERE
-    function = shares.map_share(of_share, (whole, rows, rows, rows), ((whole, whole), (rows, rows)))
+    rows, whole = layout.by_share, EVERYWHERE
+    function = layout.map_share(of_share, (whole, rows, rows, rows), ((whole, whole), (rows, rows)))
     sums, (grads_table, grad_x) = function(head.gathered(table), x, targets, weights)
-    return sums, (shares.sum_parts(grads_table), grad_x)
+    return sums, (layout.sum_parts(grads_table), grad_x)
 
 
 def _sums_backward(
