@@ -14,7 +14,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
-from neo_jax.sharding.rules import laid_out, make_sharding
+from neo_jax.sharding.rules import make_sharding, tpu_layout
 from neo_jax.tools.plan.topology import find_topology
 
 
@@ -42,7 +42,7 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
         lambda leaf, axes: jax.ShapeDtypeStruct(
             leaf.shape,
             jnp.bfloat16,
-            sharding=laid_out(sharding.named(axes, leaf.shape), axes),
+            sharding=tpu_layout(sharding.named(axes, leaf.shape), axes),
         ),
         shapes,
         logical_axes(model),

@@ -15,7 +15,7 @@ from neo_jax.checkpoints.peft import apply_adapter
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
 from neo_jax.model import tensor_table
-from neo_jax.sharding.rules import Sharding, laid_out
+from neo_jax.sharding.rules import Sharding, tpu_layout
 from neo_jax.transforms.quantize import Quantization, quantize, quantize_one
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -71,7 +71,7 @@ def lay_out(config: ModelConfig, params: Params) -> Params:
     """Gives parameters the order of axes in which their devices read them best; consumes them."""
 
     def put(array: Array, tensor: tensor_table.Tensor) -> Array:
-        place = laid_out(array.sharding, tensor.axes[: array.ndim])
+        place = tpu_layout(array.sharding, tensor.axes[: array.ndim])
         return array if place is array.sharding else jax.device_put(array, place, donate=True)
 
     leaves = flatten_dict(params)

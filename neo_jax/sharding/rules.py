@@ -170,7 +170,7 @@ def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
     )
 
 
-def laid_out(
+def tpu_layout(
     place: jax.sharding.Sharding, axes: Sequence[str | None]
 ) -> jax.sharding.Sharding | Format:
     """Returns a parameter's place and, where a TPU would choose badly, the order of its axes there.

@@ -13,7 +13,7 @@ from jax.experimental.layout import Format, Layout
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
-from neo_jax.sharding.rules import laid_out, make_sharding
+from neo_jax.sharding.rules import make_sharding, tpu_layout
 from neo_jax.tools.plan.topology import find_topology
 
 pytestmark = pytest.mark.tpu_compiler
@@ -81,12 +81,12 @@ def test_only_kernels_of_heads_are_laid_out_in_another_order(topology):
     sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
     axes = ("embed", "heads", "head_dim")
     place = sharding.named(axes, (2048, 16, 128))
-    assert laid_out(place, axes) == Format(Layout((1, 0, 2)), place)
+    assert tpu_layout(place, axes) == Format(Layout((1, 0, 2)), place)
     for others in (("heads", "head_dim", "embed"), ("mlp", "embed"), ("vocab", "embed")):
         place = sharding.named(others, (64, 128, 2048)[: len(others)])
-        assert laid_out(place, others) is place
+        assert tpu_layout(place, others) is place
     here = make_sharding("model=8", "tensor").named(axes, (2048, 16, 128))
-    assert laid_out(here, axes) is here
+    assert tpu_layout(here, axes) is here
 
 
 PROGRAM = """HloModule step

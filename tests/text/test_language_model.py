@@ -350,7 +350,7 @@ def test_axes_in_another_order_change_nothing(checkpoints, models, monkeypatch, 
     def turned(place, axes):
         return Format(Layout((1, 0, 2)), place) if axes == ("embed", "heads", "head_dim") else place
 
-    monkeypatch.setattr(load, "laid_out", turned)
+    monkeypatch.setattr(load, "tpu_layout", turned)
     sharding = make_sharding(mesh, devices=jax.devices()[:4]) if mesh else None
     lm = neo_jax.load(checkpoints["bytes"], sharding=sharding)
     orders = {

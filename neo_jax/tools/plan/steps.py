@@ -14,7 +14,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
-from neo_jax.sharding.rules import Sharding, laid_out, tree_shardings
+from neo_jax.sharding.rules import Sharding, tpu_layout, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import abstract_inputs, abstract_state, make_step
@@ -123,7 +123,7 @@ def _prefill_arguments(
         axes = logical_axes(model)
         params = jax.tree.map(
             lambda leaf, place, axes: jax.ShapeDtypeStruct(
-                leaf.shape, model.dtype, sharding=laid_out(place, axes)
+                leaf.shape, model.dtype, sharding=tpu_layout(place, axes)
             ),
             shapes,
             tree_shardings(model.sharding, axes, shapes),
