@@ -23,7 +23,7 @@ from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_file, make_path
 from neo_jax.model.layers import LowRank
 from neo_jax.model.tensor_table import Tensor, tensors
-from neo_jax.transforms.lora import LoraConfig, attach, merge
+from neo_jax.transforms.lora import LoraConfig, add_adapters, merge
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -214,7 +214,7 @@ def apply_adapter(
     adapters, scale = load_adapter(folder, config)
 
     def apply(params: Params, adapters: Params) -> Params:
-        merged = merge(attach(params, adapters, scale))
+        merged = merge(add_adapters(params, adapters, scale))
         return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
 
     return jax.jit(apply, out_shardings=shardings, donate_argnums=0)(params, adapters)

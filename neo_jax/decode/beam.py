@@ -186,7 +186,7 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
         running.tokens[rows, newest][:, None],
         newest[:, None],
         running.cache,
-        method=Neo.encode,
+        method=Neo.hidden,
     )
     logits = model.apply(variables, hidden, method=Neo.unembed)[:, 0]
     logprobs = jax.nn.log_softmax(logits)

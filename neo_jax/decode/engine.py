@@ -312,7 +312,7 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
         state.tokens[rows, newest][:, None],
         newest[:, None],
         state.cache,
-        method=Neo.encode,
+        method=Neo.hidden,
     )
     logits = model.apply(variables, hidden, method=Neo.unembed)
     eos = model.config.eos_ids

@@ -27,7 +27,7 @@ def read_whole(
 ) -> Cache:
     """`read` by the kernels for whole sequences; memory grows with B T."""
     # Prompts are padded on the right: padding lies in the future, which nothing sees.
-    _, sequence = model.apply({"params": params}, tokens, method=Neo.encode)
+    _, sequence = model.apply({"params": params}, tokens, method=Neo.hidden)
     return caching.from_sequence(model.config, sequence, lengths, room, model.cache_dtype)
 
 
@@ -46,7 +46,7 @@ def read_in_pieces(
     """
     config = model.config
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % piece)))
-    _, first = model.apply({"params": params}, tokens[:, :piece], method=Neo.encode)
+    _, first = model.apply({"params": params}, tokens[:, :piece], method=Neo.hidden)
     # Until all is read, local layers keep what the first token of a piece sees, and the piece.
     known = jnp.minimum(lengths, piece)
     cache = caching.from_sequence(config, first, known, room, slack=piece - 1)
@@ -56,7 +56,7 @@ def read_in_pieces(
         positions = start + jnp.arange(piece)[None]
         positions = jnp.where(positions < lengths[:, None], positions, -1)
         new = jax.lax.dynamic_slice_in_dim(tokens, start, piece, axis=1)
-        return model.apply({"params": params}, new, positions, cache, method=Neo.encode)[1]
+        return model.apply({"params": params}, new, positions, cache, method=Neo.hidden)[1]
 
     pieces = -(-jnp.max(lengths) // piece)
     cache = jax.lax.fori_loop(1, pieces, read_piece, cache)

@@ -199,7 +199,7 @@ def _draft(
             jnp.take_along_axis(tokens, jnp.clip(positions, 0), axis=1, mode="clip"),
             _readable(positions, text),
             cache,
-            method=Neo.encode,
+            method=Neo.hidden,
         )
         logits = draft.apply(variables, hidden[:, 1:], method=Neo.unembed)[:, 0]
         history = History(tokens, lengths, text.prompt_lengths, text.limits)
@@ -250,7 +250,7 @@ def _judge(
         jnp.concatenate([newest, proposal.tokens], axis=1),
         _readable(places - 1, text),
         text.cache,
-        method=Neo.encode,
+        method=Neo.hidden,
     )
     logits = model.apply(variables, hidden, method=Neo.unembed)
     p = _distributions(logits, text, proposal, places, eos)

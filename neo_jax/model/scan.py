@@ -2,7 +2,7 @@
 
 The canonical tree has a sub-tree for each layer, h_0, h_1, ... Stacked, it has one for each
 position in the smallest repeating unit of attention types, unit_0, unit_1, ..., whose leaves lead
-with the number of units. `encode` scans over these. (A tree for each position: a single one, with
+with the number of units. `hidden` scans over these. (A tree for each position: a single one, with
 an axis for the position, makes the backward pass much slower.) A pattern that does not repeat is
 one unit.
 """
@@ -99,7 +99,7 @@ def embed(
     return model.apply({"params": params}, tokens, learned, method=Neo.embed, rngs=rngs)[0]
 
 
-def encode(
+def hidden(
     model: Neo,
     params: Params,
     x: Float[Array, "B T D"],
@@ -109,7 +109,7 @@ def encode(
     unroll: int = 1,
     key: Array | None = None,
 ) -> Float[Array, "B T D"]:
-    """Returns ln_f's output for whole sequences, as `Neo.encode` does for canonical parameters.
+    """Returns ln_f's output for whole sequences, as `Neo.hidden` does for canonical parameters.
 
     Args:
       model: the model.

@@ -210,7 +210,7 @@ class Neo(nn.Module):
         logits = self.unembed(hidden_states[-1])[..., : self.config.vocab_size]
         return Output(logits, cache, hidden_states)
 
-    def encode(
+    def hidden(
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
@@ -296,5 +296,5 @@ def logical_axes(model: Neo) -> Params:
 def _init(model: Neo, key: Array) -> Params:
     # A single token lies on no mesh, and a kernel may be one of devices that are not here.
     alone = model.clone(sharding=None, kernel="auto")
-    method = Neo.encode if model.config.tied_head else Neo.__call__
+    method = Neo.hidden if model.config.tied_head else Neo.__call__
     return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)

@@ -78,7 +78,7 @@ def _attention(
     model: Neo, layer: int, params: Params, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B N T T"]:
     (_, sequence), seen = model.apply(
-        {"params": params}, tokens, method=Neo.encode, mutable=["intermediates"]
+        {"params": params}, tokens, method=Neo.hidden, mutable=["intermediates"]
     )
     (queries,) = seen["intermediates"][f"h_{layer}"]["attn"]["queries"]
     positions = sequence[layer].positions

@@ -107,7 +107,7 @@ def _forward(
 ) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
     # Of many positions the attention would write out all logits: then each is computed.
     asked = positions if positions.shape[1] <= tokens.shape[1] // 4 else None
-    hidden, _ = model.apply({"params": params}, tokens, asked=asked, method=Neo.encode)
+    hidden, _ = model.apply({"params": params}, tokens, asked=asked, method=Neo.hidden)
     if asked is None:
         hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1, mode="clip")
     return judge(model, params, hidden, targets)

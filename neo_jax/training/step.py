@@ -16,7 +16,7 @@ from neo_jax.sharding.rules import device_of, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives.cross_entropy import Batch, Losses, batch_losses, embed_inputs
 from neo_jax.training.optimizer import make_schedule
-from neo_jax.transforms.lora import LoraConfig, adapter_axes, attach, init_adapters
+from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters
 
 
 class TrainState(NamedTuple):
@@ -112,7 +112,7 @@ def _init(
 
 def whole(params: Params, frozen: Params | None, lora: LoraConfig) -> Params:
     """Returns the stacked tree that the model takes: what is trained, in its place in the rest."""
-    return params if frozen is None else attach(frozen, params, lora.scale)
+    return params if frozen is None else add_adapters(frozen, params, lora.scale)
 
 
 def state_shardings(

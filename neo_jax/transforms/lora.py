@@ -1,8 +1,8 @@
 """LoRA (Hu et al., 2021): what is trained is a product of low rank beside each of some kernels.
 
 Adapters are a tree of their own, the parameter tree cut down to these kernels, with {"a": ...,
-"b": ...} in the place of each. `attach` puts them where they belong, for any form of the model;
-`merge` makes one array of each kernel and what was learned beside it.
+"b": ...} in the place of each. `add_adapters` puts them where they belong, for any form of the
+model; `merge` makes one array of each kernel and its adapter.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, key: Array) -> Params:
     return unflatten_dict(leaves)
 
 
-def attach(params: Params, adapters: Params, scale: float) -> Params:
+def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
     """Returns parameters with a `LowRank` in the place of each kernel that has an adapter.
 
     Args:
@@ -84,15 +84,15 @@ def attach(params: Params, adapters: Params, scale: float) -> Params:
       adapters: of the same form.
       scale: how many times adapters are added, alpha / rank.
     """
-    attached = dict(params)
+    added = dict(params)
     for name, tree in adapters.items():
         here = params[name]
-        attached[name] = (
-            attach(here, tree, scale)
+        added[name] = (
+            add_adapters(here, tree, scale)
             if isinstance(here, dict)
             else LowRank(here, **tree, scale=scale)
         )
-    return attached
+    return added
 
 
 def merge(params: Params) -> Params:

@@ -16,7 +16,7 @@ import neo_jax
 from neo_jax.checkpoints.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from neo_jax.errors import NeoError
 from neo_jax.model.scan import stack, unstack
-from neo_jax.transforms.lora import LoraConfig, attach, init_adapters, merge
+from neo_jax.transforms.lora import LoraConfig, add_adapters, init_adapters, merge
 
 pytestmark = pytest.mark.optimized
 
@@ -37,7 +37,7 @@ def ours(base, tmp_path_factory):
         lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) / 8,
         init_adapters(lm.config, LORA, jax.random.key(0)),
     )
-    stacked = attach(stack(lm.params, lm.config), adapters, LORA.scale)
+    stacked = add_adapters(stack(lm.params, lm.config), adapters, LORA.scale)
     params = unstack(stacked, lm.config)
     folder = tmp_path_factory.mktemp("ours") / "adapter"
     save_adapter(folder, lm.config, LORA, params, base=str(base))

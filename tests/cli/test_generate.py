@@ -16,7 +16,7 @@ from neo_jax.cli.options import ModelOptions
 from neo_jax.cli.sample_file import Kept, kept_samples
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.model.scan import stack, unstack
-from neo_jax.transforms.lora import LoraConfig, attach, init_adapters
+from neo_jax.transforms.lora import LoraConfig, add_adapters, init_adapters
 
 FIELDS = ["prompt", "text", "ids", "logprobs", "finish_reason"]
 OPTIONS = ["--max-new-tokens", 12, "--temperature", 0]
@@ -199,7 +199,7 @@ def test_another_model_behind_the_same_names_starts_over(checkpoints, tmp_path):
     shutil.copytree(checkpoints["bytes"], base)
     lora, lm = LoraConfig(rank=2, targets=("c_fc",)), neo_jax.load(base)
     adapters = init_adapters(lm.config, lora, jax.random.key(0))
-    params = unstack(attach(stack(lm.params, lm.config), adapters, lora.scale), lm.config)
+    params = unstack(add_adapters(stack(lm.params, lm.config), adapters, lora.scale), lm.config)
     save_adapter(tmp_path / "adapter", lm.config, lora, params, base=str(base))
     options = Options("The fox", model=ModelOptions(model=str(tmp_path / "adapter")))
     weights = load_file(base / "model.safetensors")

@@ -26,7 +26,7 @@ from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.objectives.cross_entropy import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import init_state, make_step
-from neo_jax.transforms.lora import LoraConfig, attach, init_adapters, merge
+from neo_jax.transforms.lora import LoraConfig, add_adapters, init_adapters, merge
 
 pytestmark = pytest.mark.optimized
 
@@ -146,7 +146,7 @@ def test_peft_reads_our_adapters(folder, tmp_path, targets):
     stacked = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 5,
                            stacked)  # fmt: skip
     lm = load(folder)
-    canonical = unstack(attach(stack(lm.params, CONFIG), stacked, lora.scale), CONFIG)
+    canonical = unstack(add_adapters(stack(lm.params, CONFIG), stacked, lora.scale), CONFIG)
     save_adapter(tmp_path, CONFIG, lora, canonical, base=str(folder))
     merged = merge(canonical)
     tokens = jnp.arange(2 * 20).reshape(2, 20)

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from neo_jax.config import ModelConfig
-from neo_jax.model.scan import embed, encode, stack, stacked_axes, unstack
+from neo_jax.model.scan import embed, hidden, stack, stacked_axes, unstack
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.ops.attention import blocked
 
@@ -29,7 +29,7 @@ PATTERNS = {
 
 def run_stacked(model, params, tokens, starts=None, key=None, **options):
     x = embed(model, params, tokens, starts, key)
-    return encode(model, params, x, starts, key=key, **options)
+    return hidden(model, params, x, starts, key=key, **options)
 
 
 @pytest.fixture(params=PATTERNS)
@@ -70,7 +70,7 @@ def test_the_numbers_are_the_canonical_ones(some, remat):
         return jnp.sum(jnp.sin(x)), x
 
     def canonical_sum(params):
-        x, _ = model.apply({"params": params}, tokens, method=Neo.encode)
+        x, _ = model.apply({"params": params}, tokens, method=Neo.hidden)
         return jnp.sum(jnp.sin(x)), x
 
     (_, ours), our_grads = jax.jit(jax.value_and_grad(stacked_sum, has_aux=True))(params)

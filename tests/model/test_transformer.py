@@ -252,7 +252,7 @@ def test_encode_and_unembed_are_the_two_halves(tiny):
     model, params = tiny
     tokens = jnp.arange(12).reshape(2, 6)
     whole = model.apply({"params": params}, tokens)
-    x, cache = model.apply({"params": params}, tokens, method=Neo.encode)
+    x, cache = model.apply({"params": params}, tokens, method=Neo.hidden)
     np.testing.assert_array_equal(x, whole.hidden_states[-1])
     logits = model.apply({"params": params}, x, method=Neo.unembed)
     assert logits.shape == (2, 6, 128)
@@ -276,7 +276,7 @@ def test_what_is_asked_is_what_the_whole_has_there(types, kernel):
     tokens = jax.random.randint(jax.random.key(1), (2, 30), 0, 24)
     positions = jnp.stack([jnp.arange(30), jnp.r_[jnp.full(9, -1), jnp.arange(21)]])
     asked = jnp.array([[29, 0, 17, 17], [12, 29, 9, 10]])
-    encode = functools.partial(model.apply, {"params": params}, method=Neo.encode)
+    encode = functools.partial(model.apply, {"params": params}, method=Neo.hidden)
     for places in (None, positions):
         whole, cache = encode(tokens, places)
         some, cache_too = encode(tokens, places, asked=asked)

@@ -27,7 +27,7 @@ from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.initial_state import find_pretrained, first_state, load_stacked
 from neo_jax.training.loop import train
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.transforms.lora import LoraConfig, attach, init_adapters
+from neo_jax.transforms.lora import LoraConfig, add_adapters, init_adapters
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "c_fc"))
 
@@ -123,7 +123,7 @@ def test_a_run_in_bfloat16_leaves_float32(tuning, checkpoints):
     frozen = load_stacked(Neo(config.model), folder, jnp.bfloat16)
     adapters = init_adapters(config.model, LORA, jax.random.key(0))
     adapters = jax.tree.map(lambda leaf: leaf + 0.01, adapters)
-    loop._export(config, unstack(attach(frozen, adapters, LORA.scale), config.model), None)
+    loop._export(config, unstack(add_adapters(frozen, adapters, LORA.scale), config.model), None)
     model = Path(tuning.output) / "model"
     found, base = (load_file(f / "model.safetensors") for f in (model, checkpoints["pieces"]))
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}

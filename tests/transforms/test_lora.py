@@ -12,8 +12,8 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.errors import NeoError
 from neo_jax.model.layers import LowRank
-from neo_jax.model.scan import embed, encode, stack, stacked_axes, unstack
-from neo_jax.transforms.lora import LoraConfig, adapter_axes, attach, init_adapters, merge
+from neo_jax.model.scan import embed, hidden, stack, stacked_axes, unstack
+from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters, merge
 
 pytestmark = pytest.mark.optimized
 
@@ -23,7 +23,7 @@ ALL = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "k_proj", "v_proj", "out_
 
 def run_stacked(model, params, tokens, starts=None, key=None, **options):
     x = embed(model, params, tokens, starts, key)
-    return encode(model, params, x, starts, key=key, **options)
+    return hidden(model, params, x, starts, key=key, **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_new_adapters_change_nothing(tiny):
     adapters = init_adapters(model.config, ALL, jax.random.key(1))
     tokens = jnp.arange(40).reshape(2, 20)
     run = jax.jit(lambda params: run_stacked(model, params, tokens))
-    np.testing.assert_array_equal(run(attach(stacked, adapters, ALL.scale)), run(stacked))
+    np.testing.assert_array_equal(run(add_adapters(stacked, adapters, ALL.scale)), run(stacked))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -67,7 +67,7 @@ def test_merged_is_unmerged_with_its_gradients(adapted, remat):
     tokens = jnp.arange(40).reshape(2, 20)
 
     def run(adapters, form):
-        whole = form(attach(params, adapters, ALL.scale))
+        whole = form(add_adapters(params, adapters, ALL.scale))
         return jnp.sin(run_stacked(model, whole, tokens, remat=remat)).sum()
 
     results = [
@@ -81,7 +81,7 @@ def test_merged_is_unmerged_with_its_gradients(adapted, remat):
 
 def test_the_decoding_loop_takes_them(adapted):
     model, params, adapters = adapted
-    whole = unstack(attach(params, adapters, ALL.scale), model.config)
+    whole = unstack(add_adapters(params, adapters, ALL.scale), model.config)
     assert isinstance(whole["h_3"]["mlp"]["c_fc"]["kernel"], LowRank)
     settings = make_settings(SamplingOptions(temperature=0), [0])
     texts = [
@@ -93,7 +93,7 @@ def test_the_decoding_loop_takes_them(adapted):
 
 def test_attaching_leaves_the_base_as_it_is(adapted):
     _, params, adapters = adapted
-    whole = attach(params, adapters, 0.5)
+    whole = add_adapters(params, adapters, 0.5)
     assert not any(isinstance(leaf, LowRank) for leaf in flatten_dict(params).values())
     kernel = whole["unit_1"]["attn"]["out_proj"]["kernel"]
     assert kernel.weight is params["unit_1"]["attn"]["out_proj"]["kernel"]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int, Params
-from neo_jax.model.scan import Remat, embed, encode
+from neo_jax.model import scan
+from neo_jax.model.scan import Remat
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.fsdp import EVERYWHERE, FsdpLayout, inside_fsdp
 from neo_jax.sharding.rules import device_of, pick
@@ -26,7 +27,7 @@ class Batch(NamedTuple):
 
     tokens: Int[Array, "B T+1"]
     weights: Float[Array, "B T"]  # how much each prediction counts: 1, or 0 for padding
-    starts: Int[Array, "B T"] | None = None  # where the document of each begins, see `encode`
+    starts: Int[Array, "B T"] | None = None  # where the document of each begins, see `scan.hidden`
 
 
 class Losses(NamedTuple):
@@ -54,7 +55,7 @@ def batch_losses(
       model: the model.
       params: stacked.
       batch: what to learn from.
-      remat: see `neo_jax.model.scan.encode`.
+      remat: see `neo_jax.model.scan.hidden`.
       unroll: likewise.
       z_loss: weight of log(sum(exp(logits)))^2, which keeps logits near 0 (Mesh-TensorFlow).
       key: for dropout.
@@ -62,7 +63,7 @@ def batch_losses(
     """
     if embedded is None:
         embedded = embed_inputs(model, params, batch, key)
-    hidden = encode(model, params, embedded, batch.starts, remat=remat, unroll=unroll, key=key)
+    hidden = scan.hidden(model, params, embedded, batch.starts, remat=remat, unroll=unroll, key=key)
     objective, cross_entropy = _sums(
         _Head(model, z_loss),
         params[model.config.head]["embedding"],
@@ -77,7 +78,7 @@ def embed_inputs(
     model: Neo, params: Params, batch: Batch, key: Array | None = None
 ) -> Float[Array, "B T D"]:
     """Returns what the first block reads of a batch; params stacked, a key for dropout."""
-    return embed(model, params, batch.tokens[:, :-1], batch.starts, key)
+    return scan.embed(model, params, batch.tokens[:, :-1], batch.starts, key)
 
 
 class _Head(NamedTuple):
