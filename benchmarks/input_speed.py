@@ -92,7 +92,7 @@ def measure(config, count, rounds):
     dataset = Mixture.open(
         config.data, length=config.sequence_length, across_documents=config.across_documents
     )
-    place = Placement(model, config.batch_size, dataset.has_starts)
+    place = Placement(model, config.batch_size, dataset.has_segment_starts)
     feed = batches(dataset, batch_size=config.batch_size, seed=config.seed)
     constant = place(next(feed))
 

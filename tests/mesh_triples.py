@@ -52,7 +52,7 @@ class Triple:
     rules: str
     model: ModelConfig
     accumulation: int = 1
-    has_starts: bool = False
+    has_segment_starts: bool = False
     seed: int = 0
 
     def __str__(self):
@@ -63,7 +63,7 @@ class Triple:
         ]
         return (
             f"--mesh {self.mesh} --rules {self.rules} accumulation={self.accumulation} "
-            f"has_starts={self.has_starts} {' '.join(differing)}"
+            f"has_segment_starts={self.has_segment_starts} {' '.join(differing)}"
         )
 
 
@@ -124,13 +124,13 @@ class Run:
         )
         self.optimizer = recording(make_optimizer(OPTIMIZER, STEPS))
         self.step = make_step(self.model, self.optimizer, self.config)
-        self.has_starts = triple.has_starts
+        self.has_segment_starts = triple.has_segment_starts
         self.seed = triple.seed
 
     def check(self):
         """Raises a NeoError where the triple is refused."""
         abstract = abstract_state(self.model, self.optimizer)
-        check_run(self.config, self.model, self.step, abstract, self.has_starts)
+        check_run(self.config, self.model, self.step, abstract, self.has_segment_starts)
         jax.eval_shape(self._decode, self.params())
 
     def params(self, width=0.02):
@@ -149,11 +149,11 @@ class Run:
     def batches(self):
         """Yields a batch for each step, predictions of unequal weights."""
         rng = np.random.default_rng(self.seed)
-        starts = np.tile(np.where(np.arange(LENGTH) < 9, 0, 9).astype(np.int32), (ROWS, 1))
+        segment_starts = np.tile(np.where(np.arange(LENGTH) < 9, 0, 9).astype(np.int32), (ROWS, 1))
         for _ in range(STEPS):
             tokens = rng.integers(0, self.model.config.vocab_size, (ROWS, LENGTH + 1), np.int32)
             weights = rng.choice(np.float32([0, 0.5, 1, 2]), (ROWS, LENGTH))
-            batch = Batch(tokens, weights, starts if self.has_starts else None)
+            batch = Batch(tokens, weights, segment_starts if self.has_segment_starts else None)
             if self.model.sharding:
                 rows = self.model.sharding.named(("batch", None), tokens.shape, "batch")
                 batch = jax.device_put(batch, rows)

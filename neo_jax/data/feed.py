@@ -6,7 +6,7 @@ processes. Each of them names the rows of the batch that its devices hold, and r
 Every batch is a dictionary, for R rows, of
   tokens:  int32 [R, T + 1]; inputs are [:, :-1], targets [:, 1:]
   weights: float32 [R, T]; 1 where a target counts, 0 where it is a prompt or padding
-  starts:  int32 [R, T]; the place of the first token that each input may see
+  segment_starts: int32 [R, T]; the place of the first token that each input may see
 """
 
 from collections.abc import Iterator, Sequence

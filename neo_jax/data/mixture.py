@@ -53,9 +53,9 @@ class Mixture:
         return self.parts[0].tokenizer_folder
 
     @property
-    def has_starts(self) -> bool:
+    def has_segment_starts(self) -> bool:
         """Whether any token of a sequence may be forbidden to see the first."""
-        return any(part.has_starts for part in self.parts)
+        return any(part.has_segment_starts for part in self.parts)
 
     @property
     def bytes_per_token(self) -> float:

@@ -40,8 +40,8 @@ class RemoteTokens:
 
 Sequence = dict[str, np.ndarray]
 """Of `length` predictions: "tokens" int32 [length + 1], of which each but the last predicts the
-next; "weights" float32 [length], 1 where a prediction counts and 0 where not; "starts" int32
-[length], the place of the first token that each one may see."""
+next; "weights" float32 [length], 1 where a prediction counts and 0 where not; "segment_starts"
+int32 [length], the place of the first token that each one may see."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class TokenDataset:
         return float(self.num_bytes)
 
     @property
-    def has_starts(self) -> bool:
+    def has_segment_starts(self) -> bool:
         """Whether any token of a sequence may be forbidden to see the first."""
         return self.offsets is not None
 
@@ -160,16 +160,16 @@ class TokenDataset:
         """Returns sequence i, from 0 to before `num_sequences`; zeros of weight 0 fill it up."""
         first = i * self.length
         tokens = self.tokens[first : first + self.length + 1]
-        starts = np.zeros(self.length, np.int32)
+        segment_starts = np.zeros(self.length, np.int32)
         if self.offsets is not None:
             ends = [first + 1, first + self.length + 1]
             before, after = np.searchsorted(self.offsets, ends)
             cuts = self.offsets[before:after] - 1 - first  # the ends of text
             if not ((cuts >= 0) & (cuts < self.length)).all():
                 raise NeoError(_DAMAGED_OFFSETS.format("the data set"))
-            starts[cuts] = cuts
-            starts = np.maximum.accumulate(starts)
-        return _sequence(self.length, tokens, np.ones(len(tokens) - 1), starts)
+            segment_starts[cuts] = cuts
+            segment_starts = np.maximum.accumulate(segment_starts)
+        return _sequence(self.length, tokens, np.ones(len(tokens) - 1), segment_starts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -190,7 +190,7 @@ class PairDataset(TokenDataset):
         return math.nan
 
     @property
-    def has_starts(self) -> bool:
+    def has_segment_starts(self) -> bool:
         """Whether a token may be forbidden to see the first of its sequence: yes."""
         return True
 
@@ -212,9 +212,9 @@ class PairDataset(TokenDataset):
         begins = np.repeat(offsets[:-1] - offsets[0], lengths)  # of the pair of each token
         places = np.arange(len(tokens)) - begins  # in its pair
         counts = (places > 0) & (places >= np.repeat(self.prompts[first:behind], lengths))
-        starts = np.arange(self.length)
-        starts[: len(begins)] = begins[: self.length]
-        return _sequence(self.length, tokens, counts[1:], starts)
+        segment_starts = np.arange(self.length)
+        segment_starts[: len(begins)] = begins[: self.length]
+        return _sequence(self.length, tokens, counts[1:], segment_starts)
 
 
 def _pairs(
@@ -254,12 +254,14 @@ def _whole_documents(offsets: np.ndarray, most: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _sequence(length: int, tokens: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> Sequence:
+def _sequence(
+    length: int, tokens: np.ndarray, weights: np.ndarray, segment_starts: np.ndarray
+) -> Sequence:
     """Returns a sequence, filled up with zeros."""
     return {
         "tokens": np.pad(tokens.astype(np.int32), (0, length + 1 - len(tokens))),
         "weights": np.pad(weights.astype(np.float32), (0, length - len(weights))),
-        "starts": starts.astype(np.int32),
+        "segment_starts": segment_starts.astype(np.int32),
     }
 
 

@@ -178,7 +178,7 @@ def blank(model: Neo, rows: int, like: DecodeState) -> DecodeState:
         return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
 
     state = jax.tree.map(empty, like)
-    cache = caching.vacate(state.cache, jnp.arange(rows))
+    cache = caching.clear_rows(state.cache, jnp.arange(rows))
     ones = jnp.ones(rows, jnp.int32)
     done = jnp.ones(rows, bool)
     _, *size = like.settings.bans.shape
@@ -241,7 +241,7 @@ def insert(
         source, row = sources[i], rows[i]
         piece = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, source, 1), new)
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), settings)
-        state = state._replace(cache=caching.vacate(state.cache, row))
+        state = state._replace(cache=caching.clear_rows(state.cache, row))
         return jax.tree.map(
             lambda old, piece: put(old, piece, row), state, piece._replace(settings=own)
         )

@@ -244,6 +244,6 @@ def _resize(layer: LayerCache, slots: int) -> LayerCache:
     return jax.tree.map(fit, layer)
 
 
-def vacate(cache: Cache, rows: Int[Array, "..."]) -> Cache:
+def clear_rows(cache: Cache, rows: Int[Array, "..."]) -> Cache:
     """Empties rows: they see nothing of what was there."""
     return tuple(layer._replace(positions=layer.positions.at[rows].set(-1)) for layer in cache)

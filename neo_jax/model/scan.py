@@ -81,7 +81,7 @@ def embed(
     model: Neo,
     params: Params,
     tokens: Int[Array, "B T"],
-    starts: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
     key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns what the first block reads.
@@ -90,12 +90,12 @@ def embed(
       model: the model.
       params: stacked.
       tokens: ids.
-      starts: for each token the index in its row at which its document begins: learned positions
-        count from there. None for rows of one document.
+      segment_starts: for each token the index in its row at which its document begins: learned
+        positions count from there. None for rows of one document.
       key: for dropout; None drops nothing.
     """
     rngs = None if key is None else {"dropout": jax.random.fold_in(key, model.config.num_layers)}
-    learned = _indices(tokens) if starts is None else _indices(tokens) - starts
+    learned = _indices(tokens) if segment_starts is None else _indices(tokens) - segment_starts
     return model.apply({"params": params}, tokens, learned, method=Neo.embed, rngs=rngs)[0]
 
 
@@ -103,7 +103,7 @@ def hidden(
     model: Neo,
     params: Params,
     x: Float[Array, "B T D"],
-    starts: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
     *,
     remat: Remat = "none",
     unroll: int = 1,
@@ -115,7 +115,7 @@ def hidden(
       model: the model.
       params: stacked.
       x: what `embed` returned.
-      starts: as for `embed`; a token sees nothing before its document.
+      segment_starts: as for `embed`; a token sees nothing before its document.
       remat: what the backward pass computes again.
       unroll: how many units of the pattern the program writes out before it loops.
       key: for dropout; None drops nothing.
@@ -128,7 +128,7 @@ def hidden(
         x = constrain(model.sharding, x, RESIDUAL_STREAM, "the residual stream")
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
         block = make_block(model, position)
-        return block.apply({"params": params}, x, index, None, starts, rngs=rngs)[0]
+        return block.apply({"params": params}, x, index, None, segment_starts, rngs=rngs)[0]
 
     layer = _rematerialized(layer, remat)
 

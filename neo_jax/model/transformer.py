@@ -60,10 +60,10 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
-        starts: Int[Array, "B T"] | None = None,
-        asked: Int[Array, "B K"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
+        query_indices: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """Returns the attention's output, of the asked tokens or all, and what it attended to."""
+        """Returns the attention's output, of the requested tokens or all, and keys and values."""
         heads = (axes.HEADS, axes.HEAD_DIM)
         scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
 
@@ -72,12 +72,12 @@ class Attention(nn.Module):
             y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
             return constrain(self.sharding, y, QUERIES, name)
 
-        q = project("q_proj", _at(x, asked), scale)
+        q = project("q_proj", _at(x, query_indices), scale)
         k, v = project("k_proj", x), project("v_proj", x)
-        aligned = cache is None and asked is None  # the sequence is its own cache
+        aligned = cache is None and query_indices is None  # the sequence is its own cache
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
-        q_positions, starts = _at(positions, asked), _at(starts, asked)
-        mask = Mask(q_positions, cache.positions, self.window, aligned, starts)
+        of_queries, starts = (_at(each, query_indices) for each in (positions, segment_starts))
+        mask = Mask(of_queries, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
         self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
@@ -147,13 +147,13 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
-        starts: Int[Array, "B T"] | None = None,
-        asked: Int[Array, "B K"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
+        query_indices: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
-        """Returns the stream of `asked` tokens or all, and what it saw: nothing before `starts`."""
-        attended, cache = self.attn(self.ln_1(x), positions, cache, starts, asked)
+        """Returns the stream of the requested tokens or all, and keys and values."""
+        attended, cache = self.attn(self.ln_1(x), positions, cache, segment_starts, query_indices)
         keep_all = not self.has_rng("dropout")
-        x = _at(x, asked) + self.drop(attended, deterministic=keep_all)
+        x = _at(x, query_indices) + self.drop(attended, deterministic=keep_all)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=keep_all), cache
 
 
@@ -215,13 +215,13 @@ class Neo(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
-        asked: Int[Array, "B K"] | None = None,
+        query_indices: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """Like a call, but stops before the output head: returns ln_f's output and the cache.
 
-        The output is of all tokens or of the `asked` indices; the last layer spares the others.
+        The output is of all tokens, or of those at `query_indices`; the last layer skips the rest.
         """
-        hidden_states, cache = self._hidden_states(tokens, positions, cache, asked)
+        hidden_states, cache = self._hidden_states(tokens, positions, cache, query_indices)
         return hidden_states[-1], cache
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vp"]:
@@ -249,27 +249,27 @@ class Neo(nn.Module):
         return self.ln_f(x)
 
     def _hidden_states(
-        self, tokens: Array, positions: Array | None, cache: Cache | None, asked: Array | None
+        self, tokens: Array, positions: Array | None, cache: Cache | None, indices: Array | None
     ) -> tuple[tuple[Array, ...], Cache]:
         indexed = positions is None or cache is not None
         x, positions = self.embed(tokens, positions)
         # Kernels that know only indices take what is before position 0 for another document.
-        starts = None if indexed else jnp.zeros_like(positions)
+        segment_starts = None if indexed else jnp.zeros_like(positions)
         # Tokens that are appended to a cache are too few to be split.
         lies = RESIDUAL_STREAM if cache is None else (axes.BATCH, None, None)
         hidden_states, caches = [], []
         for i, block in enumerate(self.h):
             x = constrain(self.sharding, x, lies, "the residual stream")
             hidden_states.append(x)
-            here = asked if i == len(self.h) - 1 else None
-            x, layer_cache = block(x, positions, cache[i] if cache else None, starts, here)
+            here = indices if i == len(self.h) - 1 else None
+            x, layer_cache = block(x, positions, cache[i] if cache else None, segment_starts, here)
             caches.append(layer_cache)
         return (*hidden_states, self.ln_f(x)), tuple(caches)
 
 
-def _at(x: Any, asked: Array | None) -> Any:
-    """Returns the entries [B, K, ...] of [B, T, ...] with the asked indices; None is all."""
-    return x if x is None or asked is None else jax.vmap(lambda row, i: row[i])(x, asked)
+def _at(x: Any, indices: Array | None) -> Any:
+    """Returns the entries [B, K, ...] of [B, T, ...] at these indices; None is all."""
+    return x if x is None or indices is None else jax.vmap(lambda row, i: row[i])(x, indices)
 
 
 def make_block(model: Neo, layer: int) -> Block:

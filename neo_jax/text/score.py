@@ -106,9 +106,11 @@ def _forward(
     targets: Int[Array, "B K"],
 ) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
     # Of many positions the attention would write out all logits: then each is computed.
-    asked = positions if positions.shape[1] <= tokens.shape[1] // 4 else None
-    hidden, _ = model.apply({"params": params}, tokens, asked=asked, method=Neo.hidden)
-    if asked is None:
+    query_indices = positions if positions.shape[1] <= tokens.shape[1] // 4 else None
+    hidden, _ = model.apply(
+        {"params": params}, tokens, query_indices=query_indices, method=Neo.hidden
+    )
+    if query_indices is None:
         hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1, mode="clip")
     return judge(model, params, hidden, targets)
 

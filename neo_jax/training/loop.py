@@ -74,12 +74,12 @@ def _train(config: TrainConfig) -> TrainState:
     check_size(config, model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_step(model, optimizer, config)
-    place = Placement(model, config.batch_size, dataset.has_starts)
+    place = Placement(model, config.batch_size, dataset.has_segment_starts)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, place)
     abstract = abstract_state(model, optimizer, config.lora)
     sample = Sampler(config, model, tokenizer)
-    check_run(config, model, train_step, abstract, dataset.has_starts)
+    check_run(config, model, train_step, abstract, dataset.has_segment_starts)
     frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
     base, output = base_of(frozen) if frozen else {}, make_path(config.output)
     with (
@@ -161,19 +161,19 @@ class Placement:
     That is for the mesh to say: it may give processes the same rows, or rows that lie apart.
     """
 
-    def __init__(self, model: Neo, batch_size: int, has_starts: bool = False):
+    def __init__(self, model: Neo, batch_size: int, has_segment_starts: bool = False):
         """Splits the rows of batches of this size as the rules of the model say.
 
         Args:
           model: its sharding says where rows lie.
           batch_size: of the global batch.
-          has_starts: whether the batches' starts are needed: the step is cheaper without.
+          has_segment_starts: whether the batches' starts are needed: the step is cheaper without.
 
         Raises:
           NeoError: the rows do not divide over the devices.
         """
         self._batch_size = batch_size
-        self._has_starts = has_starts
+        self._has_segment_starts = has_segment_starts
         self._vocab_size = model.config.vocab_size
         self._sharding = None
         self.rows = list(range(batch_size))
@@ -196,8 +196,8 @@ class Placement:
                 f"{self._vocab_size}: its files are damaged; copy them again, or run neo-jax "
                 "prepare again."
             )
-        starts = self._put(batch["starts"]) if self._has_starts else None
-        return Batch(self._put(batch["tokens"]), self._put(batch["weights"]), starts)
+        segment_starts = self._put(batch["segment_starts"]) if self._has_segment_starts else None
+        return Batch(self._put(batch["tokens"]), self._put(batch["weights"]), segment_starts)
 
     def _put(self, local: np.ndarray) -> Array:
         if self._sharding is None:

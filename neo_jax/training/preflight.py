@@ -11,7 +11,7 @@ from neo_jax.training.step import Step, TrainState, abstract_inputs
 
 
 def check_run(
-    config: TrainConfig, model: Neo, step: Step, state: TrainState, has_starts: bool
+    config: TrainConfig, model: Neo, step: Step, state: TrainState, has_segment_starts: bool
 ) -> None:
     """Checks what would else be an error of the first step, the output folder made by then.
 
@@ -20,14 +20,14 @@ def check_run(
       model: its model, with the strategy.
       step: what `make_step` returned.
       state: the shape, dtype and place of every leaf, as `abstract_state` says.
-      has_starts: whether batches tell where documents begin.
+      has_segment_starts: whether batches tell where documents begin.
 
     Raises:
       NeoError: parts of a batch do not divide over the mesh, the strategy contradicts itself at
         some activation, or the state is larger than the memory of its devices.
     """
     _check_parts(config, model)
-    batch, frozen = abstract_inputs(config, model, has_starts)
+    batch, frozen = abstract_inputs(config, model, has_segment_starts)
     jax.eval_shape(step, state, batch, frozen)
     _check_memory(state, frozen)
 

@@ -66,14 +66,14 @@ def abstract_state(
 
 
 def abstract_inputs(
-    config: TrainConfig, model: Neo, has_starts: bool = False
+    config: TrainConfig, model: Neo, has_segment_starts: bool = False
 ) -> tuple[Batch, Params | None]:
     """Returns what a step takes beside the state, as `ShapeDtypeStruct`s.
 
     Args:
       config: of the run.
       model: its model, with the strategy.
-      has_starts: whether batches tell where documents begin.
+      has_segment_starts: whether batches tell where documents begin.
 
     Returns:
       A batch, and the frozen parameters where adapters are trained, else None.
@@ -85,8 +85,8 @@ def abstract_inputs(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     length = config.sequence_length
-    starts = rows(length, jnp.int32) if has_starts else None
-    batch = Batch(rows(length + 1, jnp.int32), rows(length, jnp.float32), starts)
+    segment_starts = rows(length, jnp.int32) if has_segment_starts else None
+    batch = Batch(rows(length + 1, jnp.int32), rows(length, jnp.float32), segment_starts)
     return batch, abstract_params(model, jnp.dtype(config.dtype)) if config.lora.rank else None
 
 

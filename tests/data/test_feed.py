@@ -264,8 +264,9 @@ def test_evaluation_covers_the_split(dataset, shares):
 
 
 def test_starts_are_zero_unless_documents_are_asked_for(folder):
-    assert not TokenDataset.open(folder, length=10).has_starts
-    np.testing.assert_array_equal(TokenDataset.open(folder, length=10)[3]["starts"], np.zeros(10))
+    assert not TokenDataset.open(folder, length=10).has_segment_starts
+    sequence = TokenDataset.open(folder, length=10)[3]
+    np.testing.assert_array_equal(sequence["segment_starts"], np.zeros(10))
 
 
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=30), st.integers(1, 9))
@@ -276,10 +277,10 @@ def test_tokens_start_at_the_end_of_text_before_their_document(sizes, length):
         return
     plain = memory_dataset(size, length)
     dataset = dataclasses.replace(plain, offsets=offsets)
-    assert dataset.has_starts
+    assert dataset.has_segment_starts
     for i in range(dataset.num_sequences):
         sequence = dataset.sequence(i)
-        assert sequence["starts"].dtype == np.int32
+        assert sequence["segment_starts"].dtype == np.int32
         for name in ("tokens", "weights"):
             np.testing.assert_array_equal(sequence[name], plain.sequence(i)[name])
         start, expected = 0, []
@@ -287,7 +288,7 @@ def test_tokens_start_at_the_end_of_text_before_their_document(sizes, length):
             if i * length + t + 1 in offsets:  # this token is the last of a document
                 start = t
             expected.append(start)
-        assert sequence["starts"].tolist() == expected
+        assert sequence["segment_starts"].tolist() == expected
 
 
 def documents_on_disk(folder, documents, prompts=None, eos=99):
@@ -310,7 +311,7 @@ def test_documents_are_told_apart_on_disk(tmp_path):
     folder = documents_on_disk(tmp_path / "a", [[1, 2], [3], [4, 5, 6, 7]])
     dataset = TokenDataset.open(folder, length=5, across_documents=False)
     assert dataset[0]["tokens"].tolist() == [1, 2, 99, 3, 99, 4]
-    assert dataset[0]["starts"].tolist() == [0, 0, 2, 2, 4]
+    assert dataset[0]["segment_starts"].tolist() == [0, 0, 2, 2, 4]
     path = folder / "train" / "offsets.npy"
     np.save(path, np.load(path)[:-1])
     with pytest.raises(NeoError, match=r"offsets.npy has 3 numbers, not 4; copy it again, or run"):
@@ -351,21 +352,27 @@ def test_pairs_are_whole_and_their_completions_count(tmp_path_factory, pairs, le
         return
     dataset = TokenDataset.open(root, length=length)
     assert isinstance(dataset, PairDataset)
-    assert dataset.has_starts
+    assert dataset.has_segment_starts
     assert np.isnan(dataset.num_target_bytes)
     assert len(dataset) == dataset.num_sequences
     seen = []
     for i in range(len(dataset)):
-        tokens, weights, starts = (dataset[i][name] for name in ("tokens", "weights", "starts"))
-        assert (tokens.dtype, weights.dtype, starts.dtype) == (np.int32, np.float32, np.int32)
-        assert (len(tokens), len(weights), len(starts)) == (length + 1, length, length)
+        tokens, weights, segment_starts = (
+            dataset[i][name] for name in ("tokens", "weights", "segment_starts")
+        )
+        assert (tokens.dtype, weights.dtype, segment_starts.dtype) == (
+            np.int32,
+            np.float32,
+            np.int32,
+        )
+        assert (len(tokens), len(weights), len(segment_starts)) == (length + 1, length, length)
         place = 0
         while place <= length and tokens[place]:
             number = fitting[len(seen)]
             whole = [*documents[number], 99]
             behind = place + len(whole)
             assert tokens[place:behind].tolist() == whole
-            assert (starts[place:behind] == place).all()
+            assert (segment_starts[place:behind] == place).all()
             first = place + max(prompts[number], 1)  # the first token that counts
             expected = [place + t >= first for t in range(len(whole))]
             if place:
@@ -375,7 +382,7 @@ def test_pairs_are_whole_and_their_completions_count(tmp_path_factory, pairs, le
             place = behind
         assert not tokens[place:].any()
         assert not weights[max(place - 1, 0) :].any()
-        np.testing.assert_array_equal(starts[place:], np.arange(place, length))
+        np.testing.assert_array_equal(segment_starts[place:], np.arange(place, length))
         if len(seen) < len(fitting):  # no room, or one that was left out comes between
             following = fitting[len(seen)]
             assert place + len(documents[following]) > length or following > seen[-1] + 1
@@ -512,8 +519,8 @@ def test_parts_have_one_tokenizer(tmp_path):
     mixture = Mixture.open(data, length=2)
     assert (mixture.shares, mixture.vocab_size, mixture.tokenizer_folder) == ((0.5, 0.5), 100, a)
     assert mixture.bytes_per_token == 3
-    assert not mixture.has_starts
-    assert Mixture.open(data, length=2, across_documents=False).has_starts
+    assert not mixture.has_segment_starts
+    assert Mixture.open(data, length=2, across_documents=False).has_segment_starts
     assert Mixture.open(data, "held_out", length=2).parts == ()
     (b / "vocab.json").write_text("{}")
     expected = f"{a} and {b} have different tokenizers; prepare one again with --tokenizer {a}"
@@ -532,12 +539,12 @@ def test_text_and_pairs_can_be_mixed(tmp_path):
     text = documents_on_disk(tmp_path / "text", [[1, 2, 3], [4, 5, 6, 7]])
     pairs = documents_on_disk(tmp_path / "pairs", [[11, 12], [13, 14, 15]], [1, 1])
     mixture = Mixture.open(f"{text}=2,{pairs}=1", length=4)
-    assert mixture.has_starts
+    assert mixture.has_segment_starts
     assert np.isnan(mixture.bytes_per_token)
     (batch,) = take(mixture, 1, batch_size=6, seed=0)
     of_pairs = batch["tokens"][:, 0] > 10
     assert of_pairs.sum() == 2
-    assert not batch["starts"][~of_pairs].any()
+    assert not batch["segment_starts"][~of_pairs].any()
     assert (batch["weights"][~of_pairs] == 1).all()
     assert (batch["weights"][of_pairs][:, 0] == 1).all()
     assert (batch["weights"].sum(1)[of_pairs] < 4).all()

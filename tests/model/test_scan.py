@@ -27,9 +27,9 @@ PATTERNS = {
 }
 
 
-def run_stacked(model, params, tokens, starts=None, key=None, **options):
-    x = embed(model, params, tokens, starts, key)
-    return hidden(model, params, x, starts, key=key, **options)
+def run_stacked(model, params, tokens, segment_starts=None, key=None, **options):
+    x = embed(model, params, tokens, segment_starts, key)
+    return hidden(model, params, x, segment_starts, key=key, **options)
 
 
 @pytest.fixture(params=PATTERNS)
@@ -89,7 +89,7 @@ def test_documents_of_a_row_are_as_if_alone(kernel, remat, monkeypatch):
     params = stack(jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params), model.config)
     cuts = [0, 3, 4, 20, 24]
     tokens = np.random.default_rng(0).integers(0, 96, (1, 24), np.int32)
-    starts = np.repeat(cuts[:-1], np.diff(cuts))[None].astype(np.int32)
+    segment_starts = np.repeat(cuts[:-1], np.diff(cuts))[None].astype(np.int32)
     apart = np.zeros((4, 24), np.int32)
     counts = np.zeros((4, 24), bool)
     for row, (start, stop) in enumerate(itertools.pairwise(cuts)):
@@ -97,14 +97,14 @@ def test_documents_of_a_row_are_as_if_alone(kernel, remat, monkeypatch):
         counts[row, : stop - start] = True
 
     @jax.jit
-    def run(params, tokens, counts, starts=None):
+    def run(params, tokens, counts, segment_starts=None):
         def total(params):
-            x = run_stacked(model, params, tokens, starts, remat=remat)
+            x = run_stacked(model, params, tokens, segment_starts, remat=remat)
             return jnp.sum(jnp.where(counts[..., None], jnp.sin(x), 0)), x
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
-    (_, ours), our_grads = run(params, tokens, np.ones((1, 24), bool), starts)
+    (_, ours), our_grads = run(params, tokens, np.ones((1, 24), bool), segment_starts)
     (_, alone), their_grads = run(params, apart, counts)
     np.testing.assert_allclose(ours[0], alone[counts], rtol=0, atol=1e-5)
     for a, b in zip(jax.tree.leaves(our_grads), jax.tree.leaves(their_grads), strict=True):

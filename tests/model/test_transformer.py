@@ -275,12 +275,12 @@ def test_what_is_asked_is_what_the_whole_has_there(types, kernel):
     params = init_params(model, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 30), 0, 24)
     positions = jnp.stack([jnp.arange(30), jnp.r_[jnp.full(9, -1), jnp.arange(21)]])
-    asked = jnp.array([[29, 0, 17, 17], [12, 29, 9, 10]])
+    query_indices = jnp.array([[29, 0, 17, 17], [12, 29, 9, 10]])
     encode = functools.partial(model.apply, {"params": params}, method=Neo.hidden)
     for places in (None, positions):
         whole, cache = encode(tokens, places)
-        some, cache_too = encode(tokens, places, asked=asked)
-        assert_close(some, whole[jnp.arange(2)[:, None], asked])
+        some, cache_too = encode(tokens, places, query_indices=query_indices)
+        assert_close(some, whole[jnp.arange(2)[:, None], query_indices])
         jax.tree.map(np.testing.assert_array_equal, cache_too, cache)
 
 

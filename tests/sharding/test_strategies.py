@@ -208,7 +208,7 @@ def test_a_triple_changes_no_number():
         tied_head=False,
     )
     rules = "embed:fsdp,mlp:context+model,kv_length:context,vocab:model"
-    triple = Triple("fsdp=2,context=2,model=2", rules, model, has_starts=True)
+    triple = Triple("fsdp=2,context=2,model=2", rules, model, has_segment_starts=True)
     assert compare(triple)["gradient"] < 1e-5
 
 

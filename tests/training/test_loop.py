@@ -227,9 +227,11 @@ def evaluation_alone(config, state, data, **options):
     model = Neo(config.model)
     losses = jax.jit(lambda batch: loop.batch_losses(model, state.params, batch))
     for i in range(dataset.num_sequences):
-        tokens, weights, starts = (dataset.sequence(i)[n] for n in ("tokens", "weights", "starts"))
-        for start in np.unique(starts[weights > 0]):
-            mine = (starts == start) & (weights > 0)
+        tokens, weights, segment_starts = (
+            dataset.sequence(i)[n] for n in ("tokens", "weights", "segment_starts")
+        )
+        for start in np.unique(segment_starts[weights > 0]):
+            mine = (segment_starts == start) & (weights > 0)
             stop = np.flatnonzero(mine)[-1] + 2
             row = np.zeros((1, 33), np.int32)
             row[0, : stop - start] = tokens[start:stop]
@@ -259,7 +261,7 @@ def test_a_mixture_with_pairs_on_a_mesh(config, pairs):
     losses = jax.jit(lambda batch: loop.batch_losses(Neo(config.model), one.params, batch))
     for batch in evaluation_batches(dataset, 8):
         placed = loop.Placement(Neo(config.model), 8)(batch)
-        assert placed.starts is None  # nobody needs them: the step is compiled without
+        assert placed.segment_starts is None  # nobody needs them: the step is compiled without
         found = losses(placed)
         parts.append((float(found.cross_entropy), float(found.weight)))
     totals, weights = zip(*parts, strict=True)
@@ -285,10 +287,10 @@ def test_completions_alone_are_learned(config, pairs, capsys):
     assert metrics(config)[40] < metrics(config)[20] < math.log(320)
     sequence = TokenDataset.open(pairs, length=32)[0]
     tokens = jnp.asarray(sequence["tokens"][None])
-    starts = jnp.asarray(sequence["starts"][None])
+    segment_starts = jnp.asarray(sequence["segment_starts"][None])
 
     def loss(weights):
-        batch = Batch(tokens, jnp.asarray(weights[None]), starts)
+        batch = Batch(tokens, jnp.asarray(weights[None]), segment_starts)
         found = loop.batch_losses(Neo(config.model), state.params, batch)
         return float(found.cross_entropy / found.weight)
 

@@ -21,9 +21,9 @@ ALL = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "k_proj", "v_proj", "out_
                                              "c_proj"))  # fmt: skip
 
 
-def run_stacked(model, params, tokens, starts=None, key=None, **options):
-    x = embed(model, params, tokens, starts, key)
-    return hidden(model, params, x, starts, key=key, **options)
+def run_stacked(model, params, tokens, segment_starts=None, key=None, **options):
+    x = embed(model, params, tokens, segment_starts, key)
+    return hidden(model, params, x, segment_starts, key=key, **options)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
             return "runs on NVIDIA GPUs of compute capability 8.0 or newer"
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"computes in bfloat16 or float16, not in {q.dtype}"
-        if mask.q_starts is not None:
+        if mask.segment_starts is not None:
             return "knows neither documents within a row nor padding"
         if q.shape[-1] > 128 or q.shape[-1] % 8:
             return f"takes heads of up to 128, a multiple of 8, not of {q.shape[-1]}"

@@ -40,7 +40,7 @@ def blocked(
     # Without a barrier XLA folds transpositions into products, and its CPU backend cannot run every
     # bfloat16 product that results.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
-    positions = (mask.q_positions, mask.k_positions, mask.q_starts)
+    positions = (mask.q_positions, mask.k_positions, mask.segment_starts)
     return _blocked(mask.window, block_size, q, k, v, positions)
 
 
@@ -98,8 +98,8 @@ _blocked.defvjp(_forward, _backward)
 
 
 def _mask(positions: _Positions, window: int | None) -> Mask:
-    of_queries, of_keys, starts = positions
-    return Mask(of_queries, of_keys, window, q_starts=starts)
+    of_queries, of_keys, segment_starts = positions
+    return Mask(of_queries, of_keys, window, segment_starts=segment_starts)
 
 
 def _blocks(length: int, window: int | None, size: int) -> list[tuple[slice, slice]]:

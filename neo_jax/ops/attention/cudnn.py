@@ -25,7 +25,7 @@ def cudnn(
       q: queries.
       k: keys.
       v: values.
-      mask: aligned, without starts.
+      mask: aligned, without `segment_starts`.
       implementation: "xla" computes what is asked of cuDNN on any device, for tests.
     """
     length = q.shape[2]

@@ -14,19 +14,19 @@ class Mask:
 
     A key is visible iff 0 <= key position <= query position, and, in a local layer, query
     position - key position < window: `window` keys, the query's own included. Position -1 marks
-    what is not there: padding, or an empty slot of a cache. With `q_starts` a query sees no key
-    before its start: in a row of several documents, what came before its own.
+    what is not there: padding, or an empty slot of a cache. With `segment_starts` a query sees no
+    key before its start: in a row of several documents, what came before its own.
 
     An aligned mask is that of a sequence that attends to itself: query t and key t are one token.
-    Its positions are 0, 1, 2, ..., or, with `q_starts`, run on without gaps; and all tokens of a
-    document have its start. So kernels that know only indices can serve it.
+    Its positions are 0, 1, 2, ..., or, with `segment_starts`, run on without gaps; and all tokens
+    of a document have its start. So kernels that know only indices can serve it.
     """
 
     q_positions: Int[Array, "B T"]
     k_positions: Int[Array, "B S"]
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
-    q_starts: Int[Array, "B T"] | None = None  # the first position that a query may see
+    segment_starts: Int[Array, "B T"] | None = None  # the first position that a query may see
 
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns the mask as an array, True where the query sees the key."""
@@ -35,12 +35,12 @@ class Mask:
         seen = (k >= 0) & (k <= q)
         if self.window is not None:
             seen &= q - k < self.window
-        if self.q_starts is not None:
-            seen &= k >= self.q_starts[:, :, None]
+        if self.segment_starts is not None:
+            seen &= k >= self.segment_starts[:, :, None]
         return seen
 
     def block(self, queries: slice, keys: slice) -> "Mask":
         """Returns the mask of some queries and some keys."""
-        starts = None if self.q_starts is None else self.q_starts[:, queries]
+        segment_starts = None if self.segment_starts is None else self.segment_starts[:, queries]
         positions = self.q_positions[:, queries], self.k_positions[:, keys]
-        return Mask(*positions, self.window, q_starts=starts)
+        return Mask(*positions, self.window, segment_starts=segment_starts)

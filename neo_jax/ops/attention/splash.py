@@ -38,8 +38,8 @@ def splash(
     fill = -length % LANES
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (q, k, v))
     segments = None
-    if mask.q_starts is not None:
-        documents = jnp.where(mask.q_positions >= 0, mask.q_starts, -1)
+    if mask.segment_starts is not None:
+        documents = jnp.where(mask.q_positions >= 0, mask.segment_starts, -1)
         documents = jnp.pad(documents, ((0, 0), (0, fill)), constant_values=-1)
         segments = splash_attention.SegmentIds(documents, documents)
     size = block_size(length + fill, mask.window)

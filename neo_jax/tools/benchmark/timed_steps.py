@@ -175,7 +175,7 @@ def train_work(model: Neo, config: TrainConfig, budget: Budget) -> Work:
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_step(model, optimizer, config)
     try:
-        check_run(config, model, step, abstract_state(model, optimizer), has_starts=False)
+        check_run(config, model, step, abstract_state(model, optimizer), has_segment_starts=False)
     except NeoError as error:
         raise CannotRunError(str(error)) from error
     rows, length = config.batch_size, config.sequence_length

@@ -27,7 +27,8 @@ class Batch(NamedTuple):
 
     tokens: Int[Array, "B T+1"]
     weights: Float[Array, "B T"]  # how much each prediction counts: 1, or 0 for padding
-    starts: Int[Array, "B T"] | None = None  # where the document of each begins, see `scan.hidden`
+    # Where the document of each token begins, see `scan.hidden`.
+    segment_starts: Int[Array, "B T"] | None = None
 
 
 class Losses(NamedTuple):
@@ -63,7 +64,8 @@ def batch_losses(
     """
     if embedded is None:
         embedded = embed_inputs(model, params, batch, key)
-    hidden = scan.hidden(model, params, embedded, batch.starts, remat=remat, unroll=unroll, key=key)
+    options: Any = {"remat": remat, "unroll": unroll, "key": key}
+    hidden = scan.hidden(model, params, embedded, batch.segment_starts, **options)
     objective, cross_entropy = _sums(
         _Head(model, z_loss),
         params[model.config.head]["embedding"],
@@ -78,7 +80,7 @@ def embed_inputs(
     model: Neo, params: Params, batch: Batch, key: Array | None = None
 ) -> Float[Array, "B T D"]:
     """Returns what the first block reads of a batch; params stacked, a key for dropout."""
-    return scan.embed(model, params, batch.tokens[:, :-1], batch.starts, key)
+    return scan.embed(model, params, batch.tokens[:, :-1], batch.segment_starts, key)
 
 
 class _Head(NamedTuple):

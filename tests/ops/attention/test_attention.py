@@ -55,8 +55,8 @@ def run_with_gradients(kernel, mask, grad, *qkv):
 def sequence(positions, window=None):
     """The mask of rows that attend to themselves; where there is padding it says so."""
     positions = jnp.asarray(positions)
-    starts = jnp.zeros_like(positions) if (positions < 0).any() else None
-    return Mask(positions, positions, window, aligned=True, q_starts=starts)
+    segment_starts = jnp.zeros_like(positions) if (positions < 0).any() else None
+    return Mask(positions, positions, window, aligned=True, segment_starts=segment_starts)
 
 
 def draw(rng, *sizes, dtype=jnp.float32):
@@ -187,10 +187,10 @@ def test_the_mask_is_its_rule(positions, window):
     q_positions, k_positions = jnp.array([positions[:4]]), jnp.array([positions[4:]])
     mask = Mask(q_positions, k_positions, window)
     np.testing.assert_array_equal(mask.visible(), visible(q_positions, k_positions, window))
-    starts = jnp.array([positions[2:6]])
-    started = Mask(q_positions, k_positions, window, q_starts=starts)
+    segment_starts = jnp.array([positions[2:6]])
+    started = Mask(q_positions, k_positions, window, segment_starts=segment_starts)
     np.testing.assert_array_equal(
-        started.visible(), mask.visible() & (k_positions[:, None] >= starts[:, :, None])
+        started.visible(), mask.visible() & (k_positions[:, None] >= segment_starts[:, :, None])
     )
     for whole in (mask, started):
         part = whole.block(slice(1, 3), slice(2, 7))
@@ -205,10 +205,10 @@ def test_a_query_sees_nothing_before_its_start(rng, name, window):
     kernel = IMPLEMENTATIONS[name]
     cuts = [0, 1, 9, 12, 19]  # within blocks and across them
     qkv = draw(rng, 1, 2, 19, 8)
-    starts = jnp.asarray(np.repeat(cuts[:-1], np.diff(cuts))[None])
+    segment_starts = jnp.asarray(np.repeat(cuts[:-1], np.diff(cuts))[None])
     positions = jnp.arange(19)[None]
     grad = jnp.asarray(rng.normal(size=(1, 2, 19, 8)), jnp.float32)
-    mask = Mask(positions, positions, window, aligned=True, q_starts=starts)
+    mask = Mask(positions, positions, window, aligned=True, segment_starts=segment_starts)
     together = run_with_gradients(kernel, mask, grad, *qkv)
     spans = list(itertools.pairwise(cuts))
 
@@ -266,10 +266,12 @@ T4, A100, H200 = (
 AMD = types.SimpleNamespace(platform="gpu", compute_capability="gfx90a")
 
 
-def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, starts=False):
+def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, segment_starts=False):
     """Queries, and the mask of their sequence."""
     positions = jnp.arange(6)[None]
-    mask = Mask(positions, positions, 3, aligned, jnp.zeros_like(positions) if starts else None)
+    mask = Mask(
+        positions, positions, 3, aligned, jnp.zeros_like(positions) if segment_starts else None
+    )
     return jnp.zeros((1, 2, 6, head_dim), dtype), mask
 
 
@@ -280,7 +282,7 @@ def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, starts=False):
         (CPU, {"dtype": jnp.float32}, "blocked"),
         (CPU, {"aligned": False}, "dense"),
         (TPU, {}, "splash"),
-        (TPU, {"starts": True}, "splash"),
+        (TPU, {"segment_starts": True}, "splash"),
         (TPU, {"head_dim": 16}, "splash"),
         (TPU, {"dtype": jnp.float32}, "blocked"),
         (TPU, {"aligned": False}, "dense"),
@@ -288,7 +290,7 @@ def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, starts=False):
         (H200, {"head_dim": 128}, "cudnn"),
         (A100, {"dtype": jnp.float16}, "cudnn"),
         (A100, {"dtype": jnp.float32}, "blocked"),
-        (A100, {"starts": True}, "blocked"),
+        (A100, {"segment_starts": True}, "blocked"),
         (A100, {"head_dim": 4}, "blocked"),
         (A100, {"head_dim": 136}, "blocked"),
         (A100, {"aligned": False}, "dense"),
@@ -313,7 +315,7 @@ def test_auto_takes_the_fastest_that_can(device, options, chosen):
         ("cudnn", CPU, {}, "capability 8.0 or newer; use 'blocked'"),
         ("cudnn", T4, {}, "capability 8.0 or newer; use 'blocked'"),
         ("cudnn", TPU, {}, "capability 8.0 or newer; use 'blocked'"),
-        ("cudnn", A100, {"starts": True}, "neither documents within a row nor padding"),
+        ("cudnn", A100, {"segment_starts": True}, "neither documents within a row nor padding"),
         ("cudnn", A100, {"dtype": jnp.float32}, "bfloat16 or float16, not in float32"),
         ("cudnn", A100, {"head_dim": 12}, "up to 128, a multiple of 8, not of 12"),
         ("cudnn", A100, {"aligned": False}, "a sequence that attends to itself; use 'dense'"),

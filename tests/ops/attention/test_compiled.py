@@ -41,9 +41,11 @@ def rows(model, width, dtype):
     return jax.ShapeDtypeStruct((BATCH, width), dtype, sharding=place)
 
 
-def compile_gradient(model, length, with_starts=False, remat="none"):
-    starts = rows(model, length, jnp.int32) if with_starts else None
-    batch = Batch(rows(model, length + 1, jnp.int32), rows(model, length, jnp.float32), starts)
+def compile_gradient(model, length, with_segment_starts=False, remat="none"):
+    segment_starts = rows(model, length, jnp.int32) if with_segment_starts else None
+    batch = Batch(
+        rows(model, length + 1, jnp.int32), rows(model, length, jnp.float32), segment_starts
+    )
     gradient = jax.grad(lambda p, b: batch_losses(model, p, b, remat=remat).objective)
     return jax.jit(gradient).lower(abstract_params(model), batch).compile().as_text()
 
@@ -59,7 +61,7 @@ def kernels(program):
     ("mesh", "rules", "sizes", "length", "options", "forward", "shape"),
     [
         ("fsdp=2,model=2", "fsdp+tensor", {"num_heads": 4}, 96, {"remat": "full"}, 4, "4,2,128,64"),
-        ("data=4", "data", {"num_heads": 2}, 600, {"with_starts": True}, 2, "2,2,640,128"),
+        ("data=4", "data", {"num_heads": 2}, 600, {"with_segment_starts": True}, 2, "2,2,640,128"),
         ("model=4", "tensor", {"num_heads": 64}, 1024, {}, 2, "8,16,1024,4"),
     ],
 )  # fmt: skip

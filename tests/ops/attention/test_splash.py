@@ -68,8 +68,10 @@ def test_equals_dense_and_so_do_its_gradients(length, window, cuts, padding):
     padding = min(padding, length - 1)
     begins = np.array([0, *sorted(cut for cut in cuts if cut < length - padding)])
     positions = np.where(index >= padding, index - padding, -1)
-    starts = begins[np.searchsorted(begins, np.maximum(positions, 0), side="right") - 1]
-    mask = Mask(*jnp.asarray([positions[None]] * 2), window, True, jnp.asarray(starts[None]))
+    segment_starts = begins[np.searchsorted(begins, np.maximum(positions, 0), side="right") - 1]
+    mask = Mask(
+        *jnp.asarray([positions[None]] * 2), window, True, jnp.asarray(segment_starts[None])
+    )
     q, k, v, grad = jnp.asarray(rng.normal(size=(4, 1, 2, length, 8)), jnp.float32)
 
     def with_gradients(kernel):
@@ -107,8 +109,8 @@ def loss_and_gradients(sharding, params):
     """Of four rows of 200 tokens, each of two documents."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 200, (4, 201)).astype(np.int32)
-    starts = np.where(np.arange(200) < 130, 0, 130)[None].repeat(4, axis=0).astype(np.int32)
-    batch = Batch(jnp.asarray(tokens), jnp.ones((4, 200)), jnp.asarray(starts))
+    segment_starts = np.where(np.arange(200) < 130, 0, 130)[None].repeat(4, axis=0).astype(np.int32)
+    batch = Batch(jnp.asarray(tokens), jnp.ones((4, 200)), jnp.asarray(segment_starts))
     objective = functools.partial(batch_losses, Neo(CONFIG, sharding=sharding))
     return jax.jit(jax.value_and_grad(lambda p: objective(p, batch).objective))(params)
 
