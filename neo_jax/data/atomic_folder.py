@@ -1,4 +1,4 @@
-"""A folder that gets its name when it is complete."""
+"""A data set's folder, which gets its name when it is complete."""
 
 import contextlib
 import hashlib
@@ -12,19 +12,21 @@ from neo_jax.files.locks import locked
 from neo_jax.files.paths import cache_folder, check_writable, find_files, is_remote
 from neo_jax.text.tokenizer import TOKENIZER_FILES
 
-WORK = "work"  # a sub-folder for what the data set does not hold
-JOURNAL, TRAINED = "journal.jsonl", "trained"  # files in it that are worth going on from
+DATA = "data"  # the sub-folder that becomes the data set
+PARTS, TRAINED = "parts", "trained"  # a folder and a file that are worth going on from
+
+_UPLOAD_BYTES = 8 << 20
 
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """Gives a local folder that becomes a data set at the end.
+    """Gives a local folder to work in, whose sub-folder `DATA` becomes a data set at the end.
 
-    Where it ends early it stays, for the same command to go on from, if its sub-folder `WORK` has
-    a `JOURNAL` or `TRAINED` that is not empty.
+    Where it ends early the folder stays, for the same command to go on from, if something is in
+    its sub-folder `PARTS` or its file `TRAINED`.
 
     Args:
-      target: absolute. The folder lies beside it, as .NAME.partial; of one on gs:// in
+      target: absolute. The folder is next to it, as .NAME.partial; of one on gs:// in
         ~/.cache/neo_jax/prepare, which XDG_CACHE_HOME moves.
 
     Raises:
@@ -33,8 +35,10 @@ def staging(target: Path) -> Iterator[Path]:
     _check_new(target)
     if is_remote(target):
         check_writable(target)
-    folder = _folder(target)
-    work = folder / WORK
+        name = hashlib.blake2b(str(target).encode(), digest_size=8).hexdigest()
+        folder = cache_folder() / "prepare" / name
+    else:
+        folder = target.with_name(f".{target.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,35 +46,25 @@ def staging(target: Path) -> Iterator[Path]:
     with locked(target):
         _check_new(target)  # another process may just have made it
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            for name in (DATA, PARTS):
+                (folder / name).mkdir(parents=True, exist_ok=True)
             yield folder
-            _finish(folder, target)
+            if is_remote(target):
+                _upload(folder / DATA, target)
+            else:
+                (folder / DATA).rename(target)
+            shutil.rmtree(folder)
         except (NeoError, OSError, KeyboardInterrupt) as error:
-            raise _explained(error, target, _is_worth_keeping(work)) from error
+            raise _explained(error, target, _is_worth_keeping(folder)) from error
         finally:
-            if not _is_worth_keeping(work):
+            if not _is_worth_keeping(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear(folder: Path) -> None:
-    """Removes all but `WORK` from a folder of `staging`."""
-    for path in folder.iterdir():
-        if path.is_dir() and path.name != WORK:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-
-
-def _folder(target: Path) -> Path:
-    if not is_remote(target):
-        return target.with_name(f".{target.name}.partial")
-    name = hashlib.blake2b(str(target).encode(), digest_size=8).hexdigest()
-    return cache_folder() / "prepare" / name
-
-
-def _is_worth_keeping(work: Path) -> bool:
-    paths = [work / name for name in (JOURNAL, TRAINED)]
-    return any(path.is_file() and path.stat().st_size for path in paths)
+def _is_worth_keeping(folder: Path) -> bool:
+    """Returns whether there is something to go on from."""
+    trained = folder / TRAINED
+    return any(folder.glob(f"{PARTS}/*")) or (trained.is_file() and trained.stat().st_size > 0)
 
 
 def _explained(error: BaseException, target: Path, is_kept: bool) -> BaseException:
@@ -83,28 +77,15 @@ def _explained(error: BaseException, target: Path, is_kept: bool) -> BaseExcepti
     return type(error)(f"{error} ({hope})" if str(error) else hope)
 
 
-def _finish(folder: Path, target: Path) -> None:
-    if is_remote(target):
-        _upload(folder, target)
-        shutil.rmtree(folder)
-        return
-    folder.rename(target)
-    shutil.rmtree(target / WORK)
-
-
 def _upload(folder: Path, target: Path) -> None:
     """Copies a data set to the cloud; without its dataset.json it is none, so that goes last."""
     old = {path.relative_to(target).as_posix() for path in find_files(target)}  # of a killed upload
     new = {path.relative_to(folder).as_posix() for path in find_files(folder)}
-    new = {name for name in new if not name.startswith(f"{WORK}/")}
     for name in old - new:
         (target / name).unlink()
     for name in sorted(new, key=lambda name: name == DATASET_FILE):
         with (folder / name).open("rb") as source, (target / name).open("wb") as file:
             shutil.copyfileobj(source, file, _UPLOAD_BYTES)
-
-
-_UPLOAD_BYTES = 8 << 20
 
 
 def _check_new(target: Path) -> None:

@@ -9,16 +9,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from neo_jax.data.atomic_folder import TRAINED, WORK, staging
+from neo_jax.data.atomic_folder import DATA, TRAINED, staging
 from neo_jax.data.cutting import LINES, divide
 from neo_jax.data.progress import Advance, progress_bar
-from neo_jax.data.resume import digests
 from neo_jax.data.sources import Pair, Source, find_sources, text_parts
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.data.tokenizing import is_held_out, token_dtype, tokenize
-from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, TRAIN, VERSION, Extent
+from neo_jax.data.writer import (
+    DATASET_FILE,
+    HELD_OUT,
+    OFFSETS_FILE,
+    TRAIN,
+    VERSION,
+    Extent,
+    digests,
+)
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import absolute, find_files, make_path
 from neo_jax.text.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
@@ -82,12 +89,12 @@ def prepare(
             tokenizer = load_tokenizer(tokenizer)
         sources = find_sources(inputs, text_field)
         settings = [VERSION, held_out, text_field]
-        copy = folder / WORK / "tokenizer"
+        copy = folder / "tokenizer"
         if tokenizer is None:
             mark = digests([*settings, train_tokenizer, tokenizer_kind], sources)[-1]
-            if not _is_marked(folder / WORK / TRAINED, mark):
+            if not _is_marked(folder / TRAINED, mark):
                 _train(tokenizer_kind, train_tokenizer, sources, held_out, copy, progress)
-                (folder / WORK / TRAINED).write_text(mark)
+                (folder / TRAINED).write_text(mark)
             tokenizer = load_tokenizer(copy)
         else:
             tokenizer.save(_emptied(copy))
@@ -99,7 +106,7 @@ def prepare(
         pairs, end = _are_pairs(sources), tokenizer.eos_id
         extents = tokenize(sources, folder, tokenizer, end, held_out, pairs, settings, progress)
         _check_splits(folder, extents, held_out)
-        return _finish(folder, tokenizer, extents, pairs)
+        return _finish(folder / DATA, tokenizer, extents, pairs)
 
 
 def _check_options(tokenizer: object, train_tokenizer: int, held_out: float) -> None:
@@ -186,7 +193,7 @@ def _statistics(extent: Extent, folder: Path) -> dict[str, Any]:
 def _check_splits(folder: Path, extents: dict[str, Extent], held_out: float) -> None:
     if all(extent.documents for extent in extents.values()):
         return
-    shutil.rmtree(folder / WORK)  # nothing to go on from: other options are needed
+    shutil.rmtree(folder)  # nothing to go on from: other options are needed
     total = sum(extent.documents for extent in extents.values())
     if not total:
         raise NeoError("the input holds no text; are the files empty?")

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from neo_jax.data.atomic_folder import JOURNAL, WORK, clear
+from neo_jax.data.atomic_folder import DATA, PARTS
 from neo_jax.data.cutting import divide, exact_cuts
 from neo_jax.data.progress import progress_bar
-from neo_jax.data.resume import Journal, Place
 from neo_jax.data.sources import PART, Document, Pair, Source, TextFile, text_parts
 from neo_jax.data.tfrecords import Record
-from neo_jax.data.writer import HELD_OUT, TRAIN, Extent, SplitWriter, holds
+from neo_jax.data.writer import HELD_OUT, TRAIN, Extent, Place, Writer, digests
 from neo_jax.errors import NeoError
 from neo_jax.text.tokenizer import Tokenizer
 
@@ -57,54 +56,37 @@ def tokenize(
       NeoError: an input cannot be read, pairs and other documents come together, or an id is not
         in the vocabulary.
     """
-    dtype = token_dtype(tokenizer)
     names = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
-    journal = Journal(folder / WORK / JOURNAL, settings, sources)
-    was_stopped = not journal.is_empty
-    found = journal.newest(
-        lambda place: all(holds(folder / name, dtype, place.extents[name], pairs) for name in names)
-    )
-    if found is None:
-        clear(folder)
-    place = found or Place(0, 0, dict.fromkeys(names, Extent()))
-    divided = _divider(tokenizer, progress)
+    was_stopped = any((folder / PARTS).iterdir())
+    marks = digests(settings, sources)
     pieces = functools.partial(
-        _pieces, tokenizer=tokenizer, end=end, held_out=held_out, divided=divided
+        _pieces,
+        tokenizer=tokenizer,
+        end=end,
+        held_out=held_out,
+        divided=_divider(tokenizer, progress),
     )
-    if was_stopped and progress is not False:
-        print(_greeting(place), file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(SplitWriter(folder / name, dtype, extent, pairs))
-            for name, extent in place.extents.items()
-        }
-        read_ahead = _read_ahead(_batches(sources, place, pairs, pieces))
+        writer = stack.enter_context(
+            Writer(folder / DATA, folder / PARTS, token_dtype(tokenizer), names, pairs, marks)
+        )
+        if was_stopped and progress is not False:
+            print(_greeting(writer.extents), file=sys.stderr)
+        read_ahead = _read_ahead(_batches(sources, writer.place, pairs, pieces))
         batches = stack.enter_context(contextlib.closing(read_ahead))
         advance = stack.enter_context(progress_bar("tokenizing", progress))
-
-        def save() -> None:
-            for writer in writers.values():
-                writer.sync()
-            journal.add(place)
-
-        try:
-            for batch in batches:
-                for piece, ids in _encode(batch.pieces, tokenizer, end):
-                    writer = writers[HELD_OUT if piece.is_held_out else TRAIN]
-                    writer.write(ids, piece.num_bytes, piece.is_prompt, piece.is_last)
-                    advance(int(piece.is_last), piece.num_bytes / 1e6)
-                extents = {name: writer.extent for name, writer in writers.items()}
-                place = Place(batch.source, batch.read, extents)
-                if journal.is_due and any(piece.is_last for piece in batch.pieces):
-                    save()
-        finally:
-            if any(extent.documents for extent in place.extents.values()):
-                save()
-    return place.extents
+        for batch in batches:
+            for piece, ids in _encode(batch.pieces, tokenizer, end):
+                name = HELD_OUT if piece.is_held_out else TRAIN
+                writer.write(name, ids, piece.num_bytes, piece.is_prompt, piece.is_last)
+                advance(int(piece.is_last), piece.num_bytes / 1e6)
+            writer.reach(batch.place)
+        writer.finish()
+        return writer.extents
 
 
-def _greeting(place: Place) -> str:
-    documents = sum(extent.documents for extent in place.extents.values())
+def _greeting(extents: dict[str, Extent]) -> str:
+    documents = sum(extent.documents for extent in extents.values())
     if documents:
         return f"goes on after {documents:,} documents"
     return "starts over: inputs, tokenizer or options are others than when it was stopped"
@@ -186,8 +168,7 @@ _WHOLE = (
 
 class _Batch(NamedTuple):
     pieces: list[_Piece]
-    source: int  # the input in which it ends
-    read: int  # the documents of that input that end up to there
+    place: Place  # up to which all documents end in it
 
 
 _BATCH_CHARACTERS = 1_000_000
@@ -218,10 +199,10 @@ def _batches(
                 size += len(piece.content)
                 documents += piece.is_last
                 if size >= _BATCH_CHARACTERS or documents == _BATCH_DOCUMENTS:
-                    yield _Batch(batch, number, read if piece.is_last else read - 1)
+                    yield _Batch(batch, Place(number, read if piece.is_last else read - 1))
                     batch, size, documents = [], 0, 0
     if batch:
-        yield _Batch(batch, number, read)
+        yield _Batch(batch, Place(number, read))
 
 
 _AHEAD = 4

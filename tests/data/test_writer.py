@@ -1,4 +1,4 @@
-"""data/{journal,staging,tokenizing}.py: what was stopped goes on, to the same bytes."""
+"""data/{writer,atomic_folder,tokenizing}.py: what was stopped goes on, to the same bytes."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from neo_jax.cli import main
-from neo_jax.data import resume, sources, tokenizing
+from neo_jax.data import sources, tokenizing, writer
 from neo_jax.data.atomic_folder import staging
 from neo_jax.data.prepare import prepare
 from neo_jax.errors import NeoError
@@ -51,7 +51,7 @@ def fail(error):
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     monkeypatch.setattr(tokenizing, "_BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr(resume, "_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ HOPE = "the same command goes on from there"
 @pytest.mark.parametrize("seconds", [0.0, 1000.0])
 @pytest.mark.parametrize("batch", [1, 2, 5, 9])
 def test_it_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch, capsys, batch, seconds):
-    monkeypatch.setattr(resume, "_SECONDS", seconds)
+    monkeypatch.setattr(writer, "_SECONDS", seconds)
     out = tmp_path / "out"
     assert stopped(inputs, out, batch, KeyboardInterrupt()) == HOPE
     assert not out.exists()
@@ -107,16 +107,16 @@ def test_it_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch, capsys, b
     assert sorted(os.listdir(tmp_path)) == ["in", "out", "whole"]
 
 
-@pytest.mark.parametrize("size", [None, 8 * 30])
+@pytest.mark.parametrize("size", [None, 30])
 def test_pairs_go_on_too(tmp_path, size):
-    """Also where prompts.npy is shorter than the journal says."""
+    """Also where a part is shorter than it was."""
     lines = [json.dumps({"prompt": "ab" * (i % 7 + 1), "completion": str(i)}) for i in range(80)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     prepare([tmp_path / "in.jsonl"], tmp_path / "whole", Bytes(), held_out=0.2)
     for batch in (5, 2):
         stopped(tmp_path / "in.jsonl", tmp_path / "out", batch, KeyboardInterrupt())
     if size:
-        os.truncate(partial(tmp_path) / "train" / "prompts.npy", size)
+        os.truncate(partial(tmp_path) / "parts" / "3.json", size)
     rest = Bytes()
     prepare([tmp_path / "in.jsonl"], tmp_path / "out", rest, held_out=0.2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -133,18 +133,16 @@ def test_what_stops_at_once_leaves_nothing(inputs, whole, tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-import test_restart as t
+import test_writer as t
 t.tokenizing._BATCH_DOCUMENTS = 7
-t.journal._SECONDS = 0.0
+t.writer._SECONDS = 0.0
 stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
 t.prepare([{inputs!r}], {out!r}, t.Bytes(8, stop), held_out=0.2)
 """
 
 
 def test_killed_before_anything_was_kept(inputs, whole, tmp_path, capsys):
-    work = partial(tmp_path) / "work"
-    work.mkdir(parents=True)
-    (work / "journal.jsonl").write_text("")
+    (partial(tmp_path) / "parts").mkdir(parents=True)
     prepare([inputs], tmp_path / "out", Bytes(), held_out=0.2)
     assert contents(tmp_path / "out") == whole
     assert capsys.readouterr().err == ""
@@ -292,20 +290,22 @@ def partial(tmp_path):
     return tmp_path / ".out.partial"
 
 
-def test_a_line_that_was_not_finished(inputs, whole, tmp_path):
+@pytest.mark.parametrize("name", [".8.json", "8.json"])
+def test_a_part_that_was_not_finished(inputs, whole, tmp_path, name):
     stopped(inputs, tmp_path / "out", 8, KeyboardInterrupt())
-    with (partial(tmp_path) / "work" / "journal.jsonl").open("a") as file:
-        file.write('["0123')
+    (partial(tmp_path) / "parts" / name).write_text('["0123')
     rest = Bytes()
     prepare([inputs], tmp_path / "out", rest, held_out=0.2)
     assert contents(tmp_path / "out") == whole
     assert rest.documents == DOCUMENTS - 8 * 7
 
 
-@pytest.mark.parametrize(("name", "size"), [("tokens.bin", 1000), ("offsets.npy", 8 * 40)])
-def test_files_shorter_than_the_journal_says(inputs, whole, tmp_path, name, size):
+@pytest.mark.parametrize(
+    ("name", "size"), [("data/train/tokens.bin", 1000), ("parts/5.json", 40), ("parts/5.json", 0)]
+)
+def test_files_shorter_than_they_were(inputs, whole, tmp_path, name, size):
     stopped(inputs, tmp_path / "out", 8, KeyboardInterrupt())
-    os.truncate(partial(tmp_path) / "train" / name, size)
+    os.truncate(partial(tmp_path) / name, size)
     rest = Bytes()
     prepare([inputs], tmp_path / "out", rest, held_out=0.2)
     assert contents(tmp_path / "out") == whole
@@ -332,7 +332,7 @@ def test_a_failure_at_the_very_end(inputs, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 
         def broken(path, to):
-            if path == partial(tmp_path):
+            if path == partial(tmp_path) / "data":
                 raise OSError(5, "Input/output error")
             return rename(path, to)
 
