@@ -147,7 +147,7 @@ class Writer:
                 if self._pairs:
                     prompts = files.enter_context((folder / PROMPTS_FILE).open("wb"))
                     _write_numbers(prompts, [], extent.documents)
-                for part in map(self._read, range(self._count)):
+                for part in filter(None, map(self._read, range(self._count))):
                     _, lengths, of_prompts = part.splits[name]
                     _write_numbers(offsets, np.cumsum([end, *lengths])[1:])
                     end += sum(lengths)
@@ -160,11 +160,11 @@ class Writer:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        splits = {}
+        splits: dict[str, tuple[int, list[int], list[int]]] = {}
         for name in self.extents:
             documents = [numbers for split, *numbers in self._new if split == name]
             sizes, lengths, prompts = zip(*documents, strict=True) if documents else ((), (), ())
-            splits[name] = (sum(sizes), lengths, prompts if self._pairs else [])
+            splits[name] = (sum(sizes), list(lengths), list(prompts) if self._pairs else [])
         part = _Part(self._digests[self.place.source], self.place, splits)
         write_whole(self._path(self._count), json.dumps(part))
         self._add(part)
