@@ -1,26 +1,26 @@
-"""What a model is: `ModelConfig`, the presets, and the way to and from Hugging Face's config.json.
-
-Sizes of the presets: README of EleutherAI/gpt-neo and its `configs/` folder.
-"""
+"""What a model is: `ModelConfig`, the presets, the way to and from Hugging Face's config.json."""
 
 import dataclasses
 from typing import Any, Literal
 
-from neo_jax.errors import NeoError, brief, suggest
-from neo_jax.families import (
-    GPT2,
-    HF_FIELDS,
-    HF_IGNORED,
-    HF_STALE,
-    PRESET_FIELDS,
-    SAME_ACTIVATIONS,
-)
+from neo_jax import fields as options
+from neo_jax.errors import NeoError, brief, checked, suggest
+from neo_jax.families import FAMILIES, GPT2, GPT_NEO, HF_IGNORED, SAME_ACTIVATIONS, Family
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]
-Family = Literal["gpt_neo", "gpt2"]
 
 VOCAB_MULTIPLE = 128
+
+# What is larger is damage, or would fill the memory before anything could be refused. Names of the
+# tensors of a layer are held for every layer; positions plus a window must fit 32 bits.
+_MOST_LAYERS, _MOST, _MOST_PARAMS = 4096, 2**30, 10**14
+
+
+def _size(default: int, least: int = 1, most: int = _MOST) -> Any:
+    """Returns a field for a whole number."""
+    words = f"be a whole number from {least} to {most:,}, not {{}}"
+    return options.number(default, least=least, most=most, words=words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +31,21 @@ class ModelConfig:
       NeoError: the values contradict each other; the message carries them.
     """
 
-    num_layers: int = 12
-    embed_dim: int = 768
-    num_heads: int = 12
-    head_dim: int = 0  # 0 stands for embed_dim // num_heads
-    mlp_dim: int = 0  # 0 stands for 4 * embed_dim
-    vocab_size: int = 50257
-    max_length: int = 2048  # the context: learned positions, and the most tokens of a sequence
-    window_size: int = 256  # keys that a query of a local layer sees, itself included
+    num_layers: int = _size(12, most=_MOST_LAYERS)
+    embed_dim: int = _size(768)
+    num_heads: int = _size(12)
+    head_dim: int = _size(0, least=0)  # 0 stands for embed_dim // num_heads
+    mlp_dim: int = _size(0, least=0)  # 0 stands for 4 * embed_dim
+    vocab_size: int = _size(50257)
+    max_length: int = _size(
+        2048
+    )  # the context: learned positions, and the most tokens of a sequence
+    window_size: int = _size(256)  # keys that a query of a local layer sees, itself included
     attention_types: tuple[AttentionType, ...] = ("global", "local")  # a unit, repeated in depth
     activation: Activation = "gelu_new"  # gelu_new is the tanh approximation
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = options.number(
+        1e-5, above=0, below=1, words="lie between 0 and 1, not be {}"
+    )
     eos_token_id: int | tuple[int, ...] = 50256  # each ends a text; -1: the vocabulary has none
     # What GPT-2 has: biases of queries, keys and values, and logits of attention that are
     # multiplied by head_dim ** -0.5.
@@ -50,16 +54,7 @@ class ModelConfig:
     tied_head: bool = True  # whether the output head is the table of token embeddings
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                _check_size(field.name, value)
-            if field.type is bool and not isinstance(value, bool):
-                raise NeoError(f"{field.name} must be true or false, not {brief(value)}.")
-        if not isinstance(self.norm_epsilon, float) or not 0 < self.norm_epsilon < 1:
-            raise NeoError(
-                f"norm_epsilon must lie between 0 and 1, not be {brief(self.norm_epsilon)}."
-            )
+        options.check(self)
         _set(self, eos_token_id=_ends(self.eos_token_id))
         _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
         _set(self, mlp_dim=self.mlp_dim or 4 * self.embed_dim)
@@ -107,8 +102,8 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """What Hugging Face calls the architecture."""
-        return "gpt2" if self.qkv_bias else "gpt_neo"
+        """The architecture."""
+        return GPT2 if self.qkv_bias else GPT_NEO
 
     @property
     def head(self) -> str:
@@ -148,32 +143,21 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the config.json that transformers' GPTNeoForCausalLM or GPT2LMHeadModel reads."""
-        first = self.eos_ids[0] if self.eos_ids else None
-        fields: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in self._hf.items()}
-        fields |= {
-            "model_type": self.family,
+        family, first = self.family, self.eos_ids[0] if self.eos_ids else None
+        fields = {
+            "architectures": [family.architecture],
+            **{theirs: getattr(self, ours) for theirs, ours in family.fields.items()},
+            "model_type": family.name,
             "bos_token_id": first,
             "eos_token_id": [*self.eos_ids] if len(self.eos_ids) > 1 else first,
             "initializer_range": 0.02,
             "use_cache": True,
         }
-        if self.family == "gpt2":
-            dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-            return {"architectures": ["GPT2LMHeadModel"], **fields, **dropout}
-        units = self.num_layers // len(self.attention_types)
-        return {
-            "architectures": ["GPTNeoForCausalLM"],
-            **fields,
-            "attention_types": [[list(self.attention_types), units]],
-            "attention_layers": list(self.layer_types),
-            "attention_dropout": 0.0,
-            "embed_dropout": 0.0,
-            "resid_dropout": 0.0,
-        }
-
-    @property
-    def _hf(self) -> dict[str, str]:
-        return HF_FIELDS[self.family]
+        if family.layer_fields:
+            units = self.num_layers // len(self.attention_types)
+            layers = [[list(self.attention_types), units]], list(self.layer_types)
+            fields |= dict(zip(family.layer_fields, layers, strict=True))
+        return {**fields, **family.off}
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -182,14 +166,15 @@ class ModelConfig:
         Raises:
           NeoError: another architecture, a missing or unknown field, or a bad value.
         """
-        family = fields.get("model_type")
-        if family not in ("gpt_neo", "gpt2"):
+        name = fields.get("model_type")
+        family = FAMILIES.get(name) if isinstance(name, str) else None
+        if family is None:
             raise NeoError(
-                f"{source}: model_type is {brief(family)}; this loads 'gpt_neo' and 'gpt2' "
-                "checkpoints."
+                f"{source}: model_type is {brief(name)}; this loads "
+                f"{' and '.join(map(repr, FAMILIES))} checkpoints."
             )
-        table, ignored = HF_FIELDS[family], HF_IGNORED | HF_STALE[family]
-        known = {*table, *(["attention_types", "attention_layers"] if family == "gpt_neo" else [])}
+        table, known = family.fields, {*family.fields, *family.layer_fields}
+        ignored = HF_IGNORED | family.ignored | family.off.keys()
         if fields.get("quantization_config") is not None:
             raise NeoError(
                 f"{source}: the weights are quantized, which this cannot take; name the checkpoint "
@@ -208,9 +193,7 @@ class ModelConfig:
                 f"{source}: scale_attn_by_inverse_layer_idx is true, which is not supported; give "
                 "a GPT-2 without it."
             )
-        values: dict[str, Any] = {"eos_token_id": -1}
-        if family == "gpt2":
-            values |= GPT2
+        values: dict[str, Any] = {"eos_token_id": -1, **family.defaults}
         values |= {
             ours: fields[theirs] for theirs, ours in table.items() if fields.get(theirs) is not None
         }
@@ -218,7 +201,7 @@ class ModelConfig:
         if isinstance(activation, str):
             values["activation"] = SAME_ACTIVATIONS.get(activation, activation)
         try:
-            if family == "gpt_neo":
+            if family.layer_fields:
                 values["attention_types"] = _hf_layer_types(fields)
             return cls(**values)
         except (TypeError, ValueError) as error:
@@ -230,12 +213,6 @@ def _set(config: ModelConfig, **values: Any) -> None:
         object.__setattr__(config, name, value)
 
 
-_LEAST = {"head_dim": 0, "mlp_dim": 0}  # other whole numbers are positive
-# What is larger is damage, or would fill the memory before anything could be refused. Names of the
-# tensors of a layer are held for every layer; positions plus a window must fit 32 bits.
-_MOST = {"num_layers": 4096}
-_MOST_OF_OTHERS = 2**30
-_MOST_PARAMS = 10**14
 _SIZES = {
     "embed": "embed_dim",
     "heads": "num_heads",
@@ -262,14 +239,6 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check_size(name: str, value: Any) -> None:
-    least, most = _LEAST.get(name, 1), _MOST.get(name, _MOST_OF_OTHERS)
-    if not _is_whole(value, least):
-        raise NeoError(f"{name} must be a whole number >= {least}, not {brief(value)}.")
-    if value > most:
-        raise NeoError(f"{name} {brief(value)} is more than {most:,}; correct it.")
-
-
 def _repeating_unit(types: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the shortest unit whose repetition gives `types`."""
     for size in range(1, len(types)):
@@ -284,7 +253,8 @@ def expand_types(pairs: Any, num_layers: Any) -> tuple[Any, ...]:
     Raises:
       NeoError: they are written in another way, or for another number of layers.
     """
-    _check_size("num_layers", num_layers)
+    if checked("num_layers", num_layers, int) > _MOST_LAYERS:
+        raise NeoError(f"num_layers {num_layers} is more than {_MOST_LAYERS:,}; correct it.")
     if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
         raise NeoError(
             f"attention_types are {brief(pairs)}, not units and how often they repeat, as in "
@@ -331,7 +301,12 @@ _NEEDED = ("num_layers", "embed_dim", "num_heads", "vocab_size")
 _NULLABLE = ("mlp_dim", "eos_token_id")  # null says: as wide as usual; no such token
 
 
-PRESETS = tuple(PRESET_FIELDS)
+_PRESETS = {
+    name: {**family.defaults, **sizes}
+    for family in FAMILIES.values()
+    for name, sizes in family.presets.items()
+}
+PRESETS = tuple(_PRESETS)
 """Names of the presets: the released sizes, and two larger ones that GPT-Neo's original has."""
 
 
@@ -341,7 +316,6 @@ def preset(name: str) -> ModelConfig:
     Raises:
       NeoError: no preset has this name; the message suggests the nearest.
     """
-    if name not in PRESET_FIELDS:
-        raise NeoError(f"no preset is called '{name}'.{suggest(name, PRESET_FIELDS)}")
-    family = GPT2 if "gpt2" in name else {}
-    return ModelConfig(**PRESET_FIELDS[name], **family)
+    if name not in _PRESETS:
+        raise NeoError(f"no preset is called '{name}'.{suggest(name, _PRESETS)}")
+    return ModelConfig(**_PRESETS[name])

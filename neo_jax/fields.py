@@ -47,7 +47,7 @@ def number(
     return _field(
         default,
         lambda value: all(compare(value, bound) for _, compare, bound in bounds),
-        lambda value: words.replace("{}", str(value)),
+        lambda value: words.replace("{}", brief(value)),
     )
 
 
@@ -80,6 +80,8 @@ def check(options: Any, prefix: str = "") -> None:
         if field.type in (int, float):
             value = checked(name, value, field.type)  # type: ignore[arg-type]
             object.__setattr__(options, field.name, value)
+        if field.type is bool and not isinstance(value, bool):
+            raise NeoError(f"{name} must be true or false, not {brief(value)}.")
         if _RULE in field.metadata:
             allows, words = field.metadata[_RULE]
             if not allows(value):

@@ -136,6 +136,14 @@ def test_partition_specs_are_made_in_two_files(path):
     assert "PartitionSpec" not in path.read_text() or path in made_here
 
 
+@pytest.mark.parametrize("path", INNER, ids=name)
+def test_nothing_asks_which_family_a_model_is(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare | ast.MatchValue) and path.stem != "config":
+            says = ast.unparse(node)
+            assert not re.search(r"\b(family|gpt2|gpt_neo|GPT2|GPT_NEO)\b", says), says
+
+
 def test_importing_the_package_imports_nothing_heavy(tmp_path):
     script = (
         "import sys, neo_jax, neo_jax.errors, neo_jax.config, neo_jax.cli\n"

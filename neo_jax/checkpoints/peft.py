@@ -88,7 +88,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "target_modules": sorted({_module(parts[0][0], config) for parts in adapted if parts}),
         "bias": "none",
-        "fan_in_fan_out": config.family == "gpt2",
+        "fan_in_fan_out": config.family.transposed,
         "modules_to_save": None,
     }
     place = make_path(folder)
@@ -253,9 +253,9 @@ def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndar
 
 
 def _module(row: Tensor, config: ModelConfig) -> str:
-    """Returns what PEFT is to call a kernel in every layer; GPT-2 has two that end in c_proj."""
-    words = 2 if config.family == "gpt2" else 1
-    return ".".join(row.hf_name.removesuffix(".weight").split(".")[-words:])
+    """Returns what PEFT is to call a kernel in every layer."""
+    words = row.hf_name.removesuffix(".weight").split(".")
+    return ".".join(words[-config.family.adapter_words :])
 
 
 def _name(row: Tensor, part: str) -> str:

@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> None:
         fields = {
             "source": source.name,
             "output": str(folder),
-            "family": source.config.family,
+            "family": source.config.family.name,
             "tokenizer": source.tokenizer is not None and not options.train,
             **(found._asdict() if found else {"verified": "no, as --no-verify asks"}),
         }

@@ -88,7 +88,7 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
     local = sum(kind == "local" for kind in config.layer_types)
     fields: dict[str, Any] = {
         "model": str(folder or name),
-        "family": config.family,
+        "family": config.family.name,
         "parameters": config.num_params,
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
         "global_layers": config.num_layers - local,

@@ -8,19 +8,14 @@ from jax.nn.initializers import Initializer
 
 from neo_jax.axes import Array
 from neo_jax.config import ModelConfig
+from neo_jax.families import GPT_NEO
 
 
 def stddev(config: ModelConfig, name: str) -> float:
     """Returns the standard deviation with which a kernel is drawn."""
-    if config.scale_attention:  # Radford et al., "Language models are unsupervised ...", 2.3
-        ends_branch = name in ("out_proj", "c_proj")
-        return 0.02 * (2 * config.num_layers) ** -0.5 if ends_branch else 0.02
-    # Mesh-TensorFlow's keeps the unscaled logits near unit variance.
-    return {
-        "q_proj": (config.embed_dim * config.head_dim) ** -0.5,
-        "c_fc": 0.02,
-        "c_proj": 0.02 * config.num_layers**-0.5,
-    }.get(name, config.embed_dim**-0.5)
+    # Logits that are not scaled need GPT-Neo's.
+    scales = (config.family if config.scale_attention else GPT_NEO).scales
+    return scales.get(name, scales[""])(config)
 
 
 def zeros_beyond(rows: int, init: Initializer) -> Initializer:

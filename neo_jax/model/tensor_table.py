@@ -10,7 +10,7 @@ have rows of zeros beyond the vocabulary here only.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -77,9 +77,9 @@ def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """
     rows = [_row(config, *entry) for entry in _EMBEDDINGS]
     for i in range(config.num_layers):
-        for path, axes, inputs, *names in _LAYER:
-            if config.qkv_bias or path not in _QKV_BIASES:
-                rows.append(_row(config, f"h_{i}/{path}", axes, inputs, *names, layer=i))
+        for entry in _LAYER:
+            if config.qkv_bias or entry[0] not in _QKV_BIASES:
+                rows.append(_row(config, *entry, layer=i))
     rows += [_row(config, *entry) for entry in _FINAL_NORM]
     return tuple(rows if config.tied_head else [*rows, _row(config, *_HEAD)])
 
@@ -89,9 +89,6 @@ def _row(
     path: str,
     axes: tuple[str, ...],
     num_inputs: int,
-    gpt_neo: str,
-    gpt2: str | tuple[str, int],
-    mesh_tf: str,
     *,
     layer: int | None = None,
 ) -> Tensor:
@@ -100,12 +97,16 @@ def _row(
         config.padded_vocab_size if axis == VOCAB else size
         for axis, size in zip(axes, stored, strict=True)
     )
-    is_gpt2 = config.family == "gpt2"
-    hf, part = (gpt2 if isinstance(gpt2, tuple) else (gpt2, None)) if is_gpt2 else (gpt_neo, None)
+    family, is_head = config.family, path == _HEAD[0]
+    module, _, kind = path.rpartition("/")
+    found = family.modules.get(module, module.replace("/", "."))
+    theirs, part = found if isinstance(found, tuple) else (found, None)
+    hf = f"{theirs}.{'bias' if kind == 'bias' else 'weight'}"
+    mesh_tf = family.mesh_tf.get(path)
     if layer is not None:
-        hf, mesh_tf = f"h.{layer}.{hf}", f"h{layer}/{mesh_tf}"
-    hf = f"transformer.{hf}" if path != _HEAD[0] else hf
-    kernel, table = bool(num_inputs), path.endswith("embedding")
+        path, hf, mesh_tf = f"h_{layer}/{path}", f"h.{layer}.{hf}", f"h{layer}/{mesh_tf}"
+    hf = hf if is_head else f"transformer.{hf}"
+    kernel, table = bool(num_inputs), kind == "embedding"
 
     def place(name: str, transposed: bool) -> Place:
         order = tuple(range(len(axes)))
@@ -120,61 +121,45 @@ def _row(
         return Place(name, sizes, order, part, 3, int(kernel and transposed))
 
     places: dict[Format, Place] = {
-        "hf": place(hf, transposed=kernel and is_gpt2),
-        "flax": place(_flax(hf, path), transposed=(kernel and not is_gpt2) or path == _HEAD[0]),
+        "hf": place(hf, transposed=kernel and family.transposed),
+        # It calls matrices and scales as we do.
+        "flax": place(
+            "/".join([*hf.split(".")[:-1], "kernel" if is_head else kind]),
+            transposed=is_head or (kernel and not family.transposed),
+        ),
     }
-    if mesh_tf and not is_gpt2:
+    if family.mesh_tf and not is_head:
         places["mesh_tf"] = place(f"gpt2/{mesh_tf}", transposed=kernel)
     return Tensor(tuple(path.split("/")), axes, shape, stored, num_inputs, places)
 
 
-def _flax(hf: str, path: str) -> str:
-    """Returns the name in a checkpoint for Flax: it calls matrices and scales as we do."""
-    *modules, last = hf.split(".")
-    if last == "weight":
-        last = "kernel" if path == _HEAD[0] else path.rpartition("/")[2]
-    return "/".join((*modules, last))
-
-
-# Our path, logical axes, for kernels how many of these are inputs; the names in Hugging Face's
-# GPT-Neo and GPT-2, there with the number of the part where q, k and v are one; in Mesh-TensorFlow.
-_EMBEDDINGS: tuple[Any, ...] = (
-    ("wte/embedding", (VOCAB, EMBED), 0, "wte.weight", "wte.weight", "wte"),
-    ("wpe/embedding", (POSITIONS, EMBED), 0, "wpe.weight", "wpe.weight", "wpe"),
+# Our path, logical axes, and for kernels how many of these are inputs.
+_Entry = tuple[str, tuple[str, ...], int]
+_EMBEDDINGS: tuple[_Entry, ...] = (
+    ("wte/embedding", (VOCAB, EMBED), 0),
+    ("wpe/embedding", (POSITIONS, EMBED), 0),
 )
-_SPLIT = (HEADS, HEAD_DIM, EMBED)
-_LAYER: tuple[Any, ...] = (
-    ("ln_1/scale", (EMBED,), 0, "ln_1.weight", "ln_1.weight", "norm_1/g"),
-    ("ln_1/bias", (EMBED,), 0, "ln_1.bias", "ln_1.bias", "norm_1/b"),
-    ("attn/q_proj/kernel", _SPLIT, 1, "attn.attention.q_proj.weight", ("attn.c_attn.weight", 0),
-     "attn/q"),
-    ("attn/k_proj/kernel", _SPLIT, 1, "attn.attention.k_proj.weight", ("attn.c_attn.weight", 1),
-     "attn/k"),
-    ("attn/v_proj/kernel", _SPLIT, 1, "attn.attention.v_proj.weight", ("attn.c_attn.weight", 2),
-     "attn/v"),
-    ("attn/q_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 0), ""),
-    ("attn/k_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 1), ""),
-    ("attn/v_proj/bias", (HEADS, HEAD_DIM), 0, "", ("attn.c_attn.bias", 2), ""),
-    ("attn/out_proj/kernel", (EMBED, HEADS, HEAD_DIM), 2, "attn.attention.out_proj.weight",
-     "attn.c_proj.weight", "attn/o"),
-    ("attn/out_proj/bias", (EMBED,), 0, "attn.attention.out_proj.bias", "attn.c_proj.bias",
-     "attn/compute_output_bias/o_b"),
-    ("ln_2/scale", (EMBED,), 0, "ln_2.weight", "ln_2.weight", "norm_2/g"),
-    ("ln_2/bias", (EMBED,), 0, "ln_2.bias", "ln_2.bias", "norm_2/b"),
-    ("mlp/c_fc/kernel", (MLP, EMBED), 1, "mlp.c_fc.weight", "mlp.c_fc.weight",
-     "mlp/conv1d_main/c_fc/kernel"),
-    ("mlp/c_fc/bias", (MLP,), 0, "mlp.c_fc.bias", "mlp.c_fc.bias", "mlp/conv1d_main/c_fc/bias"),
-    ("mlp/c_proj/kernel", (EMBED, MLP), 1, "mlp.c_proj.weight", "mlp.c_proj.weight",
-     "mlp/conv1d_main/c_proj/kernel"),
-    ("mlp/c_proj/bias", (EMBED,), 0, "mlp.c_proj.bias", "mlp.c_proj.bias",
-     "mlp/conv1d_main/c_proj/bias"),
-)  # fmt: skip
+_LAYER: tuple[_Entry, ...] = (
+    ("ln_1/scale", (EMBED,), 0),
+    ("ln_1/bias", (EMBED,), 0),
+    ("attn/q_proj/kernel", (HEADS, HEAD_DIM, EMBED), 1),
+    ("attn/k_proj/kernel", (HEADS, HEAD_DIM, EMBED), 1),
+    ("attn/v_proj/kernel", (HEADS, HEAD_DIM, EMBED), 1),
+    ("attn/q_proj/bias", (HEADS, HEAD_DIM), 0),
+    ("attn/k_proj/bias", (HEADS, HEAD_DIM), 0),
+    ("attn/v_proj/bias", (HEADS, HEAD_DIM), 0),
+    ("attn/out_proj/kernel", (EMBED, HEADS, HEAD_DIM), 2),
+    ("attn/out_proj/bias", (EMBED,), 0),
+    ("ln_2/scale", (EMBED,), 0),
+    ("ln_2/bias", (EMBED,), 0),
+    ("mlp/c_fc/kernel", (MLP, EMBED), 1),
+    ("mlp/c_fc/bias", (MLP,), 0),
+    ("mlp/c_proj/kernel", (EMBED, MLP), 1),
+    ("mlp/c_proj/bias", (EMBED,), 0),
+)
 _QKV_BIASES = ("attn/q_proj/bias", "attn/k_proj/bias", "attn/v_proj/bias")
-_FINAL_NORM: tuple[Any, ...] = (
-    ("ln_f/scale", (EMBED,), 0, "ln_f.weight", "ln_f.weight", "ln_f/g"),
-    ("ln_f/bias", (EMBED,), 0, "ln_f.bias", "ln_f.bias", "ln_f/b"),
-)
-_HEAD: Any = ("lm_head/embedding", (VOCAB, EMBED), 0, "lm_head.weight", "lm_head.weight", "")
+_FINAL_NORM: tuple[_Entry, ...] = (("ln_f/scale", (EMBED,), 0), ("ln_f/bias", (EMBED,), 0))
+_HEAD: _Entry = ("lm_head/embedding", (VOCAB, EMBED), 0)
 
 KERNELS = tuple(path.split("/")[-2] for path, _, inputs, *_ in _LAYER if inputs)
 """The names of the linear maps of a layer."""

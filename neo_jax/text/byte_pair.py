@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neo_jax.errors import NeoError, brief, reason
+from neo_jax.families import FAMILIES
 from neo_jax.files.json_text import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -111,7 +112,7 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> str:
     model = _read(folder / "config.json")
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     if not name:
-        return _GPT2 if model.get("model_type") in ("gpt2", "gpt_neo") else ""
+        return _GPT2 if model.get("model_type") in [*FAMILIES] else ""
     kind = str(name).removesuffix("Fast")
     if kind not in (_GPT2, *_PLAIN):
         raise NeoError(

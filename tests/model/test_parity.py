@@ -95,7 +95,7 @@ def reference(config, params):
     for derived in {"attention_layers", "architectures"} & fields.keys():
         del fields[derived]
     kind, theirs = GPTNeoForCausalLM, GPTNeoConfig
-    if config.family == "gpt2":
+    if config.family.name == "gpt2":
         kind, theirs = GPT2LMHeadModel, GPT2Config
     model = kind._from_config(theirs(**fields), attn_implementation="eager")
     state = hf_state(config, params)

@@ -27,7 +27,7 @@ def test_table_is_the_state_dict_of_transformers(config):
     fields = config.to_hf() | {"bos_token_id": 0, "eos_token_id": 0}
     for derived in {"attention_layers", "architectures"} & fields.keys():
         del fields[derived]
-    if config.family == "gpt2":
+    if config.family.name == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(**fields))
     else:
         model = GPTNeoForCausalLM(GPTNeoConfig(**fields))
