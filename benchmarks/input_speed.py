@@ -30,7 +30,7 @@ from neo_jax.training.loop import Placement
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import init_state, make_step
 
-CORPUS = Path(__file__).parents[1] / "tests" / "text" / "corpus.jsonl.xz"
+CORPUS = Path(__file__).parents[1] / "tests" / "corpora" / "corpus.jsonl.xz"
 SMALL = TrainConfig(
     data="",
     output="",

@@ -25,7 +25,7 @@ from neo_jax.data.prepare import prepare
 from neo_jax.data.sources import TextFile, find_sources
 from neo_jax.data.tokenizer_training import train_byte_pairs
 
-CORPUS = Path(__file__).parents[1] / "tests" / "text" / "corpus.jsonl.xz"
+CORPUS = Path(__file__).parents[1] / "tests" / "corpora" / "corpus.jsonl.xz"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from neo_jax.model.cache import SLACK, num_bytes, num_slots
 from neo_jax.model.transformer import Neo
 from neo_jax.text.language_model import cached_dtype
 
-HELD_OUT = Path(__file__).parents[1] / "text" / "held_out.jsonl.xz"
+HELD_OUT = Path(__file__).parents[1] / "corpora" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)
 
 

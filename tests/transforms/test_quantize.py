@@ -38,7 +38,7 @@ from neo_jax.cli import main
 save._write_weights = lambda path, rows: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
-HELD_OUT = Path(__file__).parents[1] / "text" / "held_out.jsonl.xz"
+HELD_OUT = Path(__file__).parents[1] / "corpora" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 4]
 
