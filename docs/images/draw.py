@@ -39,7 +39,8 @@ class Drawing:
         width, height = self.size
         tip = (
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" '
-            f'markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="{MUTED}"/></marker></defs>'
+            f'markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="{MUTED}"/></marker>'
+            "</defs>"
         )
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -78,15 +79,15 @@ def rooms():
 def cache():
     """A local layer's ring of slots: what is written where, and what a query sees."""
     page = Drawing(820, 330)
-    page.text(20, 30, "A local layer with a window of 4, and 6 slots: position p is in slot p mod 6",
-              bold=True, anchor="start")  # fmt: skip
+    title = "A local layer with a window of 4, and 6 slots: position p is in slot p mod 6"
+    page.text(20, 30, title, bold=True, anchor="start")
     for row, (title, last) in enumerate((("after token 3", 3), ("after token 9", 9))):
         y = 60 + row * 125
         page.text(20, y + 30, title, anchor="start", color=MUTED)
         for slot in range(6):
             held = [p for p in range(last + 1) if p % 6 == slot]
             position = held[-1] if held else -1
-            seen = position >= 0 and last - position < 4
+            seen = held and last - position < 4
             fill = GREEN if seen else GREY
             page.box(
                 160 + slot * 104,
@@ -101,8 +102,10 @@ def cache():
             160, y + 72, f"the query at {last} sees keys with 0 &lt;= key &lt;= {last} and "
             f"{last} - key &lt; 4: the green ones", size=13, color=MUTED, anchor="start",
         )  # fmt: skip
-    page.text(20, 312, "An empty slot has the position -1. To forget drafted tokens, their positions become -1 again.",
-              size=13, color=MUTED, anchor="start")  # fmt: skip
+    note = (
+        "An empty slot has the position -1. Drafted tokens are forgotten by giving theirs -1 again."
+    )
+    page.text(20, 312, note, size=13, color=MUTED, anchor="start")
     page.save("cache.svg")
 
 
