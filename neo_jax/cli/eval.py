@@ -11,8 +11,9 @@ from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
-from neo_jax.cli.options import ModelOptions, check_picture, print_json, write_picture
+from neo_jax.cli.options import ModelOptions, print_json, write_picture
 from neo_jax.errors import NeoError, suggest
+from neo_jax.files.figure import check_available
 
 if TYPE_CHECKING:
     from neo_jax.evaluation.texts import Total
@@ -65,7 +66,8 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("--wikitext goes with --text; among --tasks it is wikitext.")
     if not options.text:
         check_harness()
-    check_picture(options.picture)
+    if options.picture:
+        check_available()
     with options.cluster.joined(options.model.is_split):
         if options.text:
             _texts(options)

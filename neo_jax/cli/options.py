@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -11,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from neo_jax.data.sources import json_lines, text_lines
 from neo_jax.errors import NeoError, reason
+from neo_jax.files import figure
 from neo_jax.files.compression import unpacked_name
 from neo_jax.files.paths import check_writable, is_remote, make_path
 
@@ -140,26 +140,9 @@ def _open(path: str, mode: str) -> IO[str]:
         raise NeoError(f"cannot write {path}: {reason(error)}.") from error
 
 
-def check_picture(path: str) -> None:
-    """Checks that a picture can be drawn, where a path asks for one.
-
-    Raises:
-      NeoError: what draws it is not installed.
-    """
-    if path and importlib.util.find_spec("matplotlib") is None:
-        raise NeoError("a picture needs matplotlib: pip install 'neo_jax[plot]'.")
-
-
 def write_picture(path: str, picture: bytes) -> None:
-    """Writes a picture, and its path on stderr.
-
-    Raises:
-      NeoError: the file cannot be written.
-    """
-    try:
-        make_path(path).write_bytes(picture)
-    except OSError as error:
-        raise NeoError(f"cannot write {path}: {reason(error)}.") from error
+    """Writes a picture, and its path on stderr; raises as `figure.write`."""
+    figure.write(make_path(path), picture)
     print(path, file=sys.stderr)
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import check_picture, print_json, write_picture
+from neo_jax.cli.options import print_json, write_picture
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, ModelConfig, preset
+from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
 from neo_jax.ops.attention import Kernel
 from neo_jax.training.config import TrainConfig
@@ -70,7 +71,8 @@ def main(args: Sequence[str]) -> None:
         options = parse(ConfigOptions, "plan", args[1:], default=default)
     else:
         options = parse(StepOptions, "plan", args, default=StepOptions(PlanOptions()))
-    check_picture(options.plan.picture)
+    if options.plan.picture:
+        check_available()
     _start_jax(options.plan.topology)
     from neo_jax.tools.plan.topology import find_topology
 

@@ -1,11 +1,11 @@
 """A model's results beside the published ones: for people, for programs, as a picture."""
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neo_jax.evaluation.reference_results import BENCHMARKS, MEASURES, PUBLISHED, SOURCE, Measure
+from neo_jax.files.figure import as_png, new_figure
 
 _NAMES = {
     "gpt-neo-125m": "GPT-Neo 125M",
@@ -127,9 +127,6 @@ def _number(number: float | None, measure: Measure, sign: str = "") -> str:
 
 def draw(card: Sequence[Row], published: str, model: str) -> bytes:
     """Returns a PNG: of each measure the model's value, among those of all published models."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     measured = [(i, row) for i, row in enumerate(card) if row.value is not None]
     parts = [
         [(i, row) for i, row in measured if row.measure.is_accuracy is accuracy]
@@ -137,8 +134,8 @@ def draw(card: Sequence[Row], published: str, model: str) -> bytes:
     ]
     parts = [part for part in parts if part]
     heights = [len(part) + 1.0 for part in parts]
-    layout = ConstrainedLayoutEngine(h_pad=0.12, hspace=0.06)
-    figure = Figure(figsize=(9.5, 1.6 + 0.5 * sum(heights)), dpi=120, layout=layout)
+    figure = new_figure(9.5, 1.6 + 0.5 * sum(heights), dpi=120)
+    figure.get_layout_engine().set(h_pad=0.12, hspace=0.06)
     figure.suptitle(model, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
     panels = figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0]
     for axes, part in zip(panels, parts, strict=True):
@@ -149,9 +146,7 @@ def draw(card: Sequence[Row], published: str, model: str) -> bytes:
         named.values(), named, loc="outside lower left", ncols=6, frameon=False, fontsize=9,
         labelcolor=_INK, handletextpad=0.2, columnspacing=1.4,
     )  # fmt: skip
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _draw_part(axes: Any, part: Sequence[tuple[int, Row]], published: str) -> None:

@@ -132,17 +132,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neo_jax"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that others see either as it was or as it is to be, whatever happens.
 
     Raises:
       OSError: it cannot be written, and is as it was.
     """
-    if is_remote(path):  # an object is there when all of it is
-        path.write_text(text, encoding="utf-8")
+    data = content.encode() if isinstance(content, str) else content
+    # An object is there when all of it is; a pipe or a device stays what it is.
+    if is_remote(path) or (path.exists() and not path.is_file()):
+        path.write_bytes(data)
         return
     aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(data)
     aside.replace(path)
 
 

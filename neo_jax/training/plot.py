@@ -1,12 +1,13 @@
 """loss.png: how the loss went so far."""
 
 import contextlib
-import importlib.util
-import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from neo_jax.errors import NeoError
+from neo_jax.files import figure
 
 Lines = list[dict[str, Any]]
 
@@ -14,7 +15,7 @@ Lines = list[dict[str, Any]]
 class LossPlot:
     """Draws the losses of a run in a thread of its own, so that training does not wait for it."""
 
-    available = importlib.util.find_spec("matplotlib") is not None
+    available = figure.AVAILABLE
 
     def __init__(self, path: Path, read: Callable[[], Lines]):
         """Draws into `path` what `read` returns: the lines of metrics.jsonl."""
@@ -38,16 +39,14 @@ class LossPlot:
     def _draw(self) -> None:
         picture = draw(self._read())
         # A full disk ends the run at its next checkpoint, in words of its own.
-        with contextlib.suppress(OSError):
-            self._path.write_bytes(picture)
+        with contextlib.suppress(NeoError):
+            figure.write(self._path, picture)
 
 
 def draw(lines: Lines) -> bytes:
     """Returns a PNG of the training loss (light) and the held-out loss (dark) over the steps."""
-    from matplotlib.figure import Figure  # without pyplot, whose state threads must not share
-
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+    picture = figure.new_figure(8, 5)
+    axes = picture.add_subplot()
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.grid(alpha=0.3)
     styles: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,6 +59,4 @@ def draw(lines: Lines) -> bytes:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     if axes.lines:
         axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure.as_png(picture)

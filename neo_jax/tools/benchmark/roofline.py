@@ -1,10 +1,10 @@
 """The picture of a benchmark, a roofline (Williams, Waterman and Patterson, 2009)."""
 
-import io
 from typing import Any
 
 import jax.numpy as jnp
 
+from neo_jax.files.figure import as_png, new_figure
 from neo_jax.tools.benchmark.report import rate_text
 from neo_jax.tools.benchmark.run import Result
 
@@ -19,14 +19,12 @@ def draw(result: Result) -> bytes:
     From left to right a step does more products with each byte that it must move: under the slope
     memory holds it up, under the level line the products do.
     """
-    from matplotlib.figure import Figure
-
     steps = [step for step in result.measurements if not step.note]
     rates, bandwidth = result.limits.products, result.limits.bandwidth
     left = min([step.intensity for step in steps] + [1.0]) / 4
     right = max([step.intensity for step in steps] + [max(rates.values()) / bandwidth]) * 8
     bottom = min([step.flops_per_second for step in steps] + [left * bandwidth]) / 2
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
+    figure = new_figure(10, 6, dpi=120)
     axes = figure.add_subplot()
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 4 * max(rates.values())))
     _draw_roofs(axes, result, left, right)
@@ -49,9 +47,7 @@ def draw(result: Result) -> bytes:
     axes.tick_params(which="both", color=_FAINT, labelcolor=_INK)
     if steps:
         axes.legend(frameon=False, loc="lower right", title="batch × length", title_fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _draw_roofs(axes: Any, result: Result, left: float, right: float) -> None:

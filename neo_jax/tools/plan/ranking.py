@@ -1,10 +1,10 @@
 """A search for people and for programs: a table, fields for JSON, a picture."""
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from neo_jax.files.figure import as_png, new_figure
 from neo_jax.tools.plan import report
 from neo_jax.tools.plan.search import Candidate
 
@@ -37,10 +37,7 @@ def lines(candidates: Sequence[Candidate]) -> Iterator[str]:
 
 def draw(candidates: Sequence[Candidate], title: str) -> bytes:
     """Returns a PNG of a ranking: the least time of a step, and the memory of a device."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.5 + 0.3 * len(candidates)), dpi=100, layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(10, 1.5 + 0.3 * len(candidates), title)
     times, memories = figure.subplots(1, 2, sharey=True)
     for each in reversed(candidates):
         name = f"{each.mesh} {each.rules}"
@@ -50,9 +47,7 @@ def draw(candidates: Sequence[Candidate], title: str) -> bytes:
         memories.barh([name], [memory / 1e9], color=color if not each.order[0] else "#cb181d")
     times.set_xlabel("least time of a step, ms (dark: compiled)")
     memories.set_xlabel("memory of a device, GB (red: does not fit)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def measures(candidate: Candidate) -> tuple[float, float]:

@@ -1,12 +1,12 @@
 """A plan for people and for programs: a table, fields for JSON, a picture."""
 
-import io
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from neo_jax.files.figure import as_png, new_figure
 from neo_jax.model.cache import sequence_bytes
 from neo_jax.tools.plan.plan import Plan
 from neo_jax.tools.plan.roofline import as_milliseconds, utilisation
@@ -132,10 +132,7 @@ def bytes_text(size: float) -> str:
 
 def draw(plan: Plan) -> bytes:
     """Returns a PNG: what fills a device's memory, what it sends, and the times of a step."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.5), dpi=100, layout="constrained")
-    figure.suptitle(f"{plan.topology.name}: {plan.step.tokens:,} tokens a step")
+    figure = new_figure(10, 5.5, f"{plan.topology.name}: {plan.step.tokens:,} tokens a step")
     bars, sent, times = figure.subplots(3, 1, height_ratios=[1, 2, 2])
     left = 0.0
     parts = dict(plan.memory.parts)
@@ -161,6 +158,4 @@ def draw(plan: Plan) -> bytes:
     }
     times.barh(list(known), list(known.values()))
     times.set_xlabel("least time, ms a step")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)
