@@ -90,7 +90,7 @@ def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
             return tyro.cli(kind, args=args, prog=f"neo-jax {verb}", **options)
     except SystemExit as exit_:
         if exit_.code:
-            raise UsageError(one_line(errors.getvalue(), verb, args)) from None
+            raise UsageError(one_line(errors.getvalue(), verb)) from None
         raise
     except NeoError as error:  # from the dataclass: a value that cannot be
         raise UsageError(str(error)) from None

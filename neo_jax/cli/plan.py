@@ -99,18 +99,18 @@ def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
 
 
 def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
-    from neo_jax.tools.plan import ranking
+    from neo_jax.tools.plan import report
     from neo_jax.tools.plan.search import search
 
     kind = options.step if isinstance(options, StepOptions) else "train"
     build = functools.partial(_step, options, topology)
     found = search(build, topology, kind, _COMPILED)
     if options.plan.json:
-        print_json({"topology": topology.name, "ranking": ranking.describe(found)})
+        print_json({"topology": topology.name, "ranking": report.describe_ranking(found)})
     else:
-        print(*ranking.lines(found), sep="\n")
+        print(*report.ranking_lines(found), sep="\n")
     if options.plan.picture:
-        write_picture(options.plan.picture, ranking.draw(found, topology.name))
+        write_picture(options.plan.picture, report.draw_ranking(found, topology.name))
 
 
 def _start_jax(topology: str) -> None:

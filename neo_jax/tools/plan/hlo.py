@@ -20,6 +20,16 @@ class Instruction(NamedTuple):
     attributes: str
     is_root: bool
 
+    def attribute(self, pattern: str) -> str:
+        """Returns what the first group of a pattern matches in the attributes; it must be there."""
+        found = re.search(pattern, self.attributes)
+        assert found, f"{self.name} does not say {pattern}"
+        return found[1]
+
+    def called(self, role: str) -> str:
+        """Returns the computation that it calls as its "body", "condition" or the like."""
+        return self.attribute(rf"\b{role}=%?([\w.-]+)")
+
 
 class Program(NamedTuple):
     """A program as it was read."""
@@ -36,6 +46,14 @@ class Run(NamedTuple):
     computation: str  # that it is in
     path: tuple[str, ...]  # the loops' bodies around it, from the entry on
     fusions: tuple[str, ...]  # the fused computations around it
+
+    @property
+    def known_times(self) -> int:
+        """How often it runs; raises `ValueError` in a loop whose end depends on data."""
+        if self.times is None:
+            name = self.instruction.name
+            raise ValueError(f"{name} is in a loop of unknown length; set open_trips")
+        return self.times
 
 
 def runs(program: Program, open_trips: int | None = None) -> Iterator[Run]:
@@ -58,19 +76,28 @@ def _runs(
 ) -> Iterator[Run]:
     for each in program.computations[computation].values():
         yield Run(each, times, computation, path, fusions)
-        if each.opcode == "while":
-            trips, body = _trips(program, each, open_trips), called("body", each)
-            inside = None if times is None or trips is None else times * trips
-            yield from _runs(program, open_trips, inside, body, (*path, body), ())
-        elif each.opcode in ("fusion", "async-start"):
-            name = called("calls", each)
+        if each.opcode in ("fusion", "async-start"):
+            name = each.called("calls")
             yield from _runs(program, open_trips, times, name, path, (*fusions, name))
-        elif each.opcode == "call":
-            name = called("to_apply", each)
-            yield from _runs(program, open_trips, times, name, (*path, name), ())
-        elif each.opcode == "conditional":
-            for name in _branches(each):
-                yield from _runs(program, open_trips, times, name, (*path, name), ())
+            continue
+        trips = _trips(program, each, open_trips) if each.opcode == "while" else 1
+        inside = None if times is None or trips is None else times * trips
+        for name in _bodies(each):
+            yield from _runs(program, open_trips, inside, name, (*path, name), ())
+
+
+def _bodies(each: Instruction) -> list[str]:
+    """Returns the computations that an instruction runs one instruction after another."""
+    if each.opcode == "conditional":
+        listed = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
+        if listed:
+            return re.findall(r"[\w.-]+", listed[1])
+    roles = {
+        "while": ("body",),
+        "call": ("to_apply",),
+        "conditional": ("true_computation", "false_computation"),
+    }
+    return [each.called(role) for role in roles.get(each.opcode, ())]
 
 
 def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int | None:
@@ -78,7 +105,7 @@ def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int |
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
         return int(known[1])
-    condition = program.computations[called("condition", loop)]
+    condition = program.computations[loop.called("condition")]
     root = next(instruction for instruction in condition.values() if instruction.is_root)
     if root.opcode != "compare":
         return open_trips
@@ -86,20 +113,6 @@ def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int |
     if compared.keys() != {"get-tuple-element", "constant"}:
         return open_trips
     return int(compared["constant"].operands[0])
-
-
-def _branches(conditional: Instruction) -> list[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
-    if listed:
-        return re.findall(r"[\w.-]+", listed[1])
-    return [called(f"{which}_computation", conditional) for which in ("true", "false")]
-
-
-def called(role: str, instruction: Instruction) -> str:
-    """Returns the computation that an instruction calls as its "body", "condition" or the like."""
-    name = re.search(rf"\b{role}=%?([\w.-]+)", instruction.attributes)
-    assert name, f"{instruction.name} does not say its {role}"
-    return name[1]
 
 
 def parse(text: str) -> Program:

@@ -7,16 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neo_jax.tools.plan.hlo import (
-    Instruction,
-    Program,
-    Run,
-    called,
-    elements,
-    num_bytes,
-    runs,
-    sizes,
-)
+from neo_jax.tools.plan.hlo import Instruction, Program, Run, elements, num_bytes, runs, sizes
+
+Lines = Mapping[str, Instruction]
+"""A computation: its instructions by name."""
 
 KernelFlops = Callable[[Instruction, tuple[tuple[int, ...], ...]], float]
 """The FLOPs of a call of a kernel, by the call and the sizes of its operands."""
@@ -29,13 +23,8 @@ class Work(NamedTuple):
     memory_bytes: float  # that go through its memory
 
 
-def no_kernels(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
-    """Stands for the arithmetic of kernels in a program that has none."""
-    return 0.0
-
-
 def work(
-    program: Program, kernel_flops: KernelFlops = no_kernels, open_trips: int | None = None
+    program: Program, kernel_flops: KernelFlops | None = None, open_trips: int | None = None
 ) -> Work:
     """Counts a program's products and its traffic with memory, loops as often as they run.
 
@@ -45,7 +34,7 @@ def work(
 
     Args:
       program: what `neo_jax.tools.plan.hlo.parse` returned.
-      kernel_flops: the arithmetic of its kernels.
+      kernel_flops: the arithmetic of its kernels; without it they count as nothing.
       open_trips: how often a loop runs whose end depends on data.
 
     Raises:
@@ -53,30 +42,25 @@ def work(
     """
     flops = memory_bytes = 0.0
     for run in runs(program, open_trips):
-        if run.times is None:
-            raise ValueError(f"{run.instruction.name} is in a loop of unknown length")
-        flops += run.times * _flops(program.computations[run.computation], run, kernel_flops)
+        lines, times = program.computations[run.computation], run.known_times
+        flops += times * _flops(lines, run.instruction, kernel_flops)
         if not run.fusions:
-            memory_bytes += run.times * _traffic(program, run)
+            memory_bytes += times * _traffic(program, run)
     return Work(flops, memory_bytes)
 
 
-def _flops(lines: Mapping[str, Instruction], run: Run, kernel_flops: KernelFlops) -> float:
-    each = run.instruction
+def _flops(lines: Lines, each: Instruction, kernel_flops: KernelFlops | None) -> float:
     if each.opcode not in ("dot", "convolution", "custom-call"):
         return 0
-    operands = tuple(sizes(lines[name].shape) for name in each.operands if _is_array(lines[name]))
-    if each.opcode == "dot":
-        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
-        axes = [int(axis) for axis in summed[1].split(",")] if summed and summed[1] else []
-        return 2 * math.prod(sizes(each.shape)) * math.prod(operands[0][axis] for axis in axes)
+    shapes = [lines[name].shape for name in each.operands]
+    operands = tuple(sizes(shape) for shape in shapes if not shape.startswith("("))
     if each.opcode == "convolution":
         return _convolution_flops(each, operands)
-    return kernel_flops(each, operands)
-
-
-def _is_array(instruction: Instruction) -> bool:
-    return not instruction.shape.startswith("(")
+    if each.opcode == "custom-call":
+        return kernel_flops(each, operands) if kernel_flops else 0
+    summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", each.attributes)
+    axes = map(int, summed[1].split(",")) if summed else ()
+    return 2 * math.prod(sizes(each.shape)) * math.prod(operands[0][axis] for axis in axes)
 
 
 def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
@@ -85,11 +69,10 @@ def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...])
     A TPU's compiler writes every product of matrices as a convolution, one with batch axes as one
     whose window slides along them, and of whose entries few meet.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", call.attributes)
-    assert labels, f"{call.name} does not say its axes"
+    labels = re.split("_|->", call.attribute(r"dim_labels=([\w>-]+)"))
     left, right, result = (
         dict(zip(axes, shape, strict=True))
-        for axes, shape in zip(labels.groups(), (*operands, sizes(call.shape)), strict=True)
+        for axes, shape in zip(labels, (*operands, sizes(call.shape)), strict=True)
     )
     spatial = sorted(axis for axis in left if axis.isdigit())
     window = re.search(r"window=\{([^}]*)\}", call.attributes)
@@ -133,16 +116,16 @@ def _traffic(program: Program, run: Run) -> float:
     if each.opcode == "async-start":
         return _started_traffic(program, each, operands)
     if each.opcode == "fusion":
-        return _fusion_traffic(program, called("calls", each), each, operands)
+        return _fusion_traffic(program, each.called("calls"), each, operands)
     return _in_memory(each.shape) + sum(map(_in_memory, operands))
 
 
 def _started_traffic(program: Program, start: Instruction, operands: list[str]) -> float:
-    """Counts what goes on beside other work as a fusion, whose result is behind its operands.
+    """Counts what runs next to other work as a fusion, whose result is behind its operands.
 
     What a SparseCore does names neither; the computation does.
     """
-    inside = called("calls", start)
+    inside = start.called("calls")
     result = elements(start.shape)[1]
     if not operands:
         lines = program.computations[inside].values()
@@ -174,19 +157,17 @@ def _fusion_traffic(
     return total + max(_in_memory(fusion.shape) - updated, 0)
 
 
-def _uses(
-    program: Program, computation: str, line: Instruction
-) -> list[tuple[Instruction, Mapping[str, Instruction]]]:
+def _uses(program: Program, computation: str, line: Instruction) -> list[tuple[Instruction, Lines]]:
     """Returns what uses a result, and where, looking through bitcasts and into fusions."""
     lines = program.computations[computation]
-    found: list[tuple[Instruction, Mapping[str, Instruction]]] = []
+    found: list[tuple[Instruction, Lines]] = []
     for user in lines.values():
         if line.name not in user.operands:
             continue
         if user.opcode == "bitcast" and not user.is_root:
             found += _uses(program, computation, user)
         elif user.opcode == "fusion":
-            inside = called("calls", user)
+            inside = user.called("calls")
             number = str(user.operands.index(line.name))
             parameters = program.computations[inside].values()
             here = next(p for p in parameters if (p.opcode, *p.operands) == ("parameter", number))

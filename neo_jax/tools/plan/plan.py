@@ -4,8 +4,8 @@ import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -24,7 +24,7 @@ class Memory:
     """Bytes a device."""
 
     parts: dict[str, int]  # parameters, optimizer and the like, by arithmetic, in tiles
-    unpadded: dict[str, int]  # the same without the padding of tiles
+    parts_without_padding: dict[str, int]
     arguments: int | None  # what the compiler says of all parts; None where it refused
     temporaries: int | None  # activations, gradients and what else lives within a step
     total: int  # the most at a time, as the compiler says
@@ -33,20 +33,24 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step takes of each device."""
+    """What a step takes of each device; of its program nothing where the compiler refused."""
 
     step: Step
     topology: Topology
     memory: Memory
-    fits: bool
-    refusal: str  # in the compiler's words, where it refuses what does not fit
     useful_flops: float  # of products without those that are computed again
     repeated_flops: float  # of products that are computed again to save memory
-    work: Work | None  # of the compiled program; None where the compiler refused
-    traffic: list[Traffic]
-    roofline: Roofline | None
     compile_seconds: float
-    program_bytes: int  # of the compiled program's text: whether it grows with depth
+    refusal: str = ""  # in the compiler's words, where it refuses what does not fit
+    work: Work | None = None
+    traffic: Sequence[Traffic] = ()
+    roofline: Roofline | None = None
+    program_bytes: int = 0  # of the compiled program's text: whether it grows with depth
+
+    @property
+    def fits(self) -> bool:
+        """Whether the devices have the memory."""
+        return not self.refusal and not self.memory.total > self.memory.capacity
 
 
 def compile_and_read(
@@ -84,57 +88,37 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory = _refused(step, topology, str(error))
         seconds = time.perf_counter() - start
         reason = " ".join(str(error).split(".\n")[0].split())
-        return Plan(step, topology, memory, False, reason, useful, repeated, None, [], None,
-                    seconds, 0)  # fmt: skip
+        return Plan(
+            step, topology, _refused(step, topology, str(error)), useful, repeated, seconds, reason
+        )
     seconds = time.perf_counter() - start
-    done = work(parse(text), splash_flops(config), OPEN_TRIPS)
-    sent = traffic(text, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
-    memory = _memory(step, topology, compiled.memory_analysis())
-    return Plan(
-        step,
-        topology,
-        memory,
-        not memory.total > memory.capacity,
-        "",
-        useful,
-        repeated,
-        done,
-        sent,
-        roofline(topology.chip, done, sent),
-        seconds,
-        len(text),
-    )
-
-
-def _memory(step: Step, topology: Topology, told: Any) -> Memory:
-    parts, unpadded = _parts(step, topology)
-    arguments, temporaries = told.argument_size_in_bytes, told.temp_size_in_bytes
-    new = told.output_size_in_bytes - told.alias_size_in_bytes
-    total = arguments + temporaries + new + told.generated_code_size_in_bytes
-    return Memory(parts, unpadded, arguments, temporaries, total, capacity(topology))
+    program = parse(text)
+    done = work(program, splash_flops(config), OPEN_TRIPS)
+    sent = traffic(program, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
+    stats = compiled.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = arguments + temporaries + new + stats.generated_code_size_in_bytes
+    memory = Memory(*_parts(step, topology), arguments, temporaries, total, capacity(topology))
+    roof = roofline(topology.chip, done, sent)
+    return Plan(step, topology, memory, useful, repeated, seconds, "", done, sent, roof, len(text))
 
 
 def _refused(step: Step, topology: Topology, message: str) -> Memory:
-    parts, unpadded = _parts(step, topology)
-    told = re.findall(r"\b([\d.]+)([KMG])\b", message)[:2]  # what is needed, what is there
-    total, capacity = (
-        [_bytes(*size) for size in told]
-        if len(told) == 2
-        else (sum(parts.values()), topology.chip.memory)
-    )
-    return Memory(parts, unpadded, None, None, int(total), capacity)
+    parts, without_padding = _parts(step, topology)
+    total, there = float(sum(parts.values())), topology.chip.memory
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    said = [float(n) * units[unit] for n, unit in re.findall(r"\b([\d.]+)([KMG])\b", message)]
+    if len(said) >= 2:
+        total, there = said[:2]  # what is needed, what is there
+    return Memory(parts, without_padding, None, None, int(total), there)
 
 
 def capacity(topology: Topology) -> float:
     """Returns the memory of a device in bytes; NaN where it is not known."""
     return device_memory(len(topology.devices)) if topology.is_here else topology.chip.memory
-
-
-def _bytes(number: str, unit: str) -> float:
-    return float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]
 
 
 def _parts(step: Step, topology: Topology) -> tuple[dict[str, int], dict[str, int]]:

@@ -1,7 +1,8 @@
-"""A plan for people and for programs: a table, fields for JSON, a picture."""
+"""A plan, and a ranking of meshes: a table for people, fields for JSON, a picture."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from neo_jax.files.figure import as_png, new_figure
 from neo_jax.model.cache import sequence_bytes
 from neo_jax.tools.plan.plan import Plan
-from neo_jax.tools.plan.roofline import as_milliseconds, utilisation
+from neo_jax.tools.plan.roofline import utilisation
+from neo_jax.tools.plan.search import Candidate
 from neo_jax.tools.plan.steps import Step
 
 
@@ -28,14 +30,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "tokens": step.tokens,
         "fits": plan.fits,
         "refusal": plan.refusal or None,
-        "memory": {
-            "parts": memory.parts,
-            "parts_without_padding": memory.unpadded,
-            "arguments": memory.arguments,
-            "temporaries": memory.temporaries,
-            "total": memory.total,
-            "capacity": memory.capacity,
-        },
+        "memory": dataclasses.asdict(memory),
         "flops": {
             "useful": plan.useful_flops,
             "repeated": plan.repeated_flops,
@@ -44,7 +39,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cache": _cache(step),
         "memory_traffic": work.memory_bytes if work else None,
         "collectives": [{**row._asdict(), "axes": list(row.axes)} for row in plan.traffic],
-        "roofline_ms": {**as_milliseconds(roof), "step": 1e3 * roof.step} if roof else None,
+        "roofline_ms": {**roof.milliseconds, "step": 1e3 * roof.step} if roof else None,
         "mfu": utilisation(chip, roof, plan.useful_flops) if roof else None,
         "tokens_per_second": step.tokens / roof.step if roof else None,
         "compile_seconds": plan.compile_seconds,
@@ -79,7 +74,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "memory of a device"
     for name, size in memory.parts.items():
-        padding = size - memory.unpadded[name]
+        padding = size - memory.parts_without_padding[name]
         note = f"  {bytes_text(padding)} of it padding" if padding else ""
         yield f"  {name:<20}{bytes_text(size):>10}{note}"
     cache = _cache(step)
@@ -111,7 +106,7 @@ def lines(plan: Plan) -> Iterator[str]:
         yield "  none"
     yield ""
     yield "least time of a step"
-    for name, milliseconds in as_milliseconds(roof).items():
+    for name, milliseconds in roof.milliseconds.items():
         if milliseconds > 0:  # neither unknown nor without a part in it
             yield f"  {name:<20}{milliseconds:>10.2f} ms"
     if not math.isnan(roof.step):
@@ -151,11 +146,48 @@ def draw(plan: Plan) -> bytes:
         [row.wire_bytes / 1e9 for row in rows],
     )
     sent.set_xlabel("GB that a device sends a step")
-    known = {
-        name: each
-        for name, each in (as_milliseconds(plan.roofline) if plan.roofline else {}).items()
-        if not math.isnan(each)
-    }
+    least = plan.roofline.milliseconds if plan.roofline else {}
+    known = {name: each for name, each in least.items() if not math.isnan(each)}
     times.barh(list(known), list(known.values()))
     times.set_xlabel("least time, ms a step")
+    return as_png(figure)
+
+
+def describe_ranking(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Returns a ranking as fields for JSON, with the whole plan where one was made."""
+    return [
+        {
+            "mesh": each.mesh,
+            "rules": each.rules,
+            "estimate": {"memory": each.memory, "ms": 1e3 * each.seconds, "fits": each.fits},
+            "plan": describe(each.plan) if each.plan else None,
+        }
+        for each in candidates
+    ]
+
+
+def ranking_lines(candidates: Sequence[Candidate]) -> Iterator[str]:
+    """Yields a ranking as a table, line by line."""
+    yield f"{'mesh':<28}{'rules':<14}{'a device':>10}{'step':>13}"
+    for each in candidates:
+        best = each.best
+        time = f"{1e3 * best.seconds:.2f} ms" if math.isfinite(best.seconds) else ""
+        note = ("compiled" if each.plan else "by arithmetic") + (
+            "" if best.fits else ", does not fit"
+        )
+        size = bytes_text(best.memory)
+        yield f"{each.mesh:<28}{each.rules:<14}{size:>10}{time:>13}  {note}"
+
+
+def draw_ranking(candidates: Sequence[Candidate], title: str) -> bytes:
+    """Returns a PNG of a ranking: the least time of a step, and the memory of a device."""
+    figure = new_figure(10, 1.5 + 0.3 * len(candidates), title)
+    times, memories = figure.subplots(1, 2, sharey=True)
+    for each in reversed(candidates):
+        name, best = f"{each.mesh} {each.rules}", each.best
+        color = "#08306b" if each.plan else "#9ecae1"
+        times.barh([name], [1e3 * best.seconds if best.seconds < math.inf else 0], color=color)
+        memories.barh([name], [best.memory / 1e9], color=color if best.fits else "#cb181d")
+    times.set_xlabel("least time of a step, ms (dark: compiled)")
+    memories.set_xlabel("memory of a device, GB (red: does not fit)")
     return as_png(figure)

@@ -1,12 +1,12 @@
 """The least time that a step can take, by what is published of the chip.
 
-Each resource is taken to be busy all the time and beside the others (Williams, Waterman and
+Each resource is taken to be busy all the time, next to the others (Williams, Waterman and
 Patterson, "Roofline", 2009), so the slowest decides.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -34,8 +34,13 @@ class Roofline:
     @property
     def slowest(self) -> str:
         """Its name."""
-        times = dataclasses.asdict(self)
+        times = self.milliseconds
         return max(times, key=lambda name: times[name])
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """The times by name, in milliseconds."""
+        return {name: 1e3 * seconds for name, seconds in dataclasses.asdict(self).items()}
 
 
 def roofline(chip: Chip, work: Work, traffic: Sequence[Traffic]) -> Roofline:
@@ -63,12 +68,11 @@ def roofline(chip: Chip, work: Work, traffic: Sequence[Traffic]) -> Roofline:
 def slices_of(mesh: Mesh) -> dict[str, int]:
     """Returns the axes of a mesh that lead to other TPU slices, and along each to how many."""
     number = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0)(mesh.devices)
-    found = {}
-    for axis, name in enumerate(mesh.axis_names):
-        along = np.moveaxis(number, axis, 0).reshape(mesh.devices.shape[axis], -1)[:, 0]
-        if len(set(along)) > 1:
-            found[name] = len(set(along))
-    return found
+    along = {
+        name: len(set(np.moveaxis(number, axis, -1).reshape(-1, size)[0]))
+        for axis, (name, size) in enumerate(mesh.shape.items())
+    }
+    return {name: slices for name, slices in along.items() if slices > 1}
 
 
 def utilisation(chip: Chip, roof: Roofline, useful_flops: float) -> float:
@@ -77,8 +81,3 @@ def utilisation(chip: Chip, roof: Roofline, useful_flops: float) -> float:
     Chowdhery et al., "PaLM", 2022, appendix B.
     """
     return useful_flops / chip.peak_flops / roof.step
-
-
-def as_milliseconds(roof: Roofline) -> Mapping[str, float]:
-    """Returns the times by name, in milliseconds."""
-    return {name: 1e3 * seconds for name, seconds in dataclasses.asdict(roof).items()}

@@ -10,6 +10,7 @@ from neo_jax.devices.chips import Chip
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.errors import NeoError
 from neo_jax.tools.plan.plan import Plan, capacity, make_plan
+from neo_jax.tools.plan.roofline import Roofline
 from neo_jax.tools.plan.steps import Step
 from neo_jax.tools.plan.topology import Topology
 
@@ -30,13 +31,22 @@ class Candidate:
     plan: Plan | None = None
 
     @property
+    def best(self) -> "Candidate":
+        """With the figures of the compiled program in the place of estimates, if there is one."""
+        plan = self.plan
+        if plan is None:
+            return self
+        seconds = plan.roofline.step if plan.roofline else math.inf
+        sent = sum(row.wire_bytes for row in plan.traffic)
+        return Candidate(
+            self.mesh, self.rules, plan.memory.total, sent, seconds, plan.fits, self.plan
+        )
+
+    @property
     def order(self) -> tuple[bool, float]:
         """What to rank by: what fits comes first, then by time, or if unknown by what is sent."""
-        if self.plan is None:
-            return not self.fits, self.sent if math.isnan(self.seconds) else self.seconds
-        seconds = self.plan.roofline.step if self.plan.roofline else math.inf
-        sent = sum(row.wire_bytes for row in self.plan.traffic)
-        return not self.plan.fits, sent if math.isnan(seconds) else seconds
+        best = self.best
+        return not best.fits, best.sent if math.isnan(best.seconds) else best.seconds
 
 
 def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> list[Candidate]:
@@ -51,7 +61,8 @@ def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> li
     Raises:
       NeoError: no mesh splits the step; the message is that of the last that was tried.
     """
-    found, error = [], None
+    found = []
+    error = NeoError(f"no mesh of data, fsdp and model has {len(topology.devices)} devices.")
     rules = ("fsdp+tensor",) if kind == "train" else ("fsdp+tensor", "decode")
     for mesh, names in itertools.product(_meshes(len(topology.devices)), rules):
         try:
@@ -59,7 +70,6 @@ def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> li
         except NeoError as reason:
             error = reason
     if not found:
-        assert error is not None
         raise error
     found.sort(key=lambda each: each.order)
     best = [
@@ -96,15 +106,14 @@ def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candid
 
 def _seconds(step: Step, chip: Chip, held: float, sent: float) -> float:
     """Returns the slowest of products, memory and interconnect, each by itself."""
-    training = step.kind == "train"
     products = 2 * _passes(step) * step.model.config.num_params * step.tokens / step.mesh.size
-    moved = held * (2 if training else 1)  # the state is read and written
-    times = (
+    moved = held * (2 if step.kind == "train" else 1)  # the state is read and written
+    return Roofline(
         products / chip.peak_flops,
         moved / chip.memory_bandwidth,
         sent / (2 * chip.link_bandwidth),
-    )
-    return math.nan if any(map(math.isnan, times)) else max(times)
+        network=0.0,
+    ).step
 
 
 def _passes(step: Step) -> int:

@@ -6,36 +6,37 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from neo_jax.tools.plan.collectives import Collective, Traffic, _groups, collectives, traffic
+from neo_jax.tools.plan.collectives import Traffic, _groups, collectives, traffic
+from neo_jax.tools.plan.hlo import parse
 
 TEXT = (Path(__file__).parent / "program.hlo").read_text()
 MESH = {"fsdp": 4, "model": 2}
 
 
 def test_every_collective_is_counted_once_for_each_time_that_it_runs():
-    assert collectives(TEXT, MESH, open_trips=1) == [
+    assert collectives(parse(TEXT), MESH, open_trips=1) == [
         # Three trips around five.
-        Collective("collective-permute", ("model",), 15, 100 * 4),
+        Traffic("collective-permute", ("model",), 15, 15 * 100 * 4),
         # Two links of a chain are one gather, of bfloat16.
-        Collective("all-gather", ("fsdp",), 3, 1024 * 8 * 2 * 3 // 4),
+        Traffic("all-gather", ("fsdp",), 3, 3 * (1024 * 8 * 2 * 3 // 4)),
         # An all-reduce by its name, a reduce-scatter by the fusion that it is in.
-        Collective("reduce-scatter", ("fsdp",), 3, 64 * 32 * 4 * 3 // 4),
+        Traffic("reduce-scatter", ("fsdp",), 3, 3 * (64 * 32 * 4 * 3 // 4)),
         # Two tensors in one, among 4 of 8 devices: 0, 2, 4, 6 and 1, 3, 5, 7.
-        Collective("all-reduce", ("fsdp",), 1, 2 * (16 * 4 + 16 * 2) * 3 // 4),
-        Collective("all-gather", ("model",), 1, 20 * 4 // 2),
-        Collective("reduce-scatter", ("model",), 1, 32 * 4 // 2),
-        Collective("collective-permute", ("fsdp",), 1, 6 * 4),
-        Collective("all-to-all", ("fsdp",), 1, 24 * 4 * 3 // 4),
-        Collective("collective-permute", (), 1, 0),
+        Traffic("all-reduce", ("fsdp",), 1, 2 * (16 * 4 + 16 * 2) * 3 // 4),
+        Traffic("all-gather", ("model",), 1, 20 * 4 // 2),
+        Traffic("reduce-scatter", ("model",), 1, 32 * 4 // 2),
+        Traffic("collective-permute", ("fsdp",), 1, 6 * 4),
+        Traffic("all-to-all", ("fsdp",), 1, 24 * 4 * 3 // 4),
+        Traffic("collective-permute", (), 1, 0),
         # All branches count.
-        Collective("all-reduce", ("fsdp", "model"), 1, 2 * 10 * 4 * 7 // 8),
-        Collective("all-gather", ("fsdp",), 1, 12 * 4 // 2),
-        Collective("all-reduce", ("fsdp", "model"), 1, 2 * 1 * 7 // 8),
+        Traffic("all-reduce", ("fsdp", "model"), 1, 2 * 10 * 4 * 7 // 8),
+        Traffic("all-gather", ("fsdp",), 1, 12 * 4 // 2),
+        Traffic("all-reduce", ("fsdp", "model"), 1, 2 * 1 * 7 // 8),
     ]
 
 
 def test_traffic_is_the_sum_by_kind_and_axes():
-    rows = traffic(TEXT, MESH, open_trips=10)
+    rows = traffic(parse(TEXT), MESH, open_trips=10)
     assert rows[0] == Traffic("all-gather", ("fsdp",), 4, 3 * 12288 + 24)
     assert rows[1] == Traffic("reduce-scatter", ("fsdp",), 3, 3 * 6144)
     assert Traffic("all-reduce", ("fsdp", "model"), 11, 70 + 10) in rows
@@ -44,7 +45,7 @@ def test_traffic_is_the_sum_by_kind_and_axes():
 
 def test_a_loop_of_unknown_length_needs_to_be_told():
     with pytest.raises(ValueError, match="any is in a loop of unknown length; set open_trips"):
-        collectives(TEXT, MESH)
+        collectives(parse(TEXT), MESH)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_program_that_was_compiled_here():
     run = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     text = jax.jit(run).lower(jnp.zeros((64, 6))).compile().as_text()
     shard = 8 * 6 * 4
-    assert set(traffic(text, mesh.shape)) == {
+    assert set(traffic(parse(text), mesh.shape)) == {
         Traffic("all-gather", ("fsdp",), 5, 5 * 3 * shard),
         Traffic("reduce-scatter", ("fsdp",), 5, 5 * 3 * shard),
         Traffic("all-reduce", ("model",), 5, 5 * shard),
@@ -110,7 +111,7 @@ ENTRY %main (p: f32[64]) -> f32[64] {
 
 
 def test_slices_send_by_their_hosts_and_number_their_own_devices():
-    assert traffic(NETWORK, {"data": 4, "fsdp": 2}, slices={"data": 2}) == [
+    assert traffic(parse(NETWORK), {"data": 4, "fsdp": 2}, slices={"data": 2}) == [
         Traffic("all-reduce", ("data",), 1, 256, between_slices=True),
         Traffic("all-reduce", ("data",), 1, 256),
     ]

@@ -8,7 +8,7 @@ import pytest
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.tools.plan import ranking
+from neo_jax.tools.plan import report
 from neo_jax.tools.plan.search import search
 from neo_jax.tools.plan.steps import training_step
 from neo_jax.tools.plan.topology import find_topology
@@ -38,9 +38,9 @@ def test_every_mesh_that_divides_is_ranked():
     by_mesh = {each.mesh: each for each in found}
     whole, split = by_mesh["data=4,fsdp=1,model=1"], by_mesh["data=1,fsdp=4,model=1"]
     assert whole.memory > 2 * split.memory
-    _, *table = ranking.lines(found)
+    _, *table = report.ranking_lines(found)
     assert [line.split()[0] for line in table] == [each.mesh for each in found]
-    assert json.dumps(ranking.describe(found))
+    assert json.dumps(report.describe_ranking(found))
 
 
 def test_what_no_mesh_can_split_says_why():

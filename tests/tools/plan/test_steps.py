@@ -42,7 +42,7 @@ def plan():
 
 def test_arguments_are_what_the_compiler_says(plan):
     assert sum(plan.memory.parts.values()) == plan.memory.arguments
-    assert sum(plan.memory.unpadded.values()) < plan.memory.arguments
+    assert sum(plan.memory.parts_without_padding.values()) < plan.memory.arguments
     assert plan.fits
     assert plan.memory.total > plan.memory.arguments + plan.memory.temporaries
     assert plan.memory.capacity == 16 * 2**30

@@ -10,6 +10,7 @@ import pytest
 from neo_jax.config import ModelConfig
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.collectives import traffic
+from neo_jax.tools.plan.hlo import parse
 from neo_jax.tools.plan.plan import compile_and_read
 from neo_jax.tools.plan.steps import training_step
 from neo_jax.tools.plan.topology import find_topology
@@ -30,7 +31,7 @@ def moved(topology, mesh, rules):
     sharding = make_sharding(mesh, rules, topology.devices)
     step = training_step(dataclasses.replace(RUN, batch_size=sharding.mesh.size), sharding)
     _, text = compile_and_read(step.trace().lower(), topology)
-    for row in traffic(text, dict(sharding.mesh.shape)):
+    for row in traffic(parse(text), dict(sharding.mesh.shape)):
         found[row.kind, "+".join(row.axes)] += row.wire_bytes
     return found, step, sharding.mesh.shape
 
