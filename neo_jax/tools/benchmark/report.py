@@ -66,12 +66,9 @@ def lines(result: Result) -> Iterator[str]:
     request, limits = result.request, result.limits
     model, sharding, number = request.model, request.model.sharding, len(request.devices)
     yield f"model      {request.name}, {model.config.num_params:,} parameters"
-    mesh = (
-        "".join(f", {name}={size}" for name, size in sharding.mesh.shape.items())
-        if sharding
-        else ""
-    )
-    yield f"devices    {number} x {request.devices[0].device_kind}{mesh}"
+    mesh = sharding.mesh.shape if sharding else {}
+    devices = [f"{number} x {request.devices[0].device_kind}"]
+    yield "devices    " + ", ".join(devices + [f"{name}={size}" for name, size in mesh.items()])
     yield f"dtype      {jnp.dtype(model.dtype).name}"
     rates = ", ".join(f"{rate_text(v, 'FLOP/s')} in {k}" for k, v in limits.products.items())
     yield f"measured   {rates}; reading {rate_text(limits.bandwidth, 'B/s')}"
@@ -82,23 +79,20 @@ def lines(result: Result) -> Iterator[str]:
     columns = ("step", "batch", "length", "ms a step", "tokens/s")
     yield _row(*columns, "products", "of limit", "memory", "of limit", "MFU")
     for step in result.measurements:
-        yield _line(result, step)
-
-
-def _line(result: Result, step: Measurement) -> str:
-    cell = (step.kind, str(step.batch), str(step.length))
-    if step.note:
-        return f"{_row(*cell)}   {step.note}"
-    return _row(
-        *cell,
-        f"{1e3 * step.seconds:,.1f}",
-        f"{step.tokens_per_second:,.1f}",
-        rate_text(step.flops_per_second, "FLOP/s"),
-        _percent(result.share_of_products(step)),
-        rate_text(step.bytes_per_second, "B/s"),
-        _percent(result.share_of_memory(step)),
-        _percent(result.utilisation(step)),
-    )
+        cells = (step.kind, str(step.batch), str(step.length))
+        if step.note:
+            yield f"{_row(*cells)}   {step.note}"
+            continue
+        yield _row(
+            *cells,
+            f"{1e3 * step.seconds:,.1f}",
+            f"{step.tokens_per_second:,.1f}",
+            rate_text(step.flops_per_second, "FLOP/s"),
+            _percent(result.share_of_products(step)),
+            rate_text(step.bytes_per_second, "B/s"),
+            _percent(result.share_of_memory(step)),
+            _percent(result.utilisation(step)),
+        )
 
 
 def _row(*cells: str) -> str:

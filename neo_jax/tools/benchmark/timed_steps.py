@@ -129,21 +129,13 @@ def measure(
 def prefill_work(model: Neo, params: Params, batch: int, length: int, budget: Budget) -> Work:
     """Prepares reading `batch` prompts of `length` tokens, with room for no more.
 
-    Args:
-      model: the model.
-      params: its parameters.
-      batch: sequences, which divide over the mesh.
-      length: tokens of each, within the context.
-      budget: for how long it may run.
-
     Raises:
       CannotRunError: it would take too long, or more memory than there is.
     """
     arguments = _prompts(model, params, batch, length, length)
     flops = _compile(model, engine.prefill.trace(model, length, *arguments), budget, 2)
     prefill = functools.partial(engine.prefill, model, length, *arguments)
-    cache = prefill().cache
-    traffic = _traffic(model, _without(params, "wte", "wpe"), cache)
+    traffic = _traffic(model, _without(params, "wte", "wpe"), prefill().cache)
     return Work(flops, traffic, lambda: _seconds(prefill))
 
 
@@ -164,10 +156,10 @@ def decode_work(model: Neo, params: Params, batch: int, length: int, budget: Bud
         state = engine.run(model, params, state, steps)
         return state
 
-    _seconds(functools.partial(append, 1))
-    once = _seconds(functools.partial(append, 1))
+    _seconds(append, 1)
+    once = _seconds(append, 1)
     steps = max(1, min(int(_LONG_ENOUGH / once), (length - length // 2 - 2) // _REPEATS))
-    return Work(flops, traffic, lambda: _seconds(functools.partial(append, steps)) / steps)
+    return Work(flops, traffic, lambda: _seconds(append, steps) / steps)
 
 
 def train_work(model: Neo, config: TrainConfig, budget: Budget) -> Work:
@@ -242,7 +234,7 @@ def _without(params: Params, *names: str) -> Params:
     return {name: leaf for name, leaf in params.items() if name not in names}
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(run: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(run())
+    jax.block_until_ready(run(*arguments))
     return time.perf_counter() - start
