@@ -1,5 +1,6 @@
-"""What lies where under a strategy: a table of every array, and drawings of how they are cut."""
+"""How a strategy lays a model out: a table of every array, and drawings of how they are split."""
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -36,40 +37,33 @@ class Part:
 
 
 def parameters(config: ModelConfig, sharding: Sharding) -> list[Part]:
-    """Returns what a device holds of the parameters; optimizer slots lie as they do.
+    """Returns what a device holds of the parameters; optimizer slots are laid out as they are.
 
     Raises:
       NeoError: the strategy cannot split this model; see `Sharding.spec`.
     """
-    counts: dict[str, int] = {}
+    counts = collections.Counter[str]()
     parts = {}
     for tensor in tensors(config):
         path = "/".join(tensor.path)
         sharding.spec(tensor.axes, tensor.shape, path)
         name = re.sub(r"^h_\d+", "h_*", path)
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] += 1
         parts[name] = (tensor.axes, tensor.shape)
-    return [_part(sharding, name, *parts[name], counts[name]) for name in parts]
+    return [_part(sharding, name, *part, counts[name]) for name, part in parts.items()]
 
 
 def cache_leaves(config: ModelConfig, sharding: Sharding) -> list[Part]:
     """Returns what a device holds of a cache for whole contexts, one row for every batch shard."""
-    rows = sharding.num_shards(axes.BATCH)
     parts = []
-    for kind in dict.fromkeys(config.layer_types):
-        layer = config.layer_types.index(kind)
-        slots = cache.num_slots(config, layer, config.max_length)
-        sizes = {
-            axes.BATCH: rows,
-            axes.HEADS: config.num_heads,
-            axes.KV_LENGTH: slots,
-            axes.HEAD_DIM: config.head_dim,
-        }
+    for kind, count in collections.Counter(config.layer_types).items():
+        slots = cache.num_slots(config, config.layer_types.index(kind), config.max_length)
+        sizes = _sizes(config, sharding) | {axes.KV_LENGTH: slots}
         for leaf, leaf_axes in cache.LOGICAL_AXES.items():
             shape = tuple(sizes[axis] for axis in leaf_axes)
             name = f"{kind} cache/{leaf}"
             sharding.spec(leaf_axes, shape, name)
-            parts.append(_part(sharding, name, leaf_axes, shape, config.layer_types.count(kind)))
+            parts.append(_part(sharding, name, leaf_axes, shape, count))
     return parts
 
 
@@ -78,7 +72,24 @@ def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
 
     For whole contexts, one row for every batch shard. What the compiler places counts as whole.
     """
-    sizes = {
+    sizes = _sizes(config, sharding)
+    parts = []
+    for name, constraint, logical in (
+        ("residual stream", transformer.RESIDUAL_STREAM, (axes.BATCH, axes.LENGTH, axes.EMBED)),
+        ("queries", transformer.QUERIES, (axes.BATCH, axes.HEADS, axes.LENGTH, axes.HEAD_DIM)),
+        ("MLP hidden", transformer.MLP_HIDDEN, (axes.BATCH, axes.LENGTH, axes.MLP)),
+        ("logits", transformer.LOGITS, (axes.BATCH, axes.LENGTH, axes.VOCAB)),
+    ):
+        shape = tuple(sizes[axis] for axis in logical)
+        named = [axis if isinstance(axis, str) else None for axis in constraint]
+        sharding.spec(named, shape, name)
+        split = tuple(sharding.mesh_axes(axis) if axis else () for axis in named)
+        parts.append(Part(name, logical, shape, 1, split))
+    return parts
+
+
+def _sizes(config: ModelConfig, sharding: Sharding) -> dict[str, int]:
+    return {
         axes.BATCH: sharding.num_shards(axes.BATCH),
         axes.LENGTH: config.max_length,
         axes.EMBED: config.embed_dim,
@@ -87,18 +98,6 @@ def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
         axes.MLP: config.mlp_dim,
         axes.VOCAB: config.padded_vocab_size,
     }
-    parts = []
-    for name, told, logical in (
-        ("residual stream", transformer.RESIDUAL_STREAM, (axes.BATCH, axes.LENGTH, axes.EMBED)),
-        ("queries", transformer.QUERIES, (axes.BATCH, axes.HEADS, axes.LENGTH, axes.HEAD_DIM)),
-        ("MLP hidden", transformer.MLP_HIDDEN, (axes.BATCH, axes.LENGTH, axes.MLP)),
-        ("logits", transformer.LOGITS, (axes.BATCH, axes.LENGTH, axes.VOCAB)),
-    ):
-        shape = tuple(sizes[axis] for axis in logical)
-        split = tuple(sharding.mesh_axes(axis) if isinstance(axis, str) else () for axis in told)
-        sharding.spec([axis if isinstance(axis, str) else None for axis in told], shape, name)
-        parts.append(Part(name, logical, shape, 1, split))
-    return parts
 
 
 def _part(
@@ -111,25 +110,22 @@ def describe(config: ModelConfig, sharding: Sharding) -> dict[str, Any]:
     """Returns a strategy's mesh, rules and arrays, sizes in bytes a device, for JSON."""
     weights, leaves = parameters(config, sharding), cache_leaves(config, sharding)
     num_weights = sum(part.size_per_device(sharding) for part in weights)
+    cached = [
+        _fields(part, sharding, 4 if part.name.endswith("positions") else 2) for part in leaves
+    ]
     return {
         "mesh": dict(sharding.mesh.shape),
         "rules": {axis: list(names) for axis, names in sharding.rules},
         "parameters": [_fields(part, sharding, 4) for part in weights],
         "activations": [_fields(part, sharding, 4) for part in activations(config, sharding)],
-        "cache": [_fields(part, sharding, _cache_bytes(part)) for part in leaves],
+        "cache": cached,
         "bytes_per_device": {
             "parameters_float32": 4 * num_weights,
             "optimizer_adamw_float32": 8 * num_weights,
             "parameters_bfloat16": 2 * num_weights,
-            "cache_bfloat16": sum(
-                part.size_per_device(sharding) * _cache_bytes(part) for part in leaves
-            ),
+            "cache_bfloat16": sum(fields["bytes_per_device"] for fields in cached),
         },
     }
-
-
-def _cache_bytes(part: Part) -> int:
-    return 4 if part.name.endswith("positions") else 2
 
 
 def _fields(part: Part, sharding: Sharding, itemsize: int) -> dict[str, Any]:
@@ -156,21 +152,17 @@ def lines(config: ModelConfig, sharding: Sharding) -> Iterator[str]:
     for name, cut, size in rows:
         yield f"{name:<{widths[0]}}  {cut:<{widths[1]}}  {size:>{widths[2]}}"
     yield ""
-    yield "AdamW keeps two arrays for each parameter, which lie as it does."
+    yield "AdamW keeps two arrays for each parameter, which are laid out as it is."
     for name, size in fields["bytes_per_device"].items():
         yield f"{name.replace('_', ' '):<{widths[0]}}  {_bytes(size)} a device"
     by_cut: dict[tuple, list[Part]] = {}
     for part in parameters(config, sharding) + cache_leaves(config, sharding):
-        by_cut.setdefault(_cuts(part), []).append(part)
+        split = zip(part.axes, part.split, strict=True)
+        by_cut.setdefault(tuple(each for each in split if each[1]), []).append(part)
     for cuts, parts in by_cut.items():
         yield ""
         yield from textwrap.wrap(", ".join(part.name for part in parts), 100)
         yield from draw(cuts, sharding) if cuts else ["  whole on every device"]
-
-
-def _cuts(part: Part) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Returns the axes that are split, each with what splits it."""
-    return tuple((axis, names) for axis, names in zip(part.axes, part.split, strict=True) if names)
 
 
 def _row(part: dict[str, Any]) -> tuple[str, str, str]:
