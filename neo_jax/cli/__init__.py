@@ -1,7 +1,7 @@
 """The command line, `neo-jax VERB`: a module a verb, imported when it is called.
 
 Results go to stdout, progress and logs to stderr. What a user can cause is answered by one line
-that names the mend, and exit status 1; a command that cannot be understood by status 2.
+that says how to fix it, and exit status 1; a command that cannot be understood by status 2.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ VERBS = {
     "info": "what a checkpoint holds",
     "prepare": "text to a tokenized data set",
     "train": "train by a config",
-    "bench": "tokens/s of a model here, beside what the devices can do",
+    "bench": "tokens/s of a model here, next to what the devices can do",
     "plan": "what a step takes of devices that need not be here",
     "quantize": "a checkpoint of int8 weights",
     "convert": "a checkpoint of any format to Hugging Face's; a config of EleutherAI/gpt-neo",
@@ -77,7 +77,7 @@ def explain(error: BaseException, args: Sequence[str] = ()) -> int:
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
-    """Reads options into a dataclass; prints its help and exits where `--help` asks for it.
+    """Reads options into a dataclass; prints its help and exits where `--help` is among them.
 
     Raises:
       UsageError: unknown options or values, in one line.

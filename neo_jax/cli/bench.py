@@ -1,4 +1,4 @@
-"""neo-jax bench: how fast a model runs here, beside what the devices can do."""
+"""neo-jax bench: how fast a model runs here, next to what the devices can do."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ _LENGTH = 256  # of short texts
 class Options:
     """Times prefill, decoding and training steps of a model on the devices that are here.
 
-    Beside them it measures how fast these multiply and read memory, and tells what share of that
-    each step reaches. `--model` also takes a preset such as gpt-neo-125m, whose weights are drawn.
+    It also measures how fast these multiply and read memory, and reports what share of that each
+    step reaches. `--model` also takes a preset such as gpt-neo-125m, whose weights are drawn.
     """
 
     batch: tuple[int, ...] = (1, 8)  # sequences of a step, over all devices

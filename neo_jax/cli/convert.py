@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import check_output, output_lines, print_json, print_table
-from neo_jax.cli.train import beside, load_config
+from neo_jax.cli.train import installed_folder, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _convert_config(options: Options) -> None:
 
 def _module(name: str) -> Any:
     """Imports a module of `convert/`, wherever the package runs from."""
-    path = beside("convert") / f"{name}.py"
+    path = installed_folder("convert") / f"{name}.py"
     full = f"neo_jax.convert.{name}"
     spec = importlib.util.spec_from_file_location(full, path)
     assert spec is not None

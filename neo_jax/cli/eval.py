@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import OmitArgPrefixes
 
-from neo_jax.cli import UsageError, parse
+from neo_jax.cli import parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import ModelOptions, print_json, write_picture
 from neo_jax.errors import NeoError, suggest
+from neo_jax.fields import check, number
 from neo_jax.files.figure import check_available
 
 if TYPE_CHECKING:
@@ -33,58 +34,54 @@ class Options:
 
     text: tuple[str, ...] = ()  # files, folders or globs of .txt or .jsonl (The Pile's), also .zst
     wikitext: bool = False  # --text names WikiText's raw files, to detokenize as the harness does
-    stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
+    # tokens from window to window beyond the context; 0 is half the context
+    stride: int = number(0, least=0)
     tasks: str = ""  # tasks and groups of the harness, as in lambada_openai,piqa
-    suite: str = ""  # model-card: the benchmarks of GPT-Neo's, beside what was published
+    suite: str = ""  # model-card: the benchmarks of GPT-Neo's, next to what was published
     data: tuple[str, ...] = ()  # files of the suite's benchmarks, as in lambada=test.jsonl
     picture: str = ""  # a PNG of the suite's results
     include_path: str = ""  # a folder of further task files
     num_fewshot: int = -1  # examples before each question; -1 is as the task says
-    limit: float = 0  # examples of each task, or a share of them where below 1; 0 is all
+    # examples of each task, or a share of them where below 1; 0 is all
+    limit: float = number(0.0, least=0)
     gen_kwargs: str = ""  # of generation, in the place of the tasks', as in max_gen_toks=64,seed=1
     output: str = ""  # a folder for results and samples, as the harness writes them
     cache: str = ""  # a file of finished requests; none keeps none; else ~/.cache/neo_jax
-    batch_size: int = 0  # rows of a forward pass; 0 is as many as have some thousand tokens
+    # rows of a forward pass; 0 is as many as have some thousand tokens
+    batch_size: int = number(0, least=0)
     json: bool = False  # print an object, not a table
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
+
+    def __post_init__(self) -> None:
+        """Checks what goes together; raises `NeoError`."""
+        if sum(map(bool, (self.text, self.tasks, self.suite))) != 1:
+            raise NeoError(
+                "give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa; or "
+                "--suite model-card"
+            )
+        if self.suite and self.suite not in _SUITES:
+            raise NeoError(f"no suite is called '{self.suite}'.{suggest(self.suite, _SUITES)}")
+        for name in ("data", "picture"):
+            if getattr(self, name) and not self.suite:
+                raise NeoError(f"--{name} goes with --suite model-card.")
+        if self.suite and self.gen_kwargs:
+            raise NeoError("--gen-kwargs goes with --tasks; nothing of the suite is generated.")
+        if self.wikitext and not self.text:
+            raise NeoError("--wikitext goes with --text; among --tasks it is wikitext.")
+        check(self)
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "eval", args)
-    if sum(map(bool, (options.text, options.tasks, options.suite))) != 1:
-        raise UsageError(
-            "give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa; or "
-            "--suite model-card"
-        )
-    _check_suite(options)
-    for name in ("stride", "limit", "batch_size"):
-        if getattr(options, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be 0 or more.")
-    if options.wikitext and not options.text:
-        raise UsageError("--wikitext goes with --text; among --tasks it is wikitext.")
     if not options.text:
         check_harness()
     if options.picture:
         check_available()
+    run = _texts if options.text else _suite if options.suite else _tasks
     with options.cluster.joined(options.model.is_split):
-        if options.text:
-            _texts(options)
-        elif options.suite:
-            _suite(options)
-        else:
-            _tasks(options)
-
-
-def _check_suite(options: Options) -> None:
-    if options.suite and options.suite not in _SUITES:
-        raise UsageError(f"no suite is called '{options.suite}'.{suggest(options.suite, _SUITES)}")
-    for name in ("data", "picture"):
-        if getattr(options, name) and not options.suite:
-            raise UsageError(f"--{name} goes with --suite model-card.")
-    if options.suite and options.gen_kwargs:
-        raise UsageError("--gen-kwargs goes with --tasks; nothing of the suite is generated.")
+        run(options)
 
 
 def check_harness() -> None:
@@ -102,43 +99,31 @@ def check_harness() -> None:
 
 
 def _texts(options: Options) -> None:
-    from neo_jax.evaluation.texts import Total, measure, read_documents
+    from neo_jax.evaluation.texts import Total, measure, read_documents, start_of_text
 
     lm = options.model.load()
     documents = read_documents(options.text, options.wikitext)
     totals: dict[str, Total] = {}
-    for subset, total in measure(lm, documents, options.stride, options.batch_size):
-        totals.setdefault(subset, Total()).add(total)
     everything = Total()
-    for total in totals.values():
-        everything.add(total)
-    if len(totals) == 1:
-        totals = {}
-    totals["all"] = everything
-    how = _how(lm, options)
-    if options.json:
-        subsets = {name: _fields(total) for name, total in totals.items()}
-        print_json({**how, "subsets": subsets})
-        return
-    _print_totals(totals)
-    first = "predicted from the end-of-text token" if how["first_token_scored"] else "not scored"
-    print(
-        f"context {how['context']}, stride {how['stride']}; the first token of a document is "
-        f"{first}"
-    )
-
-
-def _how(lm: "LanguageModel", options: Options) -> dict[str, Any]:
-    from neo_jax.evaluation.texts import start_of_text
-
+    for subset, total in measure(lm, documents, options.stride, options.batch_size):
+        for each in (totals.setdefault(subset, Total()), everything):
+            each.add(total)
+    totals = {**(totals if len(totals) > 1 else {}), "all": everything}
     context = lm.config.max_length
-    return {
+    how = {
         "model": options.model.model or "bundled",
         "context": context,
         "stride": options.stride or context // 2,
         "first_token_scored": bool(start_of_text(lm)),
         "wikitext": options.wikitext,
     }
+    if options.json:
+        print_json({**how, "subsets": {name: _fields(total) for name, total in totals.items()}})
+        return
+    head = ["", "documents", "tokens", "words", "bytes", "bits/byte", "ppl/token", "ppl/word"]
+    print_columns([head, *([name, *_cells(total)] for name, total in totals.items())])
+    first = "predicted from the end-of-text token" if how["first_token_scored"] else "not scored"
+    print(f"context {context}, stride {how['stride']}; the first token of a document is {first}")
 
 
 def _fields(total: "Total") -> dict[str, Any]:
@@ -154,18 +139,14 @@ def _fields(total: "Total") -> dict[str, Any]:
     return {k: v if math.isfinite(v) else None for k, v in values.items()}
 
 
-def _print_totals(totals: dict[str, "Total"]) -> None:
-    head = ["", "documents", "tokens", "words", "bytes", "bits/byte", "ppl/token", "ppl/word"]
-    rows = [
-        [
-            name,
-            *(f"{n}" for n in (t.documents, t.tokens, t.words, t.num_bytes)),
-            f"{t.bits_per_byte:.4f}",
-            *(f"{p:.6g}" for p in (t.token_perplexity, t.word_perplexity)),
-        ]
-        for name, t in totals.items()
+def _cells(total: "Total") -> list[str]:
+    counts = (total.documents, total.tokens, total.words, total.num_bytes)
+    perplexities = (total.token_perplexity, total.word_perplexity)
+    return [
+        *map(str, counts),
+        f"{total.bits_per_byte:.4f}",
+        *(f"{perplexity:.6g}" for perplexity in perplexities),
     ]
-    print_columns([head, *rows])
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -29,7 +29,7 @@ class Options:
     name: Positional[str] = ""  # a folder, also gs://, hub name or preset; else the bundled model
     model: str = ""  # the same, as other verbs take it
     revision: str = ""  # of a hub repository
-    mesh: str = ""  # show where everything would lie on these devices, as in fsdp=4,model=2
+    mesh: str = ""  # show how everything would be laid out on these devices, as in fsdp=4,model=2
     rules: str = ""  # by this strategy: a name such as fsdp+tensor, or embed:fsdp,heads:model
     json: bool = False  # print JSON
 
@@ -60,7 +60,9 @@ def main(args: Sequence[str]) -> None:
 def _tell_adapter(folder: Path, options: Options) -> None:
     fields = describe_adapter(folder)
     if options.mesh or options.rules:
-        raise UsageError(f"an adapter lies as its model does; name that: {fields['base_model']}")
+        raise UsageError(
+            f"an adapter is laid out as its model is; name that: {fields['base_model']}"
+        )
     if options.json:
         print_json(fields)
         return

@@ -74,47 +74,36 @@ def main(args: Sequence[str]) -> None:
     if options.plan.picture:
         check_available()
     _start_jax(options.plan.topology)
+    from neo_jax.tools.plan import report
+    from neo_jax.tools.plan.plan import make_plan
+    from neo_jax.tools.plan.search import search
     from neo_jax.tools.plan.topology import find_topology
 
     topology = find_topology(options.plan.topology)
-    if options.plan.search:
-        _search(options, topology)
-    else:
-        _plan(options, topology)
-
-
-def _plan(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
-    from neo_jax.tools.plan import report
-    from neo_jax.tools.plan.plan import make_plan
-
-    chosen = options if isinstance(options, StepOptions) else options.config
-    mesh = chosen.mesh or ("" if chosen.rules else "fsdp=-1")
-    plan = make_plan(_step(options, topology, mesh, chosen.rules), topology)
-    if options.plan.json:
-        print_json(report.describe(plan))
-    else:
-        print(*report.lines(plan), sep="\n")
-    if options.plan.picture:
-        write_picture(options.plan.picture, report.draw(plan))
-
-
-def _search(options: StepOptions | ConfigOptions, topology: "Topology") -> None:
-    from neo_jax.tools.plan import report
-    from neo_jax.tools.plan.search import search
-
-    kind = options.step if isinstance(options, StepOptions) else "train"
     build = functools.partial(_step, options, topology)
-    found = search(build, topology, kind, _COMPILED)
-    if options.plan.json:
-        print_json({"topology": topology.name, "ranking": report.describe_ranking(found)})
+    chosen = options if isinstance(options, StepOptions) else options.config
+    if options.plan.search:
+        kind = options.step if isinstance(options, StepOptions) else "train"
+        found = search(build, topology, kind, _COMPILED)
+        fields = {"topology": topology.name, "ranking": report.describe_ranking(found)}
+        lines = report.ranking_lines(found)
+        draw = functools.partial(report.draw_ranking, found, topology.name)
     else:
-        print(*report.ranking_lines(found), sep="\n")
+        plan = make_plan(
+            build(chosen.mesh or ("" if chosen.rules else "fsdp=-1"), chosen.rules), topology
+        )
+        fields, lines = report.describe(plan), report.lines(plan)
+        draw = functools.partial(report.draw, plan)
+    if options.plan.json:
+        print_json(fields)
+    else:
+        print(*lines, sep="\n")
     if options.plan.picture:
-        write_picture(options.plan.picture, report.draw_ranking(found, topology.name))
+        write_picture(options.plan.picture, draw())
 
 
 def _start_jax(topology: str) -> None:
-    """Lets JAX start with as many CPU devices as are asked for, and without what else is here."""
+    """Lets JAX start with as many CPU devices as are requested, and without what else is here."""
     import jax
 
     with contextlib.suppress(RuntimeError):  # it has started: `find_topology` tells
@@ -128,7 +117,7 @@ def _start_jax(topology: str) -> None:
 def _step(
     options: StepOptions | ConfigOptions, topology: "Topology", mesh: str, rules: str
 ) -> "Step":
-    """Returns the step that is asked for, on a mesh."""
+    """Returns the step that is requested, on a mesh."""
     import jax.numpy as jnp
 
     from neo_jax.checkpoints.load import cached_dtype

@@ -69,7 +69,7 @@ def load_config(name: str) -> TrainConfig:
     """
     path = Path(name)
     if path.suffix != ".py":
-        path = beside("configs") / f"{re.sub('[-.]', '_', name)}.py"
+        path = installed_folder("configs") / f"{re.sub('[-.]', '_', name)}.py"
         if not path.is_file():
             raise NeoError(f"no config is called '{name}'.{suggest(name, _names())}")
     if not path.is_file():
@@ -99,8 +99,8 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, NeoError) else f"{type(error).__name__}: {text}"
 
 
-def beside(name: str) -> Path:
-    """Returns the folder `configs/` or `convert/`: in the package; beside it in a checkout."""
+def installed_folder(name: str) -> Path:
+    """Returns the folder `configs/` or `convert/`: in the package; next to it in a checkout."""
     package = Path(neo_jax.__file__).parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
@@ -108,5 +108,5 @@ def beside(name: str) -> Path:
 
 def _names() -> list[str]:
     """Returns the names of `configs/` as people write them: gpt_neo_1_3b is gpt-neo-1.3b."""
-    stems = sorted(path.stem for path in beside("configs").glob("[!_]*.py"))
+    stems = sorted(path.stem for path in installed_folder("configs").glob("[!_]*.py"))
     return [re.sub(r"(?<=\d)_(?=\d)", ".", stem).replace("_", "-") for stem in stems]

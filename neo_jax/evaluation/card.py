@@ -1,4 +1,4 @@
-"""A model's results beside the published ones: for people, for programs, as a picture."""
+"""A model's results next to the published ones: for people, for programs, as a picture."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _OURS, _INK, _FAINT = "#d9480f", "#222222", "#8a8a8a"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A measure of a model, beside the published one; accuracies in %."""
+    """A measure of a model, next to the published one; accuracies in %."""
 
     measure: Measure
     examples: int = 0  # 0 where it was not measured
@@ -45,11 +45,11 @@ def rows(results: Mapping[str, Any], published: str) -> list[Row]:
 
     Args:
       results: the harness's dictionary.
-      published: the name of the model beside, as `find_published` returns it.
+      published: the name of the model to compare with, as `find_published` returns it.
     """
-    beside = PUBLISHED.get(published, (None,) * len(MEASURES))
+    numbers = PUBLISHED.get(published, (None,) * len(MEASURES))
     found = []
-    for measure, number in zip(MEASURES, beside, strict=True):
+    for measure, number in zip(MEASURES, numbers, strict=True):
         task = BENCHMARKS[measure.benchmark].task
         values = results["results"].get(task)
         if not values:

@@ -23,8 +23,8 @@ from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, brief, checked, suggest
-from neo_jax.evaluation import response_cache
-from neo_jax.evaluation.loglikelihood import Request, score_continuations
+from neo_jax.evaluation.loglikelihood import Continuation, score_continuations
+from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerprint
 from neo_jax.files.paths import cache_folder
 from neo_jax.text.generate import TextOptions, check_together, read_options, reseeded
 from neo_jax.text.language_model import LanguageModel, load
@@ -41,60 +41,43 @@ class NeoLM(TemplateLM):
     """A GPT-Neo as the harness sees one.
 
     Args:
-      pretrained: see `neo_jax.load`, as for the next ones; a loaded model is taken as it is.
-      revision: of a hub repository.
-      dtype: "auto", "float32" or "bfloat16".
-      kernel: the attention implementation.
-      mesh: devices to split the model over.
-      rules: how it is split.
-      quantize: "none" or "int8".
-      cache_dtype: of keys and values while a text is written.
+      pretrained: see `neo_jax.load`; a loaded model is taken as it is.
       cache: a file of finished requests, or "none".
       batch_size: requests of one forward pass; "auto" is as many as have some thousand tokens.
-      max_batch_size: not used, as the next one; the harness tells them to every model.
+      max_batch_size: not used, as the next one; the harness gives them to every model.
       device: JAX chooses.
+      options: the other arguments of `neo_jax.load`.
 
     Raises:
-      NeoError: what `neo_jax.load` raises, or a batch size that is none.
+      NeoError: what `neo_jax.load` raises, an unknown option, or a batch size that is none.
     """
 
     def __init__(
         self,
         pretrained: str | LanguageModel = "",
-        revision: str = "",
-        dtype: str = "auto",
-        kernel: str = "auto",
-        mesh: str = "",
-        rules: str = "",
-        quantize: str = "none",
-        cache_dtype: str = "auto",
         cache: str = "",
         batch_size: str | int = "auto",
         max_batch_size: int | None = None,
         device: str | None = None,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
         """Loads the model."""
         super().__init__()
-        for name in unknown:
-            known = inspect.signature(NeoLM).parameters
-            raise NeoError(f"the model has no option '{name}'.{suggest(name, known)}")
+        known = {*inspect.signature(load).parameters, "pretrained", "cache", "batch_size"}
+        for name in options:
+            if name not in known - {"model"}:
+                raise NeoError(f"the model has no option '{name}'.{suggest(name, known)}")
         self.batch_size = batch_size
         self._rows = 0 if str(batch_size).startswith("auto") else _whole(batch_size)
         if isinstance(pretrained, LanguageModel):
             self.lm = pretrained
         else:
-            self.lm = load(
-                pretrained or None,
-                revision=revision or None,
-                dtype=dtype,
-                kernel=kernel,  # type: ignore[arg-type]
-                mesh=mesh,
-                rules=rules,
-                quantize=quantize,  # type: ignore[arg-type]
-                cache_dtype=cache_dtype,
-            )
-        self._answers = _open_answers(cache, self.lm)
+            self.lm = load(pretrained or None, **options)
+        self._answers: Answers | None = None
+        if cache != "none" and jax.process_count() == 1:
+            path = Path(cache) if cache else cache_folder() / "answers.sqlite"
+            model = fingerprint(self.lm.model, self.lm.params, self.lm.tokenizer)
+            self._answers = Answers(path, model)
 
     @property
     def max_length(self) -> int:
@@ -136,7 +119,7 @@ class NeoLM(TemplateLM):
             disable_tqdm=disable_tqdm,
         )
 
-    def _pair(self, request: Any) -> Request:
+    def _pair(self, request: Any) -> Continuation:
         context, continuation = request.args
         where = f"task '{request.task_name}', example {request.doc_id}"
         if not continuation:
@@ -145,10 +128,10 @@ class NeoLM(TemplateLM):
         continuation = context[len(stripped) :] + continuation
         if stripped:
             ids, new = self._encode_pair(stripped, continuation)
-            pair = Request(ids, new or self.tok_encode(continuation))
+            pair = Continuation(ids, new or self.tok_encode(continuation))
         else:
             start, ids = self.prefix_token_id, self.tok_encode(continuation)
-            pair = Request([start], ids[1:] if ids[:1] == [start] else ids)
+            pair = Continuation([start], ids[1:] if ids[:1] == [start] else ids)
         if not pair.continuation:
             raise NeoError(
                 f"{where}: the continuation {brief(continuation)} is what a text begins with, and "
@@ -164,12 +147,12 @@ class NeoLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [Request(context, continuation) for _, context, continuation in requests]
+        pairs = [Continuation(context, continuation) for _, context, continuation in requests]
         cut = sum(len(p.context) + len(p.continuation) > self.max_length + 1 for p in pairs)
         if cut:
-            _tell(f"{cut} of {len(pairs)} contexts are too long and lose their beginning.")
+            _report(f"{cut} of {len(pairs)} contexts are too long and lose their beginning.")
 
-        def compute(missing: list[Request]) -> Iterator[tuple[int, Any]]:
+        def compute(missing: list[Continuation]) -> Iterator[tuple[int, Any]]:
             return score_continuations(self.lm.model, self.lm.params, missing, self._rows)
 
         keys = [("loglikelihood", *pair) for pair in pairs]
@@ -192,7 +175,7 @@ class NeoLM(TemplateLM):
         return self._finish(keys, texts, compute, float, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns how the model goes on, up to the first stop string; greedily unless told.
+        """Returns how the model goes on, up to the first stop string; greedily by default.
 
         A request that is drawn and repeated gets another draw each time: the i-th is that of
         `seed + i`.
@@ -226,7 +209,7 @@ class NeoLM(TemplateLM):
         new = arguments["max_new_tokens"]
         if not 0 < new < self.max_length:
             raise NeoError(
-                f"{where} asks for {new} new tokens, the model's context is {self.max_length}; "
+                f"{where} requests {new} new tokens, the model's context is {self.max_length}; "
                 "give for example --gen-kwargs max_gen_toks=64."
             )
         ids = self.tok_encode(prompt)[-(self.max_length - new) :] or [self.prefix_token_id]
@@ -234,30 +217,29 @@ class NeoLM(TemplateLM):
 
     def _finish(
         self,
-        keys: Sequence[response_cache.Request],
-        asked: Sequence[Any],
+        keys: Sequence[Question],
+        requests: Sequence[Any],
         compute: Callable[[list[Any]], Iterator[tuple[int, Any]]],
-        form: response_cache.Form,
+        form: Form,
         quiet: bool,
     ) -> list[Any]:
-        """Returns the answer to all that is asked, of which what is not on disk is computed."""
+        """Returns the answers to all requests, of which those that are not on disk are computed."""
         known = self._answers
         found = [known.find(key, form) if known else None for key in keys]
         if known and known.damaged:
-            _tell(f"{known.damaged} finished requests on disk are damaged and computed again.")
+            _report(f"{known.damaged} finished requests on disk are damaged and computed again.")
             known.damaged = 0
         missing = [i for i, answer in enumerate(found) if answer is None]
-        bar = tqdm(total=len(keys), initial=len(keys) - len(missing), disable=quiet)
-        for i, answer in compute([asked[i] for i in missing]):
-            found[missing[i]] = answer
-            if known:
-                known.add(keys[missing[i]], answer)
-            bar.update()
-        bar.close()
+        with tqdm(total=len(keys), initial=len(keys) - len(missing), disable=quiet) as bar:
+            for i, answer in compute([requests[i] for i in missing]):
+                found[missing[i]] = answer
+                if known:
+                    known.add(keys[missing[i]], answer)
+                bar.update()
         return found
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes of the model beside its results."""
+        """What the harness writes of the model next to its results."""
         model = self.lm.model
         return {
             "model_num_parameters": sum(x.size for x in jax.tree.leaves(self.lm.params)),
@@ -274,7 +256,7 @@ class _Generation(NamedTuple):
     arguments: dict[str, Any]  # of `LanguageModel.samples`
 
 
-def _read_options(said: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
+def _read_options(arguments: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
     """Returns what arguments of generation mean, by the names that the harness's models take.
 
     As with its PyTorch model a text is drawn where `do_sample` or else a temperature says so, and
@@ -283,7 +265,7 @@ def _read_options(said: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, A
     Raises:
       NeoError: an unknown name, names that contradict each other, or a value that cannot be.
     """
-    options = {name: value for name, value in said.items() if value is not None}
+    options = {name: value for name, value in arguments.items() if value is not None}
     new = checked("max_gen_toks", _one_of(options, _NEW_NAMES, _NEW_TOKENS), int)
     stops = _one_of(options, ("until", "stop"), [])
     stops = stops if isinstance(stops, list | tuple) else [stops]
@@ -319,10 +301,10 @@ def _drawn_apart(wanted: Sequence[_Generation]) -> list[_Generation]:
     drawn = Counter[str]()
     apart = []
     for generation in wanted:
-        said, sampling = repr(generation), generation.sampling
+        same, sampling = repr(generation), generation.sampling
         if sampling.temperature > 0:
-            generation = generation._replace(sampling=reseeded(sampling, drawn[said]))
-            drawn[said] += 1
+            generation = generation._replace(sampling=reseeded(sampling, drawn[same]))
+            drawn[same] += 1
         apart.append(generation)
     return apart
 
@@ -333,16 +315,7 @@ def _whole(batch_size: str | int) -> int:
     return int(batch_size)
 
 
-def _open_answers(cache: str, lm: LanguageModel) -> response_cache.Answers | None:
-    if cache == "none" or jax.process_count() > 1:
-        return None
-    path = Path(cache) if cache else cache_folder() / "answers.sqlite"
-    return response_cache.Answers(
-        path, response_cache.fingerprint(lm.model, lm.params, lm.tokenizer)
-    )
-
-
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     if is_leader():
         print(line, file=sys.stderr, flush=True)
 
@@ -351,19 +324,16 @@ def main() -> int:
     """Runs the harness's command line; returns the exit status."""
     from lm_eval.__main__ import cli_evaluate
 
-    # Its bootstrap forks, which beside JAX's threads may never end.
+    # Its bootstrap forks, which next to JAX's threads may never end.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    args = sys.argv[1:]
-    command = args[:1] if args[:1] in (["run"], ["ls"], ["validate"]) else ["run"]
-    rest = args[1:] if args[:1] == command else args
-    if command == ["run"]:
-        for option, short, default in (
-            ("--model", "-M", "neo_jax"),
-            ("--batch_size", "-b", "auto"),
-        ):
-            if not any(arg.split("=")[0] in (option, short) for arg in rest):
-                rest = [option, default, *rest]
-    sys.argv[1:] = [*command, *rest]
+    command, *rest = sys.argv[1:] or ["run"]
+    if command not in ("run", "ls", "validate"):
+        command, rest = "run", sys.argv[1:]
+    if command == "run":
+        given = {arg.split("=")[0] for arg in rest}
+        rest = ["--model", "neo_jax", *rest] if not given & {"--model", "-M"} else rest
+        rest = ["--batch_size", "auto", *rest] if not given & {"--batch_size", "-b"} else rest
+    sys.argv[1:] = [command, *rest]
     try:
         cli_evaluate()
     except NeoError as error:

@@ -14,7 +14,7 @@ from neo_jax.model.transformer import Neo
 from neo_jax.text.score import Row, score_rows
 
 
-class Request(NamedTuple):
+class Continuation(NamedTuple):
     """How likely is this continuation of that context?"""
 
     context: list[int]  # at least one token
@@ -22,14 +22,14 @@ class Request(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """The answer to a `Request`."""
+    """Of a `Continuation`."""
 
     logprob: float  # the sum over the continuation's tokens, in nats
     greedy: bool  # whether each of them is the likeliest
 
 
 def score_continuations(
-    model: Neo, params: Params, requests: Sequence[Request], batch_size: int = 0
+    model: Neo, params: Params, requests: Sequence[Continuation], batch_size: int = 0
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yields the index of each request and its answer, as batches are finished.
 
@@ -55,7 +55,7 @@ def score_continuations(
             yield request, Likelihood(total, bool(greedy[here].all()))
 
 
-def check(model: Neo, requests: Sequence[Request]) -> None:
+def check(model: Neo, requests: Sequence[Continuation]) -> None:
     """Checks what cannot be scored; raises as `score_continuations`."""
     vocab, context = model.config.vocab_size, model.config.max_length
     for i, request in enumerate(requests):
@@ -74,7 +74,7 @@ def check(model: Neo, requests: Sequence[Request]) -> None:
             )
 
 
-def _shared(requests: Sequence[Request], context: int) -> tuple[list[Row], list[list[int]]]:
+def _shared(requests: Sequence[Continuation], context: int) -> tuple[list[Row], list[list[int]]]:
     """Returns the rows to compute, and the requests that each of them answers, in order."""
     read = [tuple((r.context + r.continuation)[-(context + 1) : -1]) for r in requests]
     rows: list[tuple[tuple[int, ...], list[int], list[int]]] = []

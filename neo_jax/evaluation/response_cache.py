@@ -4,6 +4,9 @@ An answer is found again by what gave it: the model, bit by bit, how and with wh
 the request. So one file serves any number of models, tasks and processes, and no answer outlives
 the weights that gave it. Only how requests were batched is not told apart, which sums in another
 order. An answer that is not as it was written is none.
+
+The harness's own cache (`CachingLM`) keeps none of this: its keys do not know the model, it writes
+from another thread and unpickles what it finds, and it keeps no text that was drawn.
 """
 
 import contextlib
@@ -39,8 +42,8 @@ _SETTINGS = (
 )  # fmt: skip
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
-Request = tuple[str | Sequence[int], ...]
-"""What was asked: texts and ids."""
+Question = tuple[str | Sequence[int], ...]
+"""What was requested: texts and ids."""
 
 Form = type | tuple[type, ...]
 """What an answer is: float, str, or a list of these."""
@@ -59,8 +62,7 @@ class Answers:
 
     def __init__(self, path: Path, model: str) -> None:
         self.damaged = 0  # answers that were found and could not be used
-        self._path = path
-        self._model = model.encode()
+        self._path, self._model = path, model.encode()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=_BUSY)
@@ -70,16 +72,15 @@ class Answers:
                 "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT NOT NULL)"
             )
 
-    def find(self, request: Request, form: Form | None = None) -> Any:
-        """Returns the answer to a request, None where there is none.
+    def find(self, question: Question, form: Form | None = None) -> Any:
+        """Returns the answer to a question, None where there is none.
 
         What is there but not as `add` wrote it, or of another form, is counted in `damaged`.
         """
-        key = self._key(request)
+        key = self._key(question)
         with self._explained():
-            found = self._database.execute(
-                "SELECT CAST(answer AS BLOB) FROM answers WHERE key = ?", (key,)
-            ).fetchone()
+            query = "SELECT CAST(answer AS BLOB) FROM answers WHERE key = ?"
+            found = self._database.execute(query, (key,)).fetchone()
         if not found:
             return None
         check, said = (found[0] or b"")[:_CHECK], (found[0] or b"")[_CHECK:]
@@ -91,9 +92,9 @@ class Answers:
         self.damaged += 1
         return None
 
-    def add(self, request: Request, answer: Any) -> None:
+    def add(self, question: Question, answer: Any) -> None:
         """Keeps an answer, anything that JSON can say; a process killed later has kept it."""
-        key, said = self._key(request), json.dumps(answer).encode()
+        key, said = self._key(question), json.dumps(answer).encode()
         row = (key, (_check(key, said) + said).decode())
         with self._explained(), self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
@@ -102,9 +103,9 @@ class Answers:
         """Closes the file."""
         self._database.close()
 
-    def _key(self, request: Request) -> bytes:
+    def _key(self, question: Question) -> bytes:
         digest = hashlib.sha256(self._model)
-        for part in request:
+        for part in question:
             data = part.encode() if isinstance(part, str) else np.asarray(part, "<i4").tobytes()
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
@@ -137,12 +138,8 @@ def _has_form(answer: Any, form: Form) -> bool:
 def fingerprint(model: Neo, params: Params, tokenizer: Tokenizer | None = None) -> str:
     """Returns what tells a model from others: every weight, how it computes, and with what.
 
-    Where a weight lies does not matter: sums of whole numbers are the same in any order.
-
-    Args:
-      model: the model, of which every field counts.
-      params: its parameters.
-      tokenizer: what turns ids into the texts that answer, with all that it would save.
+    That is every field of the model, and all that its tokenizer would save. On which devices a
+    weight is does not matter: sums of whole numbers are the same in any order.
     """
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     for name in ("parent", "name"):  # of Flax

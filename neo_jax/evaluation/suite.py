@@ -87,7 +87,7 @@ def _advice(name: str) -> str:
 
 def _load_file(manager: TaskManager, name: str, file: str) -> Task:
     """The harness's own task, with a file's examples as its test split."""
-    read_examples(name, file)  # what is wrong with it is told before the harness sees it
+    read_examples(name, file)  # what is wrong with it is reported before the harness sees it
     task = BENCHMARKS[name].task
     config: dict[str, Any] = dict(_PILE)
     if name != "pile":

@@ -23,7 +23,7 @@ _RESAMPLES = 1000  # for the standard errors of what is no mean
 
 
 class _Tasks(TaskManager):
-    """The harness's tasks, of which those that cannot be loaded are told in one line."""
+    """The harness's tasks, of which those that cannot be loaded are reported in one line."""
 
     def load(self, task_list: Any) -> Any:
         try:
@@ -162,7 +162,7 @@ def _explained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keeps stdout for results, the log for warnings, and the harness from forking beside JAX."""
+    """Keeps stdout for results, the log for warnings, and the harness from forking next to JAX."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

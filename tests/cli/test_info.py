@@ -84,7 +84,7 @@ def test_an_adapter_alone(succeed, fail, tmp_path):
     }
     assert "targets     q_proj, v_proj\n" in succeed("info", tmp_path)
     message = fail("info", tmp_path, "--mesh", "fsdp=8", status=2)
-    assert "an adapter lies as its model does; name that: EleutherAI/gpt-neo-1.3B" in message
+    assert "an adapter is laid out as its model is; name that: EleutherAI/gpt-neo-1.3B" in message
     (tmp_path / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors: No such file" in fail("info", tmp_path)
 

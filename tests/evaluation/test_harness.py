@@ -225,7 +225,7 @@ class Asked:
         ("loglikelihood", ("the fox", ""), "task 'a', example 3: the continuation '' is empty"),
         ("loglikelihood", ("", ""), "task 'a', example 3: the continuation '' is empty"),
         ("loglikelihood", ("it", "x y" * 50), "the continuation has .* the model's context 64"),
-        ("generate_until", ("it", {"max_gen_toks": 64}), "task 'a' asks for 64 new tokens, the"),
+        ("generate_until", ("it", {"max_gen_toks": 64}), "task 'a' requests 64 new tokens, the"),
         (
             "loglikelihood",
             ("", "<|endoftext|>"),

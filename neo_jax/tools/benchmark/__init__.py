@@ -1,1 +1,1 @@
-"""How fast a model runs on the devices that are here, beside what these can do."""
+"""How fast a model runs on the devices that are here, next to what these can do."""

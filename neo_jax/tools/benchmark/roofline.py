@@ -77,7 +77,7 @@ def _draw_roofs(axes: Any, result: Result, left: float, right: float) -> None:
 
 
 def _draw_labels(axes: Any, points: list[Any]) -> None:
-    """Writes beside each point what it is; from the top on, none over another."""
+    """Writes next to each point what it is; from the top on, none over another."""
     height, width = 15, 62  # of a label, in pixels
     taken: list[tuple[float, float]] = []
     for x, y, step in sorted(points, key=lambda point: -point[1]):

@@ -25,7 +25,7 @@ from neo_jax.training.config import TrainConfig
 class Request(NamedTuple):
     """What to measure."""
 
-    name: str  # of the model, to be told
+    name: str  # of the model, as it is reported
     model: Neo  # as `load` holds it
     load_params: Callable[[], Params]  # gives its parameters; not called for training alone
     train_sharding: Sharding | None  # how `train` splits it
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
     @property
     def devices(self) -> list[jax.Device]:
-        """Those that the model lies on."""
+        """Those that the model is on."""
         sharding = self.model.sharding
         return list(sharding.mesh.devices.flat) if sharding else [jax.local_devices()[0]]
 

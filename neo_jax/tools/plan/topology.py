@@ -14,7 +14,7 @@ import jax
 from neo_jax.devices.chips import Chip, chip
 from neo_jax.errors import NeoError, suggest
 
-# JAX's kinds of TPU, and what each wants to be told.
+# JAX's kinds of TPU, and the options that each needs.
 _KINDS: dict[str, dict[str, Any]] = {
     "v2": {},
     "v3": {},
