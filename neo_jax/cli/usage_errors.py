@@ -33,11 +33,11 @@ def as_typed(message: str, args: Sequence[str]) -> str:
 def one_line(box: str, verb: str) -> str:
     """Returns what tyro says in a drawn box, and what it suggests: its first paragraphs."""
     paragraphs = [""]
-    for line in box.strip().splitlines()[1:-1]:  # without the title and the lower edge
-        text = line[1:-1].strip()
+    for line in box.splitlines()[1:]:  # the first has the title
+        text = line.strip("│╭╮╰╯ ")
         if text.strip("─-"):
             paragraphs[-1] += f" {text}"
-        else:
+        elif paragraphs[-1]:
             paragraphs.append("")
     said = " ".join(paragraphs[0].split()).rstrip(".")
     if found := re.match(r"Error parsing [\w.]+: (.*)", said):  # of a dataclass: it says what to do
