@@ -14,8 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from neo_jax.model.layers import _Product
-from neo_jax.sharding.fsdp import FsdpLayout
+from neo_jax.ops.matmul import halved, product, turned
 
 WIDTH, LAYERS, ROWS_OF_TABLE = 768, 12, 50304
 
@@ -48,13 +47,12 @@ def draw(dtype):
 
 def measure(dtype, weights, rows, rounds) -> dict[str, float]:
     """Returns the milliseconds of a pass by every form."""
-    product = _Product(1, dtype, FsdpLayout.of(None, (None, None)))
     forms = {
-        "plain": lambda x, w: product._einsum("bi,oi->bo", x, w),
-        "turned": product._turned,
+        "plain": lambda x, w: product("bi,oi->bo", x, w, dtype),
+        "turned": lambda x, w: turned(x, w, dtype),
     }
     if rows == 1 and dtype == jnp.float32:
-        forms["halved"] = product._halved
+        forms["halved"] = lambda x, w: halved(x, w, dtype, is_single=True)
 
     def passed(multiply, x, weights):
         *layers, (head,) = weights

@@ -21,7 +21,7 @@ from neo_jax.devices.processes import is_leader, to_host
 from neo_jax.errors import NeoError, brief, checked, reason
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_file, make_path
-from neo_jax.model.layers import LowRank
+from neo_jax.model.low_rank import LowRank
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.transforms.lora import LoraConfig, add_adapters, merge
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from neo_jax.axes import BATCH, HEAD_DIM, HEADS, KV_LENGTH, Array, Float, Int
 from neo_jax.config import ModelConfig
+from neo_jax.ops.cache_write import slot_axis, write_slots
 from neo_jax.ops.int8 import Int8, rounded
 from neo_jax.sharding.rules import Sharding, constrain
 
@@ -91,83 +92,14 @@ def extend(
     v: Float[Array, "B N T H"],
     positions: Int[Array, "B T"],
 ) -> LayerCache:
-    """Writes new keys and values into the slots of their positions; those at -1 are dropped.
-
-    The way is that which the compiler of the device does in place. For a scatter a TPU's lays the
-    cache out anew before and after each step; for a slice a CPU's makes all bfloat16 float32.
-    """
+    """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
     new = LayerCache(_like(cache.k, k), _like(cache.v, v), positions)
-    return jax.lax.platform_dependent(cache, new, tpu=_extend_in_turn, default=_extend_at_once)
+    return write_slots(cache, new, positions, cache.positions.shape[1])
 
 
 def _like(old: Array | Int8, new: Array) -> Array | Int8:
     """Returns new keys or values as the cache holds them."""
     return rounded(new, 1) if isinstance(old, Int8) else new
-
-
-def _slot_axis(ndim: int) -> int:
-    """Returns which axis of a leaf of a layer's cache, [B, S] or [B, N, S, ...], are slots."""
-    return min(ndim - 1, 2)
-
-
-def _extend_in_turn(cache: LayerCache, new: LayerCache) -> LayerCache:
-    """Writes one token of one row after another, as slices."""
-    rows, tokens = new.positions.shape
-    slots = cache.positions.shape[1]
-
-    def write_one(i: Array, cache: LayerCache) -> LayerCache:
-        row, token = i // tokens, i % tokens
-        position = new.positions[row, token]
-
-        def write(old: Array, new: Array) -> Array:
-            axis = _slot_axis(new.ndim)
-            source, place = [row] + [0] * (new.ndim - 1), [row] + [0] * (new.ndim - 1)
-            source[axis], place[axis] = token, position % slots
-            sizes = [size if i not in (0, axis) else 1 for i, size in enumerate(new.shape)]
-            new = jax.lax.dynamic_slice(new, source, sizes).astype(old.dtype)
-            here = jax.lax.dynamic_slice(old, place, sizes)
-            return jax.lax.dynamic_update_slice(old, jnp.where(position >= 0, new, here), place)
-
-        return jax.tree.map(write, cache, new)
-
-    return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
-
-
-def _extend_at_once(cache: LayerCache, new: LayerCache) -> LayerCache:
-    """Writes all tokens of all rows by one scatter a leaf."""
-    slots, positions = cache.positions.shape[1], new.positions
-    if positions.shape == (1, 1):
-        return _extend_by_one(cache, new)
-    rows = jnp.arange(positions.shape[0])[:, None]
-    index = jnp.where(positions >= 0, positions % slots, slots)
-
-    def write(old: Array, new: Array) -> Array:
-        # Two index arrays around a slice put their axes in front: [B, T, N, H].
-        new = new.astype(old.dtype).swapaxes(1, 2)
-        return old.at[rows, :, index].set(new, mode="drop")
-
-    return LayerCache(
-        jax.tree.map(write, cache.k, new.k),
-        jax.tree.map(write, cache.v, new.v),
-        cache.positions.at[rows, index].set(positions, mode="drop"),
-    )
-
-
-def _extend_by_one(cache: LayerCache, new: LayerCache) -> LayerCache:
-    """The same for one token of one row, as a slice of arrays without their batch axis.
-
-    XLA's CPU backend moves an axis of size 1 about, and then copies the cache at every step.
-    """
-    position = new.positions[0, 0]
-    slot = position % cache.positions.shape[1]
-
-    def write(old: Array, new: Array) -> Array:
-        axis = _slot_axis(new.ndim) - 1
-        here = jax.lax.dynamic_slice_in_dim(old[0], slot, 1, axis)
-        new = jnp.where(position >= 0, new[0].astype(old.dtype), here)
-        return jax.lax.dynamic_update_slice_in_dim(old[0], new, slot, axis)[None]
-
-    return jax.tree.map(write, cache, new)
 
 
 def rollback(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
@@ -236,7 +168,7 @@ def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
 def _resize(layer: LayerCache, slots: int) -> LayerCache:
     # Where the number of slots changes no text has wrapped around yet: slots are positions.
     def fit(leaf: Array) -> Array:
-        axis = _slot_axis(leaf.ndim)
+        axis = slot_axis(leaf.ndim)
         kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
         widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
         return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions

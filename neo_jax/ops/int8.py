@@ -7,14 +7,15 @@ float32 is up to four times the speed where memory is the limit.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Float, Int
+from neo_jax.ops.matmul import as_matrix, as_rows, product
 
 LARGEST = 127
 """The largest magnitude of a whole number: -128 is not used, so that signs are alike."""
@@ -28,12 +29,15 @@ _FINE = 254  # steps of the fine part of an activation within one of the coarse 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """A parameter, values x scale: a pytree that stands where the parameter's array does."""
+    """A parameter, values x scale: a pytree that stands where the parameter's array does.
 
-    values: Any  # int8 [outputs..., inputs...]; in trees of other things one of these
-    scale: Any  # float32 [outputs...], what a step is worth
+    In trees of other things than arrays its parts are such things.
+    """
 
-    def dequantized(self) -> Array:
+    values: Int[Array, "*weight"]  # int8 [outputs..., inputs...]
+    scale: Float[Array, "*outputs"]  # float32, what a step is worth
+
+    def dequantized(self) -> Float[Array, "*weight"]:
         """Returns the parameter, float32 [outputs..., inputs...]."""
         return self.values * for_each(self.scale, self.values.ndim)
 
@@ -58,27 +62,21 @@ def rounded(weight: Array, num_inputs: int) -> Int8:
 
 
 def multiply(
-    x: Float[Array, "B T I"], values: Int[Array, "O I"], dtype: DTypeLike
-) -> Float[Array, "B T O"]:
-    """Returns x values^T in float32; whole numbers are exact in bfloat16 too.
+    x: Float[Array, "B T *I"], values: Int[Array, "..."], dtype: DTypeLike
+) -> Float[Array, "B T ..."]:
+    """Multiplies activations by values [outputs..., inputs...]; returns float32 [B, T, outputs...].
+
+    Whole numbers are exact in bfloat16 too.
 
     CPUs that multiplied few rows in floats would write and read all weights as such at each step.
     They turn the rows into whole numbers instead: a coarse one, and a fine one for what is left,
     together within 1 / 64516 of the row's largest magnitude; their products and sums are exact.
     """
-    few = math.prod(x.shape[:2]) <= FEW_ROWS
-
-    def in_floats(x: Array, values: Array) -> Array:
-        return jnp.einsum(
-            "bti,oi->bto",
-            x.astype(dtype),
-            values.astype(dtype),
-            precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
-
-    cpu = _in_whole_numbers if few else in_floats
-    return jax.lax.platform_dependent(x, values, cpu=cpu, default=in_floats)
+    in_floats = functools.partial(product, "bti,oi->bto", dtype=dtype)
+    cpu = _in_whole_numbers if math.prod(x.shape[:2]) <= FEW_ROWS else in_floats
+    matrix = as_matrix(values, x.ndim - 2)
+    y = jax.lax.platform_dependent(as_rows(x), matrix, cpu=cpu, default=in_floats)
+    return y.reshape((*x.shape[:2], *values.shape[: 2 - x.ndim]))
 
 
 def _in_whole_numbers(x: Array, values: Array) -> Array:

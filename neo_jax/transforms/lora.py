@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from neo_jax.axes import LAYERS, Array, Params
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
-from neo_jax.model.layers import LowRank, low_rank_axes
+from neo_jax.model.low_rank import LowRank, low_rank_axes
 from neo_jax.model.tensor_table import KERNELS, tensors
 
 

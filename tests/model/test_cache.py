@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neo_jax.config import ModelConfig
-from neo_jax.model import cache as caching
 from neo_jax.model.cache import SLACK, LayerCache, extend, from_sequence, num_bytes, num_slots
+from neo_jax.ops import cache_write
 from neo_jax.ops.attention import Mask
 from neo_jax.ops.int8 import rounded
 
@@ -17,7 +17,14 @@ CONFIG = ModelConfig(
     num_layers=2, embed_dim=4, num_heads=2, vocab_size=9, max_length=64, window_size=5
 )
 extend = jax.jit(extend)
-at_once, in_turn = jax.jit(caching._extend_at_once), jax.jit(caching._extend_in_turn)
+
+
+def of_cache(write):
+    """The same for a layer's cache and new entries of it."""
+    return jax.jit(lambda old, new: write(old, new, new.positions, old.positions.shape[1]))
+
+
+at_once, in_turn = of_cache(cache_write.write_at_once), of_cache(cache_write.write_in_turn)
 
 
 def contents(positions, heads=2, head_dim=3):

@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax.nn.initializers import normal
 from jax.test_util import check_grads
 
-from neo_jax.model.layers import Einsum, Embed, LayerNorm, LowRank, einsum
+from neo_jax.model.layers import Einsum, Embed, LayerNorm, einsum
+from neo_jax.model.low_rank import LowRank
 
 pytestmark = pytest.mark.optimized
 

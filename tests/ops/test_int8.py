@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neo_jax.model.layers import Embed, LowRank, einsum
+from neo_jax.model.layers import Embed, einsum
+from neo_jax.model.low_rank import LowRank
 from neo_jax.ops.int8 import FEW_ROWS, Int8, rounded
 
 SIZES = {"d": 96, "n": 4, "h": 24, "f": 160, "v": 70}

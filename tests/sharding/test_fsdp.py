@@ -7,7 +7,8 @@ import pytest
 
 from neo_jax.devices import torus
 from neo_jax.model.layers import einsum
-from neo_jax.sharding.fsdp import FsdpLayout, embedding_lookup
+from neo_jax.ops.embedding import embedding_lookup
+from neo_jax.sharding.fsdp import FsdpLayout
 from neo_jax.sharding.rules import make_sharding
 
 STRATEGIES = [

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.errors import NeoError
-from neo_jax.model.layers import LowRank
+from neo_jax.model.low_rank import LowRank
 from neo_jax.model.scan import embed, hidden, stack, stacked_axes, unstack
 from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters, merge
 

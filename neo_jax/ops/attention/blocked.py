@@ -15,6 +15,7 @@ from neo_jax.axes import Array, Float
 from neo_jax.errors import NeoError
 from neo_jax.ops.attention.dense import HIDDEN
 from neo_jax.ops.attention.mask import Mask
+from neo_jax.ops.matmul import product
 
 BLOCK_SIZE = 256
 
@@ -55,14 +56,15 @@ def _forward(
     window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
 ) -> tuple[Array, tuple]:
     mask = _mask(positions, window)
+    multiply = functools.partial(product, dtype=q.dtype)
     outputs, log_sums = [], []
     for queries, keys in _blocks(q.shape[2], window, block_size):
-        logits = _product("bnth,bnsh->bnts", q[:, :, queries], k[:, :, keys])
+        logits = multiply("bnth,bnsh->bnts", q[:, :, queries], k[:, :, keys])
         logits = jnp.where(mask.block(queries, keys).visible()[:, None], logits, HIDDEN)
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        outputs.append(_product("bnts,bnsh->bnth", weights.astype(v.dtype), v[:, :, keys]) / total)
+        outputs.append(multiply("bnts,bnsh->bnth", weights, v[:, :, keys]) / total)
         log_sums.append((largest + jnp.log(total)).swapaxes(2, 3))
     y, log_sum = jnp.concatenate(outputs, axis=2), jnp.concatenate(log_sums, axis=3)
     return y, (q, k, v, positions, y, log_sum)
@@ -73,6 +75,7 @@ def _backward(
 ) -> tuple[Array | None, ...]:
     q, k, v, positions, y, log_sum = saved
     mask = _mask(positions, window)
+    multiply = functools.partial(product, dtype=q.dtype)
     dots = jnp.sum(grad * y, axis=-1)[:, :, None]
     grad = jax.lax.optimization_barrier(grad.astype(v.dtype))
     grads_q = []
@@ -80,15 +83,14 @@ def _backward(
     # Keys come first in a block's weights, "bnst": only one of the products transposes an operand.
     for queries, keys in _blocks(q.shape[2], window, block_size):
         block_q, block_k, block_grad = q[:, :, queries], k[:, :, keys], grad[:, :, queries]
-        logits = _product("bnsh,bnth->bnst", block_k, block_q)
+        logits = multiply("bnsh,bnth->bnst", block_k, block_q)
         visible = mask.block(queries, keys).visible()[:, None].swapaxes(2, 3)
         weights = jnp.where(visible, jnp.exp(logits - log_sum[..., queries]), 0)
-        grad_weights = _product("bnsh,bnth->bnst", v[:, :, keys], block_grad)
+        grad_weights = multiply("bnsh,bnth->bnst", v[:, :, keys], block_grad)
         grad_logits = (weights * (grad_weights - dots[..., queries])).astype(q.dtype)
-        grads_q.append(_product("bnst,bnsh->bnth", grad_logits, block_k))
-        grad_k = grad_k.at[:, :, keys].add(_product("bnst,bnth->bnsh", grad_logits, block_q))
-        weights = weights.astype(v.dtype)
-        grad_v = grad_v.at[:, :, keys].add(_product("bnst,bnth->bnsh", weights, block_grad))
+        grads_q.append(multiply("bnst,bnsh->bnth", grad_logits, block_k))
+        grad_k = grad_k.at[:, :, keys].add(multiply("bnst,bnth->bnsh", grad_logits, block_q))
+        grad_v = grad_v.at[:, :, keys].add(multiply("bnst,bnth->bnsh", weights, block_grad))
     grad_q = jnp.concatenate(grads_q, axis=2)
     grads = (grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype))
     return *grads, None
@@ -111,13 +113,3 @@ def _blocks(length: int, window: int | None, size: int) -> list[tuple[slice, sli
         (slice(start, stop), slice(key, stop))
         for start, stop, key in zip(starts, stops, first, strict=True)
     ]
-
-
-def _product(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(
-        equation,
-        x,
-        y,
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )

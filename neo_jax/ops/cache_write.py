@@ -1,0 +1,84 @@
+"""Writing new entries into the slots of a cache, in the way that each platform does in place.
+
+For a scatter a TPU's compiler lays the cache out anew before and after each step; for a slice a
+CPU's makes all bfloat16 float32. Leaves are [B, S], or [B, N, S, ...]; new ones have tokens in the
+place of slots. A token at position p belongs in slot p modulo S; tokens at -1 are dropped.
+"""
+
+import functools
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from neo_jax.axes import Array, Int
+
+Tree = TypeVar("Tree")
+
+
+def write_slots(cache: Tree, new: Tree, positions: Int[Array, "B T"], slots: int) -> Tree:
+    """Returns a tree of a layer's cache, of so many slots, with new entries at these positions."""
+    in_turn = functools.partial(write_in_turn, slots=slots)
+    at_once = functools.partial(write_at_once, slots=slots)
+    return jax.lax.platform_dependent(cache, new, positions, tpu=in_turn, default=at_once)
+
+
+def slot_axis(ndim: int) -> int:
+    """Returns which axis of a leaf of a layer's cache are the slots."""
+    return min(ndim - 1, 2)
+
+
+def write_in_turn(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
+    """Writes one token of one row after another, as slices."""
+    rows, tokens = positions.shape
+
+    def write_one(i: Array, cache: Tree) -> Tree:
+        row, token = i // tokens, i % tokens
+        position = positions[row, token]
+
+        def write(old: Array, new: Array) -> Array:
+            axis = slot_axis(new.ndim)
+            source, place = [row] + [0] * (new.ndim - 1), [row] + [0] * (new.ndim - 1)
+            source[axis], place[axis] = token, position % slots
+            sizes = [size if i not in (0, axis) else 1 for i, size in enumerate(new.shape)]
+            new = jax.lax.dynamic_slice(new, source, sizes).astype(old.dtype)
+            here = jax.lax.dynamic_slice(old, place, sizes)
+            return jax.lax.dynamic_update_slice(old, jnp.where(position >= 0, new, here), place)
+
+        return jax.tree.map(write, cache, new)
+
+    return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
+
+
+def write_at_once(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
+    """Writes all tokens of all rows by one scatter a leaf."""
+    if positions.shape == (1, 1):
+        return _write_one(cache, new, positions, slots)
+    rows = jnp.arange(positions.shape[0])[:, None]
+    index = jnp.where(positions >= 0, positions % slots, slots)
+
+    def write(old: Array, new: Array) -> Array:
+        new = new.astype(old.dtype)
+        if new.ndim == 2:
+            return old.at[rows, index].set(new, mode="drop")
+        # Two index arrays around a slice put their axes in front: [B, T, N, ...].
+        return old.at[rows, :, index].set(new.swapaxes(1, 2), mode="drop")
+
+    return jax.tree.map(write, cache, new)
+
+
+def _write_one(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
+    """Writes one token of one row, as a slice of arrays without their batch axis.
+
+    XLA's CPU backend moves an axis of size 1 about, and then copies the cache at every step.
+    """
+    position = positions[0, 0]
+    slot = position % slots
+
+    def write(old: Array, new: Array) -> Array:
+        axis = slot_axis(new.ndim) - 1
+        here = jax.lax.dynamic_slice_in_dim(old[0], slot, 1, axis)
+        new = jnp.where(position >= 0, new[0].astype(old.dtype), here)
+        return jax.lax.dynamic_update_slice_in_dim(old[0], new, slot, axis)[None]
+
+    return jax.tree.map(write, cache, new)
