@@ -112,7 +112,7 @@ def make_sides(dtypes):
         reference.generation_config.eos_token_id = None
         cast = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), params)
         sides["ours", dtype] = make_ours(
-            Neo(config, jnp.dtype(dtype), cache_dtype=cached_dtype("auto", jax.default_backend())),
+            Neo(config, jnp.dtype(dtype), cache_dtype=cached_dtype("auto")),
             cast,
         )
         sides["theirs", dtype] = make_theirs(reference.eval().to(getattr(torch, dtype)))

@@ -14,7 +14,8 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
-from neo_jax.sharding.rules import make_sharding, tpu_layout
+from neo_jax.ops.tuning import tpu_layout
+from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.topology import find_topology
 
 

@@ -13,9 +13,11 @@ from neo_jax.checkpoints.int8_folder import is_int8, load_int8, read_int8_config
 from neo_jax.checkpoints.open_model import load_params, read_config
 from neo_jax.checkpoints.peft import apply_adapter
 from neo_jax.config import ModelConfig
+from neo_jax.devices import probe
 from neo_jax.errors import NeoError, suggest
 from neo_jax.model import tensor_table
-from neo_jax.sharding.rules import Sharding, tpu_layout
+from neo_jax.ops.tuning import tpu_layout
+from neo_jax.sharding.rules import Sharding
 from neo_jax.transforms.quantize import Quantization, quantize, quantize_one
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -87,14 +89,16 @@ def compute_dtype(name: str) -> np.dtype:
       NeoError: no dtype of this name.
     """
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return probe.fast_dtype()
     if name not in ("float32", "bfloat16"):
         raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
     return jnp.dtype(name)
 
 
-def cached_dtype(name: str, platform: str) -> np.dtype | None:
+def cached_dtype(name: str, device: jax.Device | None = None) -> np.dtype | None:
     """Returns the dtype of keys and values that `load` means by a name; None for that of products.
+
+    "auto" is what suits a device, by default those of this process.
 
     Raises:
       NeoError: no dtype of this name.
@@ -102,5 +106,5 @@ def cached_dtype(name: str, platform: str) -> np.dtype | None:
     if name not in CACHE_DTYPES:
         raise NeoError(f"no cache is of '{name}'.{suggest(name, CACHE_DTYPES)}")
     if name == "auto":
-        return jnp.dtype(jnp.float32) if platform == "cpu" else None
+        return probe.fast_cache_dtype(device)
     return jnp.dtype(name)

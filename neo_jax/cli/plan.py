@@ -155,7 +155,7 @@ def _step(
     if length > model.max_length:
         raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
     kind = steps.prefill_step if options.step == "prefill" else steps.decode_step
-    cached = cached_dtype(options.cache_dtype, topology.devices[0].platform)
+    cached = cached_dtype(options.cache_dtype, topology.devices[0])
     dtype = jnp.dtype(options.dtype)
     neo = Neo(model, dtype, options.kernel, sharding, cache_dtype=cached)
     return kind(neo, batch, length, options.quantize)

@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +63,18 @@ def check_batch(rows: int, length: int, row_bytes: float = 0, num_devices: int =
         )
 
 
+def peak_memory() -> float:
+    """Returns the most bytes that a device of this process has held so far; NaN where unknown.
+
+    A CPU's is the memory of the whole process.
+    """
+    if jax.default_backend() == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(each.get("peak_bytes_in_use", math.nan) for each in stats)
+
+
 def device_bytes(leaf: Any, tiled: bool) -> int:
     """Returns the bytes that each device holds of an array.
 
@@ -76,8 +90,15 @@ def device_bytes(leaf: Any, tiled: bool) -> int:
     return tiled_bytes(shape, itemsize, layout and layout.major_to_minor)
 
 
-def tree_bytes(tree: Any, tiled: bool) -> int:
-    """Returns the bytes that each device holds of all arrays of a tree."""
+def tree_bytes(tree: Any, tiled: bool | None = None) -> int:
+    """Returns the bytes that each device holds of all arrays of a tree.
+
+    Args:
+      tree: see `device_bytes`.
+      tiled: likewise; by default as it is for the devices of this process.
+    """
+    if tiled is None:
+        tiled = jax.default_backend() == "tpu"
     return sum(device_bytes(leaf, tiled) for leaf in jax.tree.leaves(tree))
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import neo_jax
 from neo_jax.axes import Params
 from neo_jax.checkpoints.checksums import checksums
+from neo_jax.devices.probe import identity
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import device_of
@@ -146,12 +147,11 @@ def fingerprint(model: Neo, params: Params, tokenizer: Tokenizer | None = None) 
         del fields[name]
     fields["dtype"] = jnp.dtype(model.dtype)
     fields["cache_dtype"] = jnp.dtype(model.cache_dtype or model.dtype)
-    device = device_of(model.sharding)
     leaves, sums = jax.tree_util.tree_leaves_with_path(params), checksums(params).values()
     parts = [
         *fields.items(),
         (neo_jax.__version__, jax.__version__, jaxlib.__version__),
-        (device.platform, device.device_kind),
+        identity(device_of(model.sharding)),
         *((name, jax.config.values[name]) for name in _SETTINGS),
         *((name, os.environ.get(name)) for name in _FLAGS),
         *_saved(tokenizer),

@@ -141,7 +141,7 @@ def hidden(
     trees = [params[f"unit_{position}"] for position in range(unit)]
     numbers = jnp.arange(config.num_layers // unit)
     x, _ = jax.lax.scan(one_unit, x, (trees, numbers), unroll=min(unroll, len(numbers)))
-    return model.apply({"params": params}, x, method=Neo.normalize)
+    return model.apply({"params": params}, x, method=lambda neo, x: neo.ln_f(x))
 
 
 def _indices(rows: Array) -> Array:

@@ -54,7 +54,23 @@ class Attention(nn.Module):
     kernel: Kernel = "auto"
     sharding: Sharding | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the four linear maps."""
+        embed, heads, bias = (axes.EMBED,), (axes.HEADS, axes.HEAD_DIM), self.config.qkv_bias
+        self.q_proj = _linear(self, "q_proj", embed, heads, bias)
+        self.k_proj = _linear(self, "k_proj", embed, heads, bias)
+        self.v_proj = _linear(self, "v_proj", embed, heads, bias)
+        self.out_proj = _linear(self, "out_proj", heads, embed)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
+        """Returns what keys are multiplied by."""
+        scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
+        return self._of_heads(self.q_proj, x, scale)
+
+    def _of_heads(self, linear: Einsum, x: Array, scale: float = 1.0) -> Array:
+        y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
+        return constrain(self.sharding, y, QUERIES, linear.name)
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -64,25 +80,15 @@ class Attention(nn.Module):
         query_indices: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
         """Returns the attention's output, of the requested tokens or all, and keys and values."""
-        heads = (axes.HEADS, axes.HEAD_DIM)
-        scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
-
-        def project(name: str, x: Array, scale: float = 1.0) -> Array:
-            linear = _linear(self, name, (axes.EMBED,), heads, bias=self.config.qkv_bias)
-            y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
-            return constrain(self.sharding, y, QUERIES, name)
-
-        q = project("q_proj", _at(x, query_indices), scale)
-        k, v = project("k_proj", x), project("v_proj", x)
+        q = self.queries(_at(x, query_indices))
+        k, v = self._of_heads(self.k_proj, x), self._of_heads(self.v_proj, x)
         aligned = cache is None and query_indices is None  # the sequence is its own cache
         cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
         of_queries, starts = (_at(each, query_indices) for each in (positions, segment_starts))
         mask = Mask(of_queries, cache.positions, self.window, aligned, starts)
         cache = caching.place(self.sharding, cache)
-        self.sow("intermediates", "queries", q)  # for those who ask; else nothing is kept
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
-        out_proj = _linear(self, "out_proj", heads, (axes.EMBED,))
-        return out_proj("btnh,dnh->btd", y.swapaxes(1, 2)), cache
+        return self.out_proj("btnh,dnh->btd", y.swapaxes(1, 2)), cache
 
 
 class MLP(nn.Module):
@@ -92,14 +98,16 @@ class MLP(nn.Module):
     dtype: DTypeLike = jnp.float32
     sharding: Sharding | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the two linear maps."""
+        self.c_fc = _linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
+        self.c_proj = _linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
+
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns c_proj(activation(c_fc(x)))."""
-        c_fc = _linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
-        c_proj = _linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
-        x = ACTIVATIONS[self.config.activation](c_fc("btd,fd->btf", x))
+        x = ACTIVATIONS[self.config.activation](self.c_fc("btd,fd->btf", x))
         x = constrain(self.sharding, x, MLP_HIDDEN, "c_fc's output")
-        return c_proj("btf,df->btd", x)
+        return self.c_proj("btf,df->btd", x)
 
 
 def _linear(
@@ -107,20 +115,12 @@ def _linear(
     name: str,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
-    *,
     bias: bool = True,
 ) -> Einsum:
     """Returns the linear map between logical axes that has this name in a layer."""
-    shape = tuple(map(module.config.size, outputs + inputs))
-    return Einsum(
-        shape,
-        outputs + inputs,
-        normal(stddev(module.config, name)),
-        bias_axes=outputs if bias else (),
-        dtype=module.dtype,
-        sharding=module.sharding,
-        name=name,
-    )
+    shape, init = map(module.config.size, outputs + inputs), normal(stddev(module.config, name))
+    of_bias = outputs if bias else ()
+    return Einsum(tuple(shape), outputs + inputs, init, of_bias, module.dtype, module.sharding)
 
 
 class Block(nn.Module):
@@ -141,6 +141,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.norm_epsilon, sharding)
         self.mlp = MLP(config, self.dtype, sharding)
         self.drop = nn.Dropout(self.dropout)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
+        """Returns the queries of the block's heads."""
+        return self.attn.queries(self.ln_1(x))
 
     def __call__(
         self,
@@ -243,10 +247,6 @@ class Neo(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.wte(tokens) + self.wpe(positions)
         return self.drop(x, deterministic=not self.has_rng("dropout")), positions
-
-    def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns the final LayerNorm of what the last block gave."""
-        return self.ln_f(x)
 
     def _hidden_states(
         self, tokens: Array, positions: Array | None, cache: Cache | None, indices: Array | None

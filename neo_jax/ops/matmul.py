@@ -60,7 +60,7 @@ def _backward(
     matrix = as_matrix(layout.gather(weight.astype(dtype)), num_inputs)
     grad_x = product("bto,oi->bti", as_rows(grad), matrix, dtype).reshape(x.shape)
 
-    def ofas_rows(x: Array, grad: Array) -> Array:
+    def of_rows(x: Array, grad: Array) -> Array:
         matrix = product("bto,bti->oi", as_rows(grad), as_rows(x), dtype)
         return matrix.reshape((*grad.shape[2:], *x.shape[2:]))
 

@@ -18,10 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neo_jax.axes import BATCH, EMBED, HEAD_DIM, HEADS, LOGICAL_AXES, Array
+from neo_jax.axes import BATCH, LOGICAL_AXES, Array
 from neo_jax.devices.torus import arrange
 from neo_jax.errors import NeoError, brief, suggest
 
@@ -168,24 +167,6 @@ def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
         shapes,
         axes,
     )
-
-
-def tpu_layout(
-    place: jax.sharding.Sharding, axes: Sequence[str | None]
-) -> jax.sharding.Sharding | Format:
-    """Returns a parameter's place and, where a TPU would choose badly, the order of its axes there.
-
-    A TPU keeps an array in tiles of its last two axes. Products take heads and head_dim as one
-    axis; where both are in a tile, loops begin by laying the parameter out anew, a whole copy.
-
-    Args:
-      place: where the parameter lies.
-      axes: its logical axes.
-    """
-    device: jax.Device = next(iter(place.device_set))
-    if device.platform == "tpu" and tuple(axes) == (EMBED, HEADS, HEAD_DIM):
-        return Format(Layout((1, 0, 2)), place)
-    return place
 
 
 def make_sharding(

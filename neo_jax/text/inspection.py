@@ -10,7 +10,7 @@ from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.engine import MIN_PREFILL, bucket, check_tokens
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, checked
-from neo_jax.model.transformer import Neo
+from neo_jax.model.transformer import Neo, Output
 from neo_jax.ops.attention import Mask
 from neo_jax.ops.attention.dense import weights
 from neo_jax.sharding.rules import padded_rows
@@ -77,10 +77,12 @@ def _hidden_states(
 def _attention(
     model: Neo, layer: int, params: Params, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B N T T"]:
-    (_, sequence), seen = model.apply(
-        {"params": params}, tokens, method=Neo.hidden, mutable=["intermediates"]
-    )
-    (queries,) = seen["intermediates"][f"h_{layer}"]["attn"]["queries"]
-    positions = sequence[layer].positions
-    mask = Mask(positions, positions, model.config.window(layer))
-    return weights(queries, sequence[layer].k, mask)
+    output: Output = model.apply({"params": params}, tokens)
+    read, sequence = output.hidden_states[layer], output.cache[layer]
+
+    def of_layer(neo: Neo, x: Array) -> Array:
+        return neo.h[layer].queries(x)
+
+    queries = model.apply({"params": params}, read, method=of_layer)
+    mask = Mask(sequence.positions, sequence.positions, model.config.window(layer))
+    return weights(queries, sequence.k, mask)

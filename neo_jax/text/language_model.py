@@ -364,7 +364,7 @@ def load(
         raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
     if kernel not in get_args(Kernel):
         raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, get_args(Kernel))}")
-    cached = cached_dtype(cache_dtype, jax.default_backend())
+    cached = cached_dtype(cache_dtype)
     config, params = read_model(folder, base, compute, sharding, quantize)
     params = lay_out(config, params)
     said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)

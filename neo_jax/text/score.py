@@ -26,11 +26,10 @@ from neo_jax.devices.memory import check_batch
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, checked
 from neo_jax.model.transformer import Neo
-from neo_jax.sharding.rules import device_of, padded_rows, pick
+from neo_jax.ops import tuning
+from neo_jax.sharding.rules import padded_rows, pick
 
 _STEP = 16  # widths are multiples of this, and of an eighth of the next power of two
-_BATCH_TOKENS = 8192  # of one forward pass, where nobody says how many rows
-_CPU_BATCH_TOKENS = 1024  # beyond, activations leave a CPU's caches: a third slower a row
 _LOGITS = 1024  # positions whose logits exist at one time
 
 
@@ -67,7 +66,7 @@ def score_rows(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     while order:
         width = width_of(len(rows[order[0]].tokens), context)
-        most = batch_size or max(_batch_tokens(model) // width, 1)
+        most = batch_size or max(tuning.forward_tokens(model.sharding) // width, 1)
         batch, order = order[:most], order[most:]
         size = padded_rows(model.sharding, bucket(len(batch), 1, most))
         num_devices = model.sharding.mesh.size if model.sharding else 1
@@ -84,11 +83,6 @@ def score_rows(
         for line, i in enumerate(batch):
             asked_here = len(rows[i].targets)
             yield i, Answer(logprobs[line, :asked_here], greedy[line, :asked_here])
-
-
-def _batch_tokens(model: Neo) -> int:
-    on_cpu = device_of(model.sharding).platform == "cpu"
-    return min(_BATCH_TOKENS, _CPU_BATCH_TOKENS) if on_cpu else _BATCH_TOKENS
 
 
 def width_of(length: int, context: int) -> int:
@@ -206,7 +200,7 @@ def _groups(texts: Sequence[Sequence[int]]) -> Iterator[range]:
     first = tokens = 0
     for i, ids in enumerate(texts):
         tokens += len(ids)
-        if tokens >= 8 * _BATCH_TOKENS:
+        if tokens >= 8 * tuning.FORWARD_TOKENS:
             yield range(first, i + 1)
             first, tokens = i + 1, 0
     if first < len(texts):

@@ -20,11 +20,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from neo_jax.devices.memory import peak_memory
+from neo_jax.devices.probe import peak_flops
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.metrics import flops_per_token, peak_flops, peak_memory
+from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.plot import LossPlot
 from neo_jax.training.sinks import LineFile, Sink, open_sinks
 from neo_jax.training.step import Metrics

@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,9 @@ def test_the_cache_is_of_the_dtype_and_takes_what_is_said(checkpoints, dtype):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_cpus_keep_float32_unless_told(checkpoints, platform):
-    assert cached_dtype("auto", platform) == (jnp.float32 if platform == "cpu" else None)
-    assert cached_dtype("bfloat16", platform) == jnp.bfloat16
+    device = SimpleNamespace(platform=platform)
+    assert cached_dtype("auto", device) == (jnp.float32 if platform == "cpu" else None)
+    assert cached_dtype("bfloat16", device) == jnp.bfloat16
     lm = neo_jax.load(checkpoints["bytes"], dtype="bfloat16")
     state = engine.start(lm.model, lm.params, [[5, 6]], 2, make_settings(GREEDY, [0]))
     assert state.cache[0].k.dtype == jnp.float32  # these are CPUs

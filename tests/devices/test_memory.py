@@ -1,11 +1,15 @@
 """Bytes of arrays on devices, those of TPUs as their compiler says."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.layout import Format, Layout
 
-from neo_jax.devices.memory import device_bytes, tiled_bytes, tree_bytes
+from neo_jax.devices import memory
+from neo_jax.devices.memory import device_bytes, peak_memory, tiled_bytes, tree_bytes
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.topology import find_topology
 
@@ -62,3 +66,17 @@ def test_a_device_holds_its_part():
     assert device_bytes(leaf, tiled=False) == 2 * 3 * 4
     assert device_bytes(jax.ShapeDtypeStruct((8, 6), jnp.bfloat16), tiled=False) == 96
     assert tree_bytes({"a": leaf, "b": [leaf]}, tiled=True) == 2 * 2 * 128 * 4
+
+
+def test_the_memory_of_a_cpu_is_that_of_the_process():
+    assert 1e8 < peak_memory() < 1e12
+
+
+def test_the_memory_of_devices_is_that_of_the_fullest(monkeypatch):
+    stats = [{"peak_bytes_in_use": 3}, {"peak_bytes_in_use": 5}]
+    devices = [SimpleNamespace(memory_stats=lambda each=each: each) for each in stats]
+    fake = SimpleNamespace(default_backend=lambda: "tpu", local_devices=lambda: devices)
+    monkeypatch.setattr(memory, "jax", fake)
+    assert peak_memory() == 5
+    monkeypatch.setattr(devices[0], "memory_stats", lambda: None)
+    assert math.isnan(peak_memory())

@@ -9,6 +9,7 @@ import pytest
 
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo, init_params
+from neo_jax.ops import tuning
 from neo_jax.text import score as scoring
 from neo_jax.text.score import Row, score_rows, token_logprobs
 
@@ -117,14 +118,14 @@ def test_small_batches_and_groups_change_nothing(wide, monkeypatch):
     model, params = wide
     texts = random_texts([*LENGTHS, 150, 80] * 3)
     together = score(model, params, texts)
-    monkeypatch.setattr(scoring, "_BATCH_TOKENS", 128)
+    monkeypatch.setattr(tuning, "FORWARD_TOKENS", 128)
     assert len(list(scoring._groups(texts))) > 1
     assert_close(score(model, params, texts), together)
 
 
 def test_results_flow_before_all_is_computed(wide, monkeypatch):
     model, params = wide
-    monkeypatch.setattr(scoring, "_BATCH_TOKENS", 8)
+    monkeypatch.setattr(tuning, "FORWARD_TOKENS", 8)
     forward, calls = scoring._forward, []
 
     def counted(*args):

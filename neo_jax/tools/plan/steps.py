@@ -14,7 +14,8 @@ from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
-from neo_jax.sharding.rules import Sharding, tpu_layout, tree_shardings
+from neo_jax.ops.tuning import tpu_layout
+from neo_jax.sharding.rules import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import abstract_inputs, abstract_state, make_step

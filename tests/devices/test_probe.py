@@ -1,0 +1,25 @@
+"""devices/probe.py: what devices can do."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from neo_jax.devices import probe
+from neo_jax.devices.probe import peak_flops
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "expected"),
+    [("TPU v4", 8, 8 * 275e12), ("NVIDIA H200", 1, 989e12), ("Abacus", 1, math.nan)],
+)
+def test_the_peak_of_known_devices(monkeypatch, kind, devices, expected):
+    device = SimpleNamespace(platform="tpu", device_kind=kind)
+    fake = SimpleNamespace(devices=lambda: [device])
+    monkeypatch.setattr(probe, "jax", fake)
+    np.testing.assert_equal(peak_flops("bfloat16", devices), expected)
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    assert 1e8 < peak_flops("float32", 8) < 1e15
