@@ -37,18 +37,18 @@ def join(
 ) -> bool:
     """Joins the other processes of this run; returns whether there are others.
 
-    Without a cluster this asks environment variables only: no network, no time.
+    Without a cluster it reads environment variables only: no network, no time.
 
     Args:
-      coordinator: "auto" takes part in what JAX detects: Cloud TPU, GKE, Slurm, Open MPI; "mpi4py"
-        asks any MPI by that package; "none" runs alone; else HOST:PORT of process 0.
+      coordinator: "auto" joins what JAX detects: Cloud TPU, GKE, Slurm, Open MPI; "mpi4py" any MPI
+        that this package knows; "none" runs alone; else HOST:PORT of process 0.
       num_processes: of the run, with HOST:PORT.
-      process_id: which of them this one is, with HOST:PORT.
+      process_id: of this one, with HOST:PORT.
       heartbeat_timeout: all processes end at most so many seconds after one of them died.
-      start_timeout: seconds to wait for the others. JAX ends the process when they are over.
+      start_timeout: seconds to wait for the others, after which JAX ends the process.
 
     Raises:
-      NeoError: an address or a number that cannot be, or a cluster that cannot be asked.
+      NeoError: an invalid address or number, or a cluster that does not answer.
     """
     _check(coordinator, num_processes, process_id, min(heartbeat_timeout, start_timeout))
     if coordinator == "none" or num_processes == 1 or (coordinator == "auto" and _is_alone()):
@@ -70,7 +70,7 @@ def join(
     try:
         jax.distributed.initialize(
             **where,
-            # JAX counts from the last sign of life, and then has to look, to tell and to act.
+            # JAX counts from the last sign of life, and then has to notice and to act.
             heartbeat_timeout_seconds=max(1, 3 * heartbeat_timeout // 4),
             initialization_timeout=start_timeout,
         )
@@ -86,23 +86,21 @@ def join(
 
 
 def num_tasks() -> int:
-    """Returns how many processes this one was started with, as far as Slurm or Open MPI say."""
-    told = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "0"
-    return int(told) if told.isdecimal() else 0
+    """Returns how many processes Slurm or Open MPI started with this one; 0 where neither did."""
+    number = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "0"
+    return int(number) if number.isdecimal() else 0
 
 
 def _is_alone() -> bool:
-    """Tells whether what started this process says that it is the only one.
+    """Returns whether the environment names this process as the only one.
 
-    JAX's detection takes the tasks of the whole allocation for those of the step, so in an
-    interactive shell of Slurm it would wait for processes that nobody starts; it gives a process
-    of Slurm or Open MPI a single GPU of its host; and it looks for a lone TPU host in the DNS.
+    JAX's detection would wait for others in an interactive shell of Slurm, give a lone process of
+    Slurm or Open MPI a single GPU of its host, and look for a lone TPU host in the DNS.
     """
     env = os.environ
-    if num_tasks() == 1:
-        return True
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ","
-    return "," not in hosts and env.get("MEGASCALE_NUM_SLICES", "1") == "1"
+    lone_host = "," not in hosts and env.get("MEGASCALE_NUM_SLICES", "1") == "1"
+    return num_tasks() == 1 or lone_host
 
 
 def _check(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
@@ -143,19 +141,19 @@ def _check_port(coordinator: str) -> None:
 
 
 def is_leader() -> bool:
-    """Tells whether this process prints and writes: the only one, or the first of several."""
+    """Returns whether this process prints and writes: the only one, or the first of several."""
     return jax.process_index() == 0
 
 
 def to_host(array: Array) -> np.ndarray:
-    """Returns the whole array; where its parts lie on several processes, all must call this."""
+    """Returns the whole array; where several processes hold parts of it, all must call this."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def from_leader(array: np.ndarray) -> np.ndarray:
-    """Returns what process 0 says, to all; all processes must call this with one shape."""
+    """Returns process 0's array to all; all processes must call this with one shape."""
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
@@ -163,7 +161,7 @@ def from_leader(array: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def holding(output: Path, inside: bool = False) -> Iterator[None]:
-    """Holds an output for this run, by process 0 alone; all must call this. See `locked`.
+    """Locks an output for this run, by process 0 alone; all must call this. See `locked`.
 
     Raises:
       NeoError: in all processes, where another run holds it or it cannot be written.
@@ -193,7 +191,7 @@ def check_shared(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    number = int(from_leader(np.int32(secrets.randbits(31))))
     probe = folder / f".shared-{number}"
     if is_leader():
         probe.write_text("All processes of a run must see this.\n")
@@ -213,5 +211,5 @@ def check_shared(folder: Path) -> None:
 
 
 def all_processes(here: bool) -> bool:
-    """Tells whether every process says yes; all must call this."""
+    """Returns whether this is true in every process; all must call this."""
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(here).all())

@@ -1,16 +1,13 @@
 """Ctrl-C and SIGTERM: what they do to a command, decided in one place, from its first line on.
 
-Python runs a handler in the main thread, between two of its instructions: late while that thread
-compiles. And an exception that a handler raises comes out of whatever is running: an import, which
-takes it for its own failure; a callback of the runtime, which loses it or crashes. So the handlers
-here do nothing. As a signal comes, C writes its number to a pipe, and a thread reads it there,
-whatever the main thread is doing:
+A Python handler runs late, while the main thread compiles; and what it raises comes out of whatever
+runs: an import, which takes it for its own failure, a callback of the runtime, which loses it or
+crashes. So handlers here do nothing: C writes a signal's number to a pipe, and a thread reads it:
 
 1. What has taken signals gets the first one: a training loop, which saves and ends.
-2. Else the main thread gets a KeyboardInterrupt as soon as it is at a place where that is safe, and
-   leaves its files as they are to be left.
-3. Where it does not come to one within a second, or is not done after five, or where a second
-   signal comes, the thread says so in a line and ends the process.
+2. Else the main thread gets a KeyboardInterrupt at the next place where that is safe.
+3. If it reaches none within a second, or has not ended after five, or a second signal comes, the
+   thread prints a line and ends the process.
 """
 
 import atexit
@@ -44,7 +41,7 @@ class Watch:
         """Watches for nothing yet."""
         self.is_on = False
         self.takes: Callable[[], bool] | None = None  # see `taken`
-        self.hint = ""  # what the thread says where it ends the process: "; so many are kept"
+        self.hint = ""  # of the line that the thread prints: "; so many are kept"
         self._inside = False  # where the main thread may get a KeyboardInterrupt
         self._raised = self._ending = self._told = False
         self._pipe = self._main = -1
@@ -67,11 +64,11 @@ class Watch:
         """Makes C write to the pipe, also where a library has since put its own handlers."""
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's jobs in the background
-                signal.signal(number, _nothing)
+                signal.signal(number, lambda *_: None)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Within, the main thread may get a KeyboardInterrupt; it may also come out of this."""
+        """Within this context the main thread may get a KeyboardInterrupt, also at its end."""
         self._inside = True
         try:
             yield
@@ -79,7 +76,7 @@ class Watch:
             self._inside = False
 
     def tell(self) -> bool:
-        """Returns whether it is for the caller to say that the command was interrupted."""
+        """Returns whether the caller is the one to print that the command was interrupted."""
         told, self._told = self._told, self.is_on
         return not told
 
@@ -140,10 +137,6 @@ def _stderr() -> int:
         return 2
 
 
-def _nothing(_: int, __: FrameType | None) -> None:
-    """Lets C write the signal to the pipe, and the main thread go on."""
-
-
 def _ignore() -> None:
     """Lets an interpreter that is going down do so; it would take our handlers away before."""
     for number in _SIGNALS:
@@ -165,10 +158,9 @@ WATCH = Watch()
 
 @contextlib.contextmanager
 def taken(takes: Callable[[], bool]) -> Iterator[None]:
-    """Within, the first signal calls a function, which says whether that is all; then none does.
+    """Within this context the first signal calls a function, which returns whether that is all.
 
-    A second one does what it would without this. In a program that watches for no signals, the
-    main thread alone can take them.
+    A second one acts as it would without this. Without `WATCH` only the main thread can take them.
     """
     if WATCH.is_on:
         WATCH.install()
@@ -183,15 +175,14 @@ def taken(takes: Callable[[], bool]) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
+        while before:
+            signal.signal(*before.popitem())
 
     def take(*_: object) -> None:
         restore()
         takes()
 
-    if threading.current_thread() is threading.main_thread():  # Python asks for that
+    if threading.current_thread() is threading.main_thread():
         before.update({number: signal.signal(number, take) for number in _SIGNALS})
     try:
         yield

@@ -12,9 +12,9 @@ from neo_jax.sharding.fsdp import FsdpLayout
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def embedding_lookup(
-    layout: FsdpLayout, table: Array, ids: Int[Array, "B T"]
-) -> Float[Array, "B T D"]:
-    """Returns the rows of a table, [rows, D], for ids; ids outside take the last or first row.
+    layout: FsdpLayout, table: Float[Array, "V D"] | Int[Array, "V D"], ids: Int[Array, "B T"]
+) -> Float[Array, "B T D"] | Int[Array, "B T D"]:
+    """Returns the rows of a table for ids; ids outside take the last or first row.
 
     Each device looks up a part of the width for all, and sends every other one what that requested:
     far less than the table, and than its gradient.

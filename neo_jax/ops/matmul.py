@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 from neo_jax.axes import Array, Float
 from neo_jax.sharding.fsdp import FsdpLayout
 
+_Saved = tuple[Array, Array, Array | np.ndarray]
+
 _FEW = 16  # tokens a row up to which bfloat16 products have the form of decoding
 
 
@@ -44,16 +46,14 @@ def matmul(
     return y.reshape((*x.shape[:2], *weight.shape[: 2 - x.ndim]))
 
 
-def _forward(
-    x: Array, weight: Array, dtype: np.dtype, layout: FsdpLayout
-) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(x: Array, weight: Array, dtype: np.dtype, layout: FsdpLayout) -> tuple[Array, _Saved]:
     # Keeping the operand as it was multiplied halves the memory of a bfloat16 step.
     saved = (x.astype(dtype), weight, jnp.zeros((), x.dtype))
     return matmul(x, weight, dtype, layout), saved
 
 
 def _backward(
-    dtype: np.dtype, layout: FsdpLayout, saved: tuple[Array, Array, Array], grad: Array
+    dtype: np.dtype, layout: FsdpLayout, saved: _Saved, grad: Array | np.ndarray
 ) -> tuple[Array, Array]:
     x, weight, like_x = saved
     grad, num_inputs = jnp.asarray(grad), x.ndim - 2

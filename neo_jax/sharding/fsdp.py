@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from neo_jax.axes import BATCH, LENGTH, Array
+from neo_jax.axes import BATCH, LENGTH, Array, Float, Int
 from neo_jax.devices.torus import along_torus
 from neo_jax.sharding.rules import Rules, Sharding, constrain
 
 Names = tuple[str, ...]
+AnyArray = Float[Array, "..."] | Int[Array, "..."]
 
 EVERYWHERE = PartitionSpec()
 """What every device has."""
@@ -59,52 +60,50 @@ class FsdpLayout:
         """Whether there is one device, which has all."""
         return self.mesh is None or self.mesh.size == 1
 
-    def gather(self, weight: Array) -> Array:
-        """Returns the parameter whole, as far as the devices of the batch are concerned."""
+    def gather(self, weight: AnyArray) -> AnyArray:
+        """Returns the parameter whole along the mesh axes of the batch."""
         if not any(self.fsdp_axes):
             return weight
-        whole = PartitionSpec(*map(_entry, self.other_axes))
+        whole = PartitionSpec(*self.other_axes)
         return self.map(self.all_gather, (self.stored,), whole)(weight)
 
     def gradient(
-        self, product: Callable[..., Array], x: Array, grad: Array, inputs: Sequence[int]
-    ) -> Array:
+        self,
+        product: Callable[..., Array],
+        x: Float[Array, "B T *inputs"],
+        grad: Float[Array, "B T *outputs"],
+        inputs: Sequence[int],
+    ) -> Float[Array, "..."]:
         """Returns the gradient of the parameter, where it is stored, summed over the batch.
 
         Args:
           product: gives the gradient for some rows, from x and grad.
-          x: what the parameter was multiplied by, [B, T, inputs...].
-          grad: of the result, [B, T, outputs...].
+          x: what the parameter was multiplied by.
+          grad: of the result.
           inputs: which axes of the parameter are inputs.
         """
         if not self.batch:
             return product(x, grad)
         outputs = [axis for axis in range(len(self.other_axes)) if axis not in inputs]
-        lie = (
-            self.rows([self.other_axes[i] for i in inputs]),
-            self.rows([self.other_axes[i] for i in outputs]),
-        )
-        reduced = self.map(lambda *rows: self.reduce_gradient(product(*rows)), lie, self.stored)
+        takes = tuple(self.rows([self.other_axes[i] for i in kept]) for kept in (inputs, outputs))
+        reduced = self.map(lambda *rows: self.reduce_gradient(product(*rows)), takes, self.stored)
         return reduced(x, grad)
 
     def map_share(self, function: Callable[..., Any], takes: Any, gives: Any) -> Any:
         """Returns a function of whole arrays that does this to each share of the batch.
 
-        It may not exchange arrays; mesh axes that do not split the batch are left to the compiler.
+        A share is what the devices of one place along the batch's mesh axes have. The function may
+        not exchange arrays; the other mesh axes are left to the compiler.
         """
-        return self._shard_map(function, takes, gives, self.batch) if self.batch else function
+        return self.map(function, takes, gives, self.batch) if self.batch else function
 
-    def sum_parts(self, parts: Array) -> Array:
-        """Returns the gradient of the parameter, where it is stored.
-
-        Args:
-          parts: what each share says of it, [shares, ...].
-        """
+    def sum_parts(self, parts: Float[Array, "shares *weight"]) -> Float[Array, "*weight"]:
+        """Returns the gradient of the parameter, where it is stored, from each share's part."""
         if not self.batch:
             return parts[0]
-        lies = PartitionSpec(self.batch, *map(_entry, self.other_axes))
+        takes = (PartitionSpec(self.batch, *self.other_axes),)
         layout = dataclasses.replace(self, summed=self.length)
-        return self.map(lambda part: layout.reduce_gradient(part[0]), (lies,), self.stored)(parts)
+        return self.map(lambda part: layout.reduce_gradient(part[0]), takes, self.stored)(parts)
 
     def sum(self, scalars: Any) -> Any:
         """Returns the sums over all shares of scalars that each has; within `map_share`."""
@@ -117,27 +116,26 @@ class FsdpLayout:
 
     @property
     def by_share(self) -> PartitionSpec:
-        """How an array lies that has its first axis over the shares, and is whole elsewhere."""
+        """The PartitionSpec of an array whose first axis is split over the shares."""
         return PartitionSpec(self.batch)
 
     @property
     def stored(self) -> PartitionSpec:
-        """How the parameter lies."""
+        """The PartitionSpec of the parameter."""
         pairs = zip(self.other_axes, self.fsdp_axes, strict=True)
-        return PartitionSpec(*(_entry(others + fsdp) for others, fsdp in pairs))
+        return PartitionSpec(*(others + fsdp for others, fsdp in pairs))
 
     def rows(self, split: Sequence[Names] = ()) -> PartitionSpec:
-        """How activations lie, [B, T, ...], their further axes split by these mesh axes."""
-        return PartitionSpec(_entry(self.batch), _entry(self.length), *map(_entry, split))
+        """The PartitionSpec of activations, [B, T, ...]; further axes are split as given."""
+        return PartitionSpec(self.batch, self.length, *split)
 
-    def map(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
-        """Returns a function of whole arrays that does this on every device."""
-        return self._shard_map(function, takes, gives, ())
-
-    def _shard_map(
-        self, function: Callable[..., Any], takes: Any, gives: Any, names: Names
+    def map(
+        self, function: Callable[..., Any], takes: Any, gives: Any, names: Names = ()
     ) -> Callable[..., Any]:
-        """Maps over these mesh axes, or if there are none over all."""
+        """Returns a function of whole arrays that does this on every device.
+
+        It maps over the mesh axes of these names, or if there are none over all.
+        """
         return jax.shard_map(
             function,
             mesh=self.mesh,
@@ -147,25 +145,21 @@ class FsdpLayout:
             check_vma=False,
         )
 
-    def all_gather(self, weight: Array) -> Array:
+    def all_gather(self, weight: AnyArray) -> AnyArray:
         """What `gather` does on a device."""
         for axis, names in enumerate(self.fsdp_axes):
             if names:
                 weight = jax.lax.all_gather(weight, names, axis=axis, tiled=True)
         return weight
 
-    def reduce_gradient(self, grad: Array) -> Array:
-        """Returns a device's part of the sum of what all say; within `map`."""
+    def reduce_gradient(self, grad: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns a device's part of the sum over all devices; within `map`."""
         for axis, names in enumerate(self.fsdp_axes):
             for name in names:  # in turn, see `along_torus`
                 grad = jax.lax.psum_scatter(grad, name, scatter_dimension=axis, tiled=True)
         done = sum(self.fsdp_axes, self.summed)
         rest = tuple(name for name in self.batch + self.length if name not in done)
         return jax.lax.psum(grad, rest) if rest else grad
-
-
-def _entry(names: Names) -> Names | None:
-    return names or None
 
 
 def inside_fsdp(sharding: Sharding | None) -> Sharding | None:
@@ -178,8 +172,11 @@ def inside_fsdp(sharding: Sharding | None) -> Sharding | None:
 
 
 def gather(
-    sharding: Sharding | None, weight: Array, axes: Sequence[str | None], name: str
-) -> Array:
+    sharding: Sharding | None,
+    weight: Float[Array, "*weight"],
+    axes: Sequence[str | None],
+    name: str,
+) -> Float[Array, "*weight"]:
     """Returns a parameter whole along the mesh axes that split the batch; the compiler gathers it.
 
     Its gradient goes the other way, summed over the batch and split again.

@@ -91,7 +91,7 @@ class Sharding:
                     f"{path}: axis '{axis}' of size {size} does not divide over "
                     f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; {mend}."
                 )
-        return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
+        return PartitionSpec(*(self.mesh_axes(axis) for axis in axes))
 
     def named(
         self, axes: Sequence[str | None], shape: Sequence[int], path: str = "array"

@@ -77,16 +77,6 @@ def quantized_shapes(
     return unflatten_dict(leaves)
 
 
-def dequantize(config: ModelConfig, params: Params) -> Params:
-    """Returns parameters with a float32 array in the place of each `Int8`."""
-    leaves = flatten_dict(params)
-    for tensor in tensors(config):
-        leaf = leaves[tensor.path]
-        if isinstance(leaf, Int8):
-            leaves[tensor.path] = leaf.dequantized()
-    return unflatten_dict(leaves)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _rounded(
     array: Array, num_inputs: int, axes: tuple[str, ...], sharding: Sharding | None

@@ -28,7 +28,7 @@ from neo_jax.sharding.rules import make_sharding
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.initial_state import find_pretrained
 from neo_jax.training.step import state_of
-from neo_jax.transforms.quantize import dequantize, is_rounded, quantize
+from neo_jax.transforms.quantize import is_rounded, quantize
 
 KILLED = """
 import os, signal, sys
@@ -41,6 +41,15 @@ main(sys.argv[1:])
 HELD_OUT = Path(__file__).parents[1] / "corpora" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 4]
+
+
+def dequantized(params):
+    """Parameters with a float32 array in the place of each `Int8`."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantized() if isinstance(leaf, Int8) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Int8),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def test_kernels_and_tokens_are_rounded_and_nothing_else(float32, int8):
         ("out_proj", "kernel"), ("c_fc", "kernel"), ("c_proj", "kernel"),
     }  # fmt: skip
     assert not any(path[-1] == "kernel" for path in kinds["ArrayImpl"])
-    floats, back = flatten_dict(float32.params), flatten_dict(dequantize(int8.config, int8.params))
+    floats, back = flatten_dict(float32.params), flatten_dict(dequantized(int8.params))
     for tensor in tensors(int8.config):
         old, new = np.asarray(floats[tensor.path]), np.asarray(back[tensor.path])
         assert old.shape == new.shape
@@ -86,9 +95,7 @@ def texts(int8):
 
 
 def test_it_is_the_model_of_the_rounded_weights(int8, texts):
-    twin = neo_jax.LanguageModel(
-        int8.model, dequantize(int8.config, int8.params), int8.tokenizer, int8.folder
-    )
+    twin = neo_jax.LanguageModel(int8.model, dequantized(int8.params), int8.tokenizer, int8.folder)
     # Few rows of activations are rounded to 1 / 64516 of the largest; attention is sharp here.
     for ours, theirs in zip(texts, twin.sample(PROMPTS, 12, sampling=GREEDY), strict=True):
         assert ours.ids == theirs.ids
@@ -168,7 +175,7 @@ def test_what_is_stored_is_what_is_loaded(checkpoints, stored, dtype):
 def test_a_stored_model_is_split_as_it_is_read(stored, int8):
     sharding = make_sharding("fsdp=4,model=2", "decode")
     lm = neo_jax.load(stored[0], sharding=sharding)
-    rounded = quantize(int8.config, dequantize(int8.config, lm.params), jnp.float32, sharding)
+    rounded = quantize(int8.config, dequantized(lm.params), jnp.float32, sharding)
     for ours, theirs in zip(jax.tree.leaves(lm.params), jax.tree.leaves(rounded), strict=True):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
     jax.tree.map(np.testing.assert_array_equal, lm.params, int8.params)
@@ -203,7 +210,7 @@ def test_what_wants_floats_refuses_it(stored, tmp_path):
     with pytest.raises(neo_jax.NeoError, match="int8 weights cannot be trained"):
         state_of(lm.params, optax.sgd(1.0))
     with pytest.raises(neo_jax.NeoError, match="is no int8 weight"):
-        save_int8(tmp_path, lm.config, dequantize(lm.config, lm.params))
+        save_int8(tmp_path, lm.config, dequantized(lm.params))
     with pytest.raises(neo_jax.NeoError, match="is a Int8"):
         save_pretrained(tmp_path, lm.config, lm.params)
     damaged = tmp_path / "damaged"
