@@ -16,7 +16,7 @@ _MOST_TOKENS = 2**31 - 1  # of a batch: indices have 32 bits
 
 
 def machine_bytes() -> float:
-    """Returns the bytes of this machine's memory; infinity where the system does not say."""
+    """Returns the bytes of this machine's memory; infinity where it is not known."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -26,7 +26,7 @@ def machine_bytes() -> float:
 def device_memory(num_devices: int = 0) -> float:
     """Returns the bytes that a device of this process has; infinity where that is not known.
 
-    Devices of a CPU have equal shares of the machine's memory: of as many as are told, or all.
+    Devices of a CPU share the machine's memory equally: so many of them, or all.
     """
     devices = jax.local_devices()
     num_devices = num_devices or len(devices)
@@ -108,8 +108,7 @@ def tiled_bytes(shape: Sequence[int], itemsize: int, order: Sequence[int] | None
     Its last two axes, in the order given or else that which wastes least, are cut into tiles of
     8 x 128 entries, or of fewer rows where that is enough; entries of less than four bytes are
     packed by rows. A vector is cut into tiles of up to 1024 entries. What does not fill its tiles
-    is padding: 768 floats take 1024. (Read off what the compiler says of its arguments; a test
-    compares them.)
+    is padding: 768 floats take 1024. (A test compares the compiler's figures.)
     """
     packed = max(1, 4 // itemsize)  # rows that share a word
     if len(shape) < 2:

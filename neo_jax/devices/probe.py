@@ -25,7 +25,7 @@ def fast_cache_dtype(device: jax.Device | None = None) -> np.dtype | None:
 
 
 def identity(device: jax.Device) -> tuple[str, str]:
-    """Returns what tells devices apart that may compute other numbers."""
+    """Returns what differs between devices that may compute other numbers."""
     return device.platform, device.device_kind
 
 

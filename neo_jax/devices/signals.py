@@ -43,7 +43,7 @@ class Watch:
         self.takes: Callable[[], bool] | None = None  # see `taken`
         self.hint = ""  # of the line that the thread prints: "; so many are kept"
         self._inside = False  # where the main thread may get a KeyboardInterrupt
-        self._raised = self._ending = self._told = False
+        self._raised = self._ending = self._reported = False
         self._pipe = self._main = -1
 
     def start(self) -> None:
@@ -77,8 +77,8 @@ class Watch:
 
     def tell(self) -> bool:
         """Returns whether the caller is the one to print that the command was interrupted."""
-        told, self._told = self._told, self.is_on
-        return not told
+        reported, self._reported = self._reported, self.is_on
+        return not reported
 
     def end(self, status: int) -> None:
         """Ends the process with a status, or as one that was interrupted."""

@@ -1,4 +1,4 @@
-"""How a mesh lies over the hardware: a TPU slice is a torus, slices are joined by a network."""
+"""How a mesh is laid over the hardware: a TPU slice is a torus, slices are joined by a network."""
 
 import collections
 import functools
@@ -15,8 +15,7 @@ from neo_jax.errors import NeoError
 def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Returns the devices as an array over the mesh, neighbours where the hardware has them.
 
-    Between slices one axis is laid: `data`, which talks least, or else the first that their number
-    divides.
+    One axis spans the slices: `data`, which communicates least, or the first that they divide.
 
     Raises:
       NeoError: no axis divides over the slices.
@@ -67,13 +66,15 @@ def along_torus(mesh: Mesh, names: tuple[str, ...]) -> tuple[Mesh, dict[str, tup
 
 
 def _torus_sizes(line: Sequence[jax.Device]) -> tuple[int, ...]:
-    """Returns how many devices of a line lie along each axis of the torus, the last one fastest."""
+    """Returns how many devices of a line are along each axis of the torus, the last one fastest."""
     if len(line) == 1 or not hasattr(line[0], "coords"):
         return (len(line),)
     places = np.array([_coordinates(device) for device in line])
     moved = places != places[0]
-    beside = moved[:, ~moved[1]].any(axis=1)  # the second device tells which axis a run goes along
-    run = int(beside.argmax()) or len(line)
+    leaves_run = moved[:, ~moved[1]].any(
+        axis=1
+    )  # the second device shows its axis
+    run = int(leaves_run.argmax()) or len(line)
     if len(line) % run or run in (1, len(line)):
         return (len(line),)
     runs = places.reshape(-1, run, places.shape[1])

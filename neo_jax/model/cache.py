@@ -1,9 +1,9 @@
 """Keys and values of the tokens so far, a `LayerCache` a layer, every leaf leading with batch.
 
-A key at position p lies in slot p modulo the number of slots. A global layer has a slot for every
-position, so its cache is linear; a local layer has window + slack slots and wraps around. Slots
-remember the position they hold, and masks are made from these: what a slot held before it was
-overwritten lies outside the window as long as one step appends no more than slack + 1 tokens.
+A key at position p is kept in slot p modulo the number of slots. A global layer has a slot for
+every position, so its cache is linear; a local layer has window + slack slots and wraps around.
+Slots remember the position they hold, and masks are made from these: what a slot held before it was
+overwritten is outside the window as long as one step appends no more than slack + 1 tokens.
 
 Keys and values are floats, or int8 with a scale for each row, head and slot.
 """
@@ -47,13 +47,13 @@ LOGICAL_AXES = {
 
 
 def place(sharding: Sharding | None, cache: LayerCache) -> LayerCache:
-    """Tells the compiler how a layer's cache lies on the mesh."""
+    """Tells the compiler how a layer's cache is sharded."""
 
-    def lie(name: str, part: Any) -> Any:
+    def sharded(name: str, part: Any) -> Any:
         axes, path = LOGICAL_AXES[name], f"the cache's {name}"
         return jax.tree.map(lambda x: constrain(sharding, x, axes[: x.ndim], path), part)
 
-    return LayerCache(**{name: lie(name, part) for name, part in cache._asdict().items()})
+    return LayerCache(**{name: sharded(name, part) for name, part in cache._asdict().items()})
 
 
 def num_slots(config: ModelConfig, layer: int, length: int, slack: int = SLACK) -> int:
@@ -105,7 +105,7 @@ def _like(old: Array | Int8, new: Array) -> Array | Int8:
 def rollback(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
     """Forgets the tokens of each row at positions from `lengths` on.
 
-    What they overwrote stays lost: in a local layer keys that lie outside the window of whatever is
+    What they overwrote stays lost: in a local layer keys outside the window of whatever is
     appended next, as long as no more than SLACK tokens are forgotten.
     """
     return tuple(
@@ -127,7 +127,7 @@ def from_sequence(
     Args:
       config: the model.
       sequence: what each layer attended to in a forward pass without a cache, [B, N, T, H], where
-        token t lies at index t; or a cache that holds what this one shall.
+        token t is at index t; or a cache.
       lengths: tokens of each row to keep; what follows is padding.
       length: tokens, prompt included, that the cache must be able to hold.
       dtype: of its keys and values, int8 or a floating-point type; None keeps that of `sequence`.

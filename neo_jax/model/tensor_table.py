@@ -1,4 +1,4 @@
-"""The name table: what every parameter is called here and in other formats, and how it lies there.
+"""The name table: the name and the layout of every parameter, here and in other formats.
 
 One row a tensor, one column a format. Kernels differ in layout, not only in name: ours keep heads
 and head_dim apart and put the axes that a product sums over last. Others store matrices: [outputs,
@@ -56,7 +56,7 @@ class Tensor:
         return self.places["hf"].name
 
     def to(self, form: Format, array: AnyArray) -> AnyArray:
-        """Returns `array`, of `shape`, as a view that lies as the format has it: a part of what."""
+        """Returns `array`, of `shape`, as a view in the format's layout: a part of its tensor."""
         place = self.places[form]
         return array[: self.stored_shape[0]].transpose(place.order).reshape(place.shape)
 

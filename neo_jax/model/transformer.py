@@ -30,7 +30,7 @@ from neo_jax.ops.attention import Kernel, Mask, attend
 from neo_jax.ops.gelu import ACTIVATIONS
 from neo_jax.sharding.rules import Sharding, constrain
 
-# How activations lie: None stays whole, ... is for the compiler to place.
+# How activations are sharded: None stays whole, ... is for the compiler to choose.
 RESIDUAL_STREAM = (axes.BATCH, axes.LENGTH, None)
 QUERIES = (axes.BATCH, axes.HEADS, ..., axes.HEAD_DIM)
 MLP_HIDDEN = (axes.BATCH, ..., axes.MLP)
@@ -169,7 +169,7 @@ class Neo(nn.Module):
       dtype: operands of products. The residual stream, LayerNorm, softmax and logits are float32
         whatever it is.
       kernel: which attention implementation.
-      sharding: how activations lie on a mesh; None on one device.
+      sharding: how activations are sharded; None on one device.
       dropout: the share of the embedding's and of each branch's outputs that is dropped wherever
         `apply` is given a "dropout" key; without one nothing is.
       cache_dtype: of the keys and values that decoding goes on from, int8 or a floating-point type;
@@ -256,10 +256,10 @@ class Neo(nn.Module):
         # Kernels that know only indices take what is before position 0 for another document.
         segment_starts = None if indexed else jnp.zeros_like(positions)
         # Tokens that are appended to a cache are too few to be split.
-        lies = RESIDUAL_STREAM if cache is None else (axes.BATCH, None, None)
+        place = RESIDUAL_STREAM if cache is None else (axes.BATCH, None, None)
         hidden_states, caches = [], []
         for i, block in enumerate(self.h):
-            x = constrain(self.sharding, x, lies, "the residual stream")
+            x = constrain(self.sharding, x, place, "the residual stream")
             hidden_states.append(x)
             here = indices if i == len(self.h) - 1 else None
             x, layer_cache = block(x, positions, cache[i] if cache else None, segment_starts, here)
@@ -294,7 +294,7 @@ def logical_axes(model: Neo) -> Params:
 
 
 def _init(model: Neo, key: Array) -> Params:
-    # A single token lies on no mesh, and a kernel may be one of devices that are not here.
+    # A single token is not sharded, and a kernel may be one of devices that are not here.
     alone = model.clone(sharding=None, kernel="auto")
     method = Neo.hidden if model.config.tied_head else Neo.__call__
     return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)

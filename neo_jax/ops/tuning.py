@@ -72,7 +72,7 @@ Result = TypeVar("Result")
 
 
 class Sharded(Protocol):
-    """What says where it runs, as a model does."""
+    """What has a strategy, as a model does."""
 
     sharding: Sharding | None
 

@@ -41,7 +41,7 @@ STRATEGIES = {
 }
 """The named strategies: a mesh, taken where none is given, whose axes each needs; and rules."""
 
-_BATCH_AXES = ("data", "fsdp")  # split the batch where the rules do not say
+_BATCH_AXES = ("data", "fsdp")  # split the batch where the rules do not name it
 
 _MOST_DEVICES = 2**20  # of a mesh that is drawn; the largest that exist have some thousands
 
@@ -70,7 +70,7 @@ class Sharding:
 
         Raises:
           NeoError: a size is not divisible by its mesh axes, or one mesh axis would split two axes
-            of the same array; the message names the array, the axes, the sizes and the mend.
+            of the same array; the message names the array, the axes, the sizes and the fix.
         """
         used: dict[str, str] = {}
         for axis, size in zip(axes, shape, strict=True):
@@ -84,12 +84,12 @@ class Sharding:
                     )
                 used[name] = here
             if size % self.num_shards(axis):
-                mend = f"change the mesh or drop '{axis}' from the rules"
+                fix = f"change the mesh or drop '{axis}' from the rules"
                 if axis == BATCH:
-                    mend = f"choose a multiple of {self.num_shards(axis)}, or the rule 'batch:'"
+                    fix = f"choose a multiple of {self.num_shards(axis)}, or the rule 'batch:'"
                 raise NeoError(
                     f"{path}: axis '{axis}' of size {size} does not divide over "
-                    f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; {mend}."
+                    f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; {fix}."
                 )
         return PartitionSpec(*(self.mesh_axes(axis) for axis in axes))
 
@@ -103,7 +103,7 @@ class Sharding:
 def constrain(
     sharding: Sharding | None, x: Array, axes: Sequence[str | EllipsisType | None], name: str
 ) -> Array:
-    """Tells the compiler how an activation lies; without a strategy returns it as it is.
+    """Tells the compiler how an activation is sharded; without a strategy returns it as it is.
 
     Args:
       sharding: the strategy.
@@ -116,11 +116,11 @@ def constrain(
     """
     if sharding is None:
         return x
-    told = sharding.spec([axis if axis is not ... else None for axis in axes], x.shape, name)
+    entries = sharding.spec([axis if axis is not ... else None for axis in axes], x.shape, name)
     spec = PartitionSpec(
         *(
             PartitionSpec.UNCONSTRAINED if axis is ... else entry
-            for axis, entry in zip(axes, told, strict=True)
+            for axis, entry in zip(axes, entries, strict=True)
         )
     )
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
@@ -175,7 +175,7 @@ def make_sharding(
     devices: Sequence[jax.Device] | int | None = None,
     default: str = "fsdp+tensor",
 ) -> Sharding | None:
-    """Builds a strategy from its text; returns None where none is asked for.
+    """Builds a strategy from its text; returns None where none is given.
 
     Args:
       mesh: sizes of mesh axes, "data=2,fsdp=4"; one size may be -1 and takes what is left.

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021): what is trained is a product of low rank beside each of some kernels.
+"""LoRA (Hu et al., 2021): what is trained is a product of low rank next to each of some kernels.
 
 Adapters are a tree of their own, the parameter tree cut down to these kernels, with {"a": ...,
 "b": ...} in the place of each. `add_adapters` puts them where they belong, for any form of the

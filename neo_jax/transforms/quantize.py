@@ -35,7 +35,7 @@ def quantize_one(
       tensor: the parameter's row of the name table.
       array: the parameter, on its devices.
       dtype: of what stays as it is.
-      sharding: the strategy by which the parameter lies there, and the result will.
+      sharding: the strategy of the parameter, and of the result.
     """
     if not is_rounded(tensor):
         return array.astype(dtype)
@@ -51,7 +51,7 @@ def quantize(
       config: describes `params`.
       params: arrays of any float dtype.
       dtype: of what stays as it is.
-      sharding: the strategy by which they lie.
+      sharding: their strategy.
     """
     leaves = flatten_dict(params)
     for tensor in tensors(config):

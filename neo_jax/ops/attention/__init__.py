@@ -52,22 +52,22 @@ def attend(
       mask: which key each query sees.
       kernel: which implementation; "auto" takes dense unless the sequence attends to itself, then
         what is made for the device where that can do it, and else blocked.
-      sharding: how rows and heads lie on a mesh.
+      sharding: how rows and heads are laid out on a mesh.
 
     Raises:
-      NeoError: unknown kernel, or one that cannot do what is asked.
+      NeoError: see `choose`.
     """
     name = choose(kernel, q, mask, device_of(sharding))
     if sharding is None or name not in OF_DEVICE.values():
         return KERNELS[name](q, k, v, mask)
-    lies = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")
+    heads = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")
     rows = sharding.spec((BATCH, None), mask.q_positions.shape, "positions")
     on_each_device = jax.shard_map(
         KERNELS[name],
         mesh=sharding.mesh,
-        in_specs=(lies, lies, lies, rows),
-        out_specs=lies,
-        check_vma=False,  # Pallas kernels do not say along which axes of a mesh they vary
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
+        check_vma=False,  # Pallas kernels do not declare along which axes they vary
     )
     return on_each_device(q, k, v, mask)
 
@@ -76,7 +76,7 @@ def choose(kernel: str, q: Array, mask: Mask, device: Any) -> str:
     """Returns the name of the implementation that serves queries [B, N, T, H] on a device.
 
     Raises:
-      NeoError: unknown kernel, or one that cannot do what is asked; the message names another.
+      NeoError: unknown kernel, or one that cannot serve these; the message names another.
     """
     usual = "blocked" if mask.aligned else "dense"
     if kernel == "auto":
@@ -91,7 +91,7 @@ def choose(kernel: str, q: Array, mask: Mask, device: Any) -> str:
 
 
 def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
-    """Returns why a kernel cannot do what is asked, "" where it can."""
+    """Returns why a kernel cannot serve these queries, "" where it can."""
     if kernel != "dense" and not mask.aligned:
         return "serves a sequence that attends to itself"
     if kernel == "splash":

@@ -26,7 +26,7 @@ def cudnn(
       k: keys.
       v: values.
       mask: aligned, without `segment_starts`.
-      implementation: "xla" computes what is asked of cuDNN on any device, for tests.
+      implementation: "xla" computes the same on any device, for tests.
     """
     length = q.shape[2]
     fill = ((0, 0), (0, 0), (0, length % 2), (0, 0))

@@ -1,4 +1,4 @@
-"""Which key a query sees, said by positions: one formula for prefill, decoding and training."""
+"""Which key a query sees, by positions: one formula for prefill, decoding and training."""
 
 import dataclasses
 
