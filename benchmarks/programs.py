@@ -3,6 +3,9 @@
   python benchmarks/programs.py FOLDER [--only v5e]  writes and hashes each program
   python benchmarks/programs.py --compare BEFORE AFTER  lists the programs that differ
 
+--lowered skips compiling: it writes what compilers get, in seconds. Where that is equal, optimised
+programs are equal.
+
 Decoding (a batch of 1 and of 8), prefill and a training step, compiled for one CPU device, for a
 mesh of eight, and for TPUs that need not be here. Names, metadata, source locations and ids are
 replaced by numbers in the order in which they appear: what is left is what the devices do.
@@ -120,13 +123,14 @@ def normalized(text: str) -> str:
         numbers[name] = numbers.get(name) or f"{name[0]}{next(count)}"
         return numbers[name]
 
-    return re.sub(r"%[\w.\-]+|channel_id=\d+", number, text)
+    return re.sub(r"[%@][\w.\-#]+|channel_id=\d+", number, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--only", default="", help="a part of the names")
+    parser.add_argument("--lowered", action="store_true", help="programs as compilers get them")
     parser.add_argument("--compare", nargs=2, type=Path)
     args = parser.parse_args()
     if args.compare:
@@ -138,7 +142,8 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, lowered, topology in programs(args.only):
-        text = normalized(compile_and_read(lowered, topology)[1])
+        text = lowered.as_text() if args.lowered else compile_and_read(lowered, topology)[1]
+        text = normalized(text)
         (args.folder / f"{name}.txt").write_text(text)
         print(hashlib.sha256(text.encode()).hexdigest()[:16], name, flush=True)
 

@@ -71,9 +71,7 @@ def _torus_sizes(line: Sequence[jax.Device]) -> tuple[int, ...]:
         return (len(line),)
     places = np.array([_coordinates(device) for device in line])
     moved = places != places[0]
-    leaves_run = moved[:, ~moved[1]].any(
-        axis=1
-    )  # the second device shows its axis
+    leaves_run = moved[:, ~moved[1]].any(axis=1)  # the second device shows its axis
     run = int(leaves_run.argmax()) or len(line)
     if len(line) % run or run in (1, len(line)):
         return (len(line),)
