@@ -28,7 +28,7 @@ from neo_jax.model.transformer import Neo
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import Placement
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.step import init_state, make_step
+from neo_jax.training.step import abstract_inputs, init_state, make_step
 
 CORPUS = Path(__file__).parents[1] / "tests" / "corpora" / "corpus.jsonl.xz"
 SMALL = TrainConfig(
@@ -92,7 +92,7 @@ def measure(config, count, rounds):
     dataset = Mixture.open(
         config.data, length=config.sequence_length, across_documents=config.across_documents
     )
-    place = Placement(model, config.batch_size, dataset.has_segment_starts)
+    place = Placement(model, abstract_inputs(config, model, dataset.has_segment_starts)[0])
     feed = batches(dataset, batch_size=config.batch_size, seed=config.seed)
     constant = place(next(feed))
 

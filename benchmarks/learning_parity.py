@@ -32,7 +32,7 @@ from neo_jax.model import tensor_table
 from neo_jax.model.scan import stack
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import make_step, state_of
 

@@ -109,7 +109,7 @@ def ours(batch, length, dtype, remat):
     from neo_jax.config import preset
     from neo_jax.model.transformer import Neo
     from neo_jax.training.config import OptimizerConfig, TrainConfig
-    from neo_jax.training.objectives.cross_entropy import Batch
+    from neo_jax.training.objectives.next_token import Batch
     from neo_jax.training.optimizer import make_optimizer
     from neo_jax.training.step import init_state, make_step
 

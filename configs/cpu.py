@@ -5,7 +5,7 @@
   neo-jax train cpu
   neo-jax generate "My dear Emma," --model runs/cpu/model
 
-cost      614,400 tokens; measured on two CPU cores beside other work: six minutes
+cost      614,400 tokens; measured on two CPU cores next to other work: six minutes
 expected  held-out loss 5.11 nats a token, 2.17 bits a byte: words, no sentences yet
 """
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,7 +256,7 @@ def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    with _no_progress_bar():
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
@@ -268,20 +269,6 @@ def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with mock.patch.object(modeling_gpt_neo, "torch", Float64()):
             exact = model.double()(ids).logits.numpy()
     return single, exact
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keeps transformers from drawing how it reads weights."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _free_memory() -> int:

@@ -37,7 +37,7 @@ _NO_COUNTERPART = {
     "attn_dropout": "attention has no dropout here",
     "eval_batch_size": "evaluation has batch_size too",
     "eval_tasks": "",
-    "input_fn": "batches are drawn as README.md tells",
+    "input_fn": "batches are drawn as README.md says",
     "iterations": "",
     "log_grads": "",
     "lr_decay_end": "the rate falls until the last step here",

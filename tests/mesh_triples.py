@@ -17,7 +17,7 @@ from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.text.score import token_logprobs
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run
 from neo_jax.training.step import abstract_state, make_step, state_of, state_shardings

@@ -17,12 +17,12 @@ from accelerator.sizes import Sizes
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.devices.memory import peak_memory, tree_bytes
+from neo_jax.model.flops import flops_per_token
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.tools.benchmark.limits import measure_limits
 from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.metrics import flops_per_token
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import device_memory
 from neo_jax.training.step import abstract_inputs, abstract_state, make_step, state_of

@@ -7,6 +7,7 @@ that says how to fix it, and exit status 1; a command that cannot be understood 
 import contextlib
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-V", "--version"):
         print(f"neo-jax {__version__}")
         return 0
+    # This process is ours: what orbax's threads log, at length, they also raise.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if verb not in VERBS:
             raise UsageError(f"'{verb}' is not a verb.{suggest(verb, VERBS)}")

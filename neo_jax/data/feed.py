@@ -17,7 +17,7 @@ from neo_jax.data.mixture import Mixture
 from neo_jax.data.packing import TokenDataset
 from neo_jax.errors import NeoError
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 _EPOCHS = 2**20  # "without end": grain's own endless repetition overflows with batches of one
 _AHEAD = 8  # batches read ahead
@@ -31,7 +31,7 @@ def batches(
     seed: int,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     """Yields training batches without end, shuffled anew every epoch.
 
     An epoch holds every sequence once; a batch may hold the end of one and the start of the next.
@@ -59,7 +59,7 @@ def batches(
 
 def _shuffled_batches(
     dataset: TokenDataset | Mixture, batch_size: int, rows: Sequence[int], seed: int, step: int
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     import grain
 
     mixture = dataset if isinstance(dataset, Mixture) else Mixture((dataset,), (1.0,))
@@ -85,7 +85,7 @@ def num_batches_per_epoch(dataset: TokenDataset, batch_size: int) -> int:
 
 def evaluation_batches(
     dataset: TokenDataset, batch_size: int, rows: Sequence[int] | None = None
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     """Yields the split once, in order: what counts in it is a target exactly once.
 
     The tokens at the end of a stream that fill no sequence come as a last, padded one, so the

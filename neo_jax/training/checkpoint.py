@@ -5,15 +5,13 @@ it is whole. What cannot be read is set aside, and never removed.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
-import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -43,7 +41,7 @@ class SaveError(NeoError):
 class Checkpoints:
     """The checkpoints of one run, in `folder`. A context manager: leaving it waits for writes.
 
-    The best one is named in best.json beside the folder.
+    The best one is named in best.json next to the folder.
     """
 
     def __init__(
@@ -62,24 +60,21 @@ class Checkpoints:
           base: of the model that adapters are trained for, see `snapshot.base_of`.
 
         Raises:
-          NeoError: the folder cannot be written or listed, or its bucket not be asked about.
+          NeoError: the folder cannot be written or listed, or its bucket is refused.
         """
         self._folder = absolute(make_path(folder))
         check_writable(self._folder)
-        if is_remote(self._folder):
-            _check_bucket(self._folder)
+        _check_bucket(self._folder)
         check_shared(self._folder)
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_news)
-        self._quiet = contextlib.ExitStack()
         self._base = base or {}
-        self._kept = [policies.LatestN(keep), _Best(self)]
+        self.best = math.inf, 0  # the least held-out loss of a checkpoint, and its step
+        self._unknown: list[int] = []  # steps whose held-out loss cannot be read
+        self.changes: dict[str, str] = {}
+        # The first of them is of the best.
+        self._kept = [policies.CustomSteps([]), policies.LatestN(keep)]
         if keep_every:
             self._kept.append(policies.EveryNSteps(keep_every))
         self._manager = self._open()
-        self.best = math.inf, 0  # the least held-out loss of a checkpoint, and its step
-        self._unknown: set[int] = set()  # steps whose held-out loss cannot be read
-        self.changes: dict[str, str] = {}
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -98,23 +93,18 @@ class Checkpoints:
             ) from error
 
     def __enter__(self) -> "Checkpoints":
-        self._quiet.enter_context(snapshot.without_late_writes())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # An error that ends the run is told rather than one that follows from it.
-        with self._quiet, contextlib.suppress(NeoError) if kind else contextlib.nullcontext():
+        # An error that ends the run is reported rather than one that follows from it.
+        with contextlib.suppress(NeoError) if kind else contextlib.nullcontext():
             with self._explained():
                 self._manager.wait_until_finished()
             self._manager.close()
 
     def is_best(self, loss: float) -> bool:
-        """Tells whether a held-out loss is below that of every checkpoint; NaN never is."""
+        """Returns whether a held-out loss is below that of every checkpoint; NaN never is."""
         return loss < self.best[0]
-
-    def may_be_best(self, step: int) -> bool:
-        """Tells whether a checkpoint is the best, as far as the evaluations can be read."""
-        return step == self.best[1] or step in self._unknown
 
     def save(self, state: TrainState, config: TrainConfig, loss: float = math.nan) -> None:
         """Starts to write a checkpoint in the background; a step that is there is left alone.
@@ -122,7 +112,7 @@ class Checkpoints:
         Args:
           state: to be saved; may be consumed as soon as this returns.
           config: of the run.
-          loss: on held-out text, nats a token; NaN where it was not asked for.
+          loss: on held-out text, nats a token; NaN where there was no evaluation.
 
         Raises:
           NeoError: the disk has no room for it; a `SaveError` where it, or the one before, cannot
@@ -135,7 +125,7 @@ class Checkpoints:
         with self._explained():
             self._manager.wait_until_finished()
             if self.is_best(loss):
-                self.best = loss, step
+                self._keep_best(loss, step)
             self._manager.save(step, args=snapshot.items(state, config, loss, self._base))
 
     def restore_latest(self, abstract: TrainState, config: TrainConfig) -> TrainState | None:
@@ -145,7 +135,7 @@ class Checkpoints:
         STEP.unreadable: their steps will be done again. Nothing removes them. (On gs://, where no
         folder has a name of its own, their objects are copied to the new name, then removed.)
 
-        `changes` then holds the fields of the config that are others than they were, by name.
+        `changes` then holds the fields of the config that have changed, by name.
 
         Args:
           abstract: a ShapeDtypeStruct with a sharding in the place of each array: where the state
@@ -248,19 +238,19 @@ class Checkpoints:
             else:
                 losses[i] = found.get("loss", math.inf)
         losses = from_leader(losses.view(np.uint32)).view(np.float64)  # bit by bit
-        self._unknown = {step for step, loss in zip(steps, losses, strict=True) if loss != loss}
-        known = zip(losses.tolist(), steps, strict=True)
-        self.best = min((pair for pair in known if pair[0] < math.inf), default=(math.inf, 0))
+        pairs = list(zip(losses.tolist(), steps, strict=True))
+        self._unknown = [step for loss, step in pairs if loss != loss]
+        self._keep_best(*min((p for p in pairs if p[0] < math.inf), default=(math.inf, 0)))
         self._name_best()
 
-    @property
-    def _best_file(self) -> Path:
-        return self._folder.parent / "best.json"
+    def _keep_best(self, loss: float, step: int) -> None:
+        self.best = loss, step
+        self._kept[0] = policies.CustomSteps([step, *self._unknown])
 
     def _named_loss(self, step: int) -> float:
         """Returns the held-out loss of a step if best.json names it, else NaN."""
         with contextlib.suppress(Exception):
-            fields = json.loads(self._best_file.read_text(encoding="utf-8"))
+            fields = json.loads((self._folder.parent / "best.json").read_text(encoding="utf-8"))
             if fields["step"] == step:
                 return float(fields["eval_loss"])
         return math.nan
@@ -269,10 +259,10 @@ class Checkpoints:
         loss, step = self.best
         if is_leader() and step:
             fields = {"step": step, "eval_loss": loss, "checkpoint": f"checkpoints/{step}"}
-            write_whole(self._best_file, json.dumps(fields) + "\n")
+            write_whole(self._folder.parent / "best.json", json.dumps(fields) + "\n")
 
     def _check_room(self, state: TrainState) -> None:
-        """Tells of a full disk before orbax does, whose threads have a lot to say."""
+        """Reports a full disk before orbax does, whose threads log at length."""
         if is_remote(self._folder):
             return
         needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -296,38 +286,15 @@ class Checkpoints:
             ) from error
 
 
-@dataclasses.dataclass
-class _Best(policies.PreservationPolicy):
-    """Keeps the best checkpoint, and those of which nobody knows."""
-
-    of: Checkpoints
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[policies.PolicyCheckpointInfo],
-        *,
-        context: policies.PreservationContext,
-    ) -> Sequence[bool]:
-        """Tells of each checkpoint whether to keep it."""
-        return [self.of.may_be_best(info.step) for info in checkpoints]
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Tells a message from what orbax and its tasks log, at length, beside raising it."""
-    return not ("orbax" in record.pathname or "exception was never retrieved" in str(record.msg))
-
-
 def _warn(line: str) -> None:
     if is_leader():
         print(f"neo-jax: {line}.", file=sys.stderr, flush=True)
 
 
 def _check_bucket(folder: Path) -> None:
-    """Asks about the bucket as orbax will, the first time it removes a checkpoint: hours from now.
-
-    Raises:
-      NeoError: the answer is refused.
-    """
+    """Requests the bucket as orbax will, the first time it removes a checkpoint: hours from now."""
+    if not is_remote(folder):
+        return
     from google.cloud import storage
 
     try:
@@ -335,5 +302,6 @@ def _check_bucket(folder: Path) -> None:
     except Exception as error:  # of several libraries, which share no base
         raise NeoError(
             f"cannot keep checkpoints in {folder} ({reason(error)}); ask for storage.buckets.get, "
-            "as in the role Storage Legacy Bucket Reader, beside the right to write objects."
+            "as in the role Storage Legacy Bucket Reader, in addition to the right to write "
+            "objects."
         ) from error

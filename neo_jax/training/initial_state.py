@@ -18,14 +18,12 @@ from neo_jax.model.scan import abstract_params, stack
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import tree_shardings
 from neo_jax.training.config import TrainConfig
+from neo_jax.training.objectives import Objective
 from neo_jax.training.step import TrainState, init_state, state_of, state_shardings
 
 
 def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
-    """Finds the checkpoint that a run starts from, if any.
-
-    Returns:
-      The config with that checkpoint's model, and the folder.
+    """Returns a config with the model of the checkpoint it starts from, and its folder, if any.
 
     Raises:
       NeoError: it cannot be found or read, the config describes another model, its length does not
@@ -56,11 +54,15 @@ def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
 
 
 def first_state(
-    config: TrainConfig, model: Neo, optimizer: optax.GradientTransformation, folder: Path | None
+    config: TrainConfig,
+    model: Neo,
+    optimizer: optax.GradientTransformation,
+    folder: Path | None,
+    objective: Objective,
 ) -> TrainState:
     """Returns the state before the first step; `folder` is what `find_pretrained` found."""
     if folder is None or config.lora.rank:
-        return init_state(model, optimizer, config.seed, config.lora)
+        return init_state(model, optimizer, config.seed, config.lora, objective)
     start = functools.partial(state_of, optimizer=optimizer)
     stored = dataclasses.replace(
         model.config, vocab_size=model.config.vocab_size - config.new_tokens
@@ -70,6 +72,7 @@ def first_state(
         grown = jax.jit(functools.partial(_grow, before=stored, after=model.config))
         for table in {"wte", stored.head}:
             params = params | {table: {"embedding": grown(params[table]["embedding"])}}
+    params |= objective.init(model, jax.random.key(config.seed))
     shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 

@@ -14,7 +14,7 @@ from neo_jax.sharding.rules import make_sharding
 
 
 class Interrupt:
-    """Whether a run is asked to stop. A context manager, within which the first signal only asks.
+    """Whether a run is to stop. A context manager, within which the first signal only requests it.
 
     The second one does what it always did; so does the first on the command line, where no step is
     behind the run that could be saved. Several processes stop at the same step: each step
@@ -24,7 +24,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        """Asks nothing yet."""
+        """Requests nothing yet."""
         self._here = False  # this process got a signal
         self._anywhere: Array | None = None  # any process did, as of the step before
         self._begun = False
@@ -39,27 +39,20 @@ class Interrupt:
         self._taken.close()
 
     def requested(self) -> bool:
-        """Tells whether to stop after this step; all processes ask after every step."""
+        """Returns whether to stop after this step; all processes call this after every step."""
         self._begun = True
         if jax.process_count() == 1:
             return self._here
-        earlier, self._anywhere = self._anywhere, _ask_any(self._here)
+        earlier = self._anywhere
+        split, any_of = _any_of_all()
+        flag = np.asarray([self._here])
+        flags = jax.make_array_from_callback((jax.device_count(),), split, lambda _: flag)
+        self._anywhere = any_of(flags)  # the devices compute it among their other work
         return earlier is not None and bool(earlier)
 
     def _note(self) -> bool:
         self._here = True
         return self._begun
-
-
-def _ask_any(here: bool) -> Array:
-    """Starts to ask whether any process says yes; all must call this.
-
-    Returns:
-      A boolean scalar. The devices compute it among their other work; reading it waits for that.
-    """
-    split, any_of = _any_of_all()
-    flags = jax.make_array_from_callback((jax.device_count(),), split, lambda _: np.asarray([here]))
-    return any_of(flags)
 
 
 @functools.cache

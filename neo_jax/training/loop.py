@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax import axes
 from neo_jax.axes import Array, Params
 from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.checkpoints.peft import save_adapter
 from neo_jax.checkpoints.save import remove_leftovers
-from neo_jax.data.feed import Batch as HostBatch
-from neo_jax.data.feed import batches, evaluation_batches
+from neo_jax.data.feed import HostBatch, batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.devices.processes import holding, is_leader
 from neo_jax.errors import NeoError
@@ -29,13 +27,20 @@ from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.initial_state import find_pretrained, first_state, load_stacked
 from neo_jax.training.interrupt import Interrupt
-from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
+from neo_jax.training.objectives import Objective
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run, check_size
 from neo_jax.training.report import Evaluation, Report
 from neo_jax.training.samples import Sampler
 from neo_jax.training.snapshot import base_of
-from neo_jax.training.step import TrainState, abstract_state, make_step, whole
+from neo_jax.training.step import (
+    TrainState,
+    abstract_inputs,
+    abstract_state,
+    make_objective,
+    make_step,
+    merge_trainable,
+)
 from neo_jax.training.trace import Trace
 from neo_jax.transforms.lora import merge
 
@@ -44,15 +49,15 @@ def train(config: TrainConfig) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `config.output` if there is one.
 
     Leaves in the output folder: checkpoints/, best.json, metrics.jsonl, loss.png, what else the
-    config asks for, and model/, which `neo_jax.load` and transformers read; beside it adapter/, for
-    PEFT, where adapters were trained, which model/ has merged. Several processes (see
+    config requests, and model/, which `neo_jax.load` and transformers read; where adapters were
+    trained, adapter/ for PEFT, which model/ has merged. Several processes (see
     `neo_jax.devices.processes`) that call this are one run, and all need to see that folder;
     checkpoints of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the running
     step end, save and return; the second one does what it always did.
 
     Returns:
       The final state, which may be of a later step if the run has gone further before; or that of
-      the step at which the run was asked to stop: then without model/.
+      the step at which the run was requested to stop: then without model/.
 
     Raises:
       NeoError: see `check_run`; the data set does not fit the model, or the folder cannot be
@@ -73,13 +78,15 @@ def _train(config: TrainConfig) -> TrainState:
     model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
     check_size(config, model)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    train_step = make_step(model, optimizer, config)
-    place = Placement(model, config.batch_size, dataset.has_segment_starts)
+    objective = make_objective(config)
+    train_step = make_step(model, optimizer, config, objective)
+    batch, needed = abstract_inputs(config, model, dataset.has_segment_starts, objective)
+    place = Placement(model, batch)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
-    evaluate = _make_evaluation(config, model, place)
-    abstract = abstract_state(model, optimizer, config.lora)
+    evaluate = _make_evaluation(config, model, objective, place)
+    abstract = abstract_state(model, optimizer, config.lora, objective)
     sample = Sampler(config, model, tokenizer)
-    check_run(config, model, train_step, abstract, dataset.has_segment_starts)
+    check_run(config, model, train_step, abstract, batch, needed)
     frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
     base, output = base_of(frozen) if frozen else {}, make_path(config.output)
     with (
@@ -87,16 +94,11 @@ def _train(config: TrainConfig) -> TrainState:
         Checkpoints(output / "checkpoints", config.keep, config.keep_every, base) as checkpoints,
     ):
         restored = checkpoints.restore_latest(abstract, config)
-        state = restored or first_state(config, model, optimizer, folder)
-        trained = functools.partial(whole, frozen=frozen, lora=config.lora)
+        state = restored or first_state(config, model, optimizer, folder, objective)
+        trained = functools.partial(merge_trainable, frozen=frozen, lora=config.lora)
         start = int(state.step)
-        feed = batches(
-            dataset,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start,
-            rows=place.rows,
-        )
+        size, seed = config.batch_size, config.seed
+        feed = batches(dataset, batch_size=size, seed=seed, start_step=start, rows=place.rows)
         num_devices = sharding.mesh.size if sharding else 1
         numbers = Report(config, start, dataset.bytes_per_token, num_devices, checkpoints.changes)
         with numbers as report, Trace(config, start) as trace:
@@ -145,12 +147,12 @@ def _open(config: TrainConfig, split: str) -> Mixture:
     dataset = Mixture.open(config.data, split, config.sequence_length, config.across_documents)
     if dataset.parts and dataset.vocab_size > config.model.vocab_size:
         missing = dataset.vocab_size - config.model.vocab_size
-        mend = "model.vocab_size"
+        fix = "model.vocab_size"
         if config.pretrained:
-            mend = f"new_tokens to {config.new_tokens + missing}"
+            fix = f"new_tokens to {config.new_tokens + missing}"
         raise NeoError(
             f"{config.data} has a vocabulary of {dataset.vocab_size}, the model one of "
-            f"{config.model.vocab_size}; set {mend}, or prepare with its tokenizer."
+            f"{config.model.vocab_size}; set {fix}, or prepare with its tokenizer."
         )
     return dataset
 
@@ -158,32 +160,19 @@ def _open(config: TrainConfig, split: str) -> Mixture:
 class Placement:
     """Which rows of a batch the devices of this process hold, and their way there.
 
-    That is for the mesh to say: it may give processes the same rows, or rows that lie apart.
+    That is for the mesh to say: it may give processes the same rows, or rows that are far apart.
     """
 
-    def __init__(self, model: Neo, batch_size: int, has_segment_starts: bool = False):
-        """Splits the rows of batches of this size as the rules of the model say.
-
-        Args:
-          model: its sharding says where rows lie.
-          batch_size: of the global batch.
-          has_segment_starts: whether the batches' starts are needed: the step is cheaper without.
-
-        Raises:
-          NeoError: the rows do not divide over the devices.
-        """
-        self._batch_size = batch_size
-        self._has_segment_starts = has_segment_starts
+    def __init__(self, model: Neo, spec: Any):
+        """Splits the rows of batches; `spec` is the batch of `abstract_inputs`."""
         self._vocab_size = model.config.vocab_size
-        self._sharding = None
-        self.rows = list(range(batch_size))
-        if model.sharding:
-            shape = batch_size, 1
-            self._sharding = model.sharding.named((axes.BATCH, None), shape, "batch")
-            held: Any = self._sharding.addressable_devices_indices_map(shape).values()
+        self._spec, leaf = spec, jax.tree.leaves(spec)[0]
+        self.rows = list(range(leaf.shape[0]))
+        if leaf.sharding:
+            held: Any = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
             self.rows = sorted({row for index in held for row in self.rows[index[0]]})
 
-    def __call__(self, batch: HostBatch) -> Batch:
+    def __call__(self, batch: HostBatch) -> Any:
         """Puts a batch of the rows of this process onto the devices; returns the global batch.
 
         Raises:
@@ -196,38 +185,38 @@ class Placement:
                 f"{self._vocab_size}: its files are damaged; copy them again, or run neo-jax "
                 "prepare again."
             )
-        segment_starts = self._put(batch["segment_starts"]) if self._has_segment_starts else None
-        return Batch(self._put(batch["tokens"]), self._put(batch["weights"]), segment_starts)
+        fields = self._spec._asdict().items()
+        placed = {name: self._put(leaf, batch[name]) for name, leaf in fields if leaf is not None}
+        return self._spec._replace(**placed)
 
-    def _put(self, local: np.ndarray) -> Array:
-        if self._sharding is None:
+    def _put(self, leaf: jax.ShapeDtypeStruct, local: np.ndarray) -> Array:
+        if leaf.sharding is None:
             return jnp.asarray(local)
 
         def piece(index: Any) -> np.ndarray:
-            first, stop, _ = index[0].indices(self._batch_size)
+            first, stop, _ = index[0].indices(leaf.shape[0])
             start = bisect.bisect_left(self.rows, first)
             return local[start : start + stop - first]
 
-        shape = self._batch_size, local.shape[1]
-        return jax.make_array_from_callback(shape, self._sharding, piece)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
 
 
 def _make_evaluation(
-    config: TrainConfig, model: Neo, place: Placement
+    config: TrainConfig, model: Neo, objective: Objective, place: Placement
 ) -> Callable[[Params], Evaluation] | None:
     """Returns a function that evaluates the held-out splits; None where there is no need of it."""
     dataset = _open(config, "held_out") if config.eval_every else None
     if dataset is None or not dataset.parts:
         return None
     num_bytes = sum(part.num_target_bytes for part in dataset.parts)
-    losses = jax.jit(functools.partial(batch_losses, model))
+    sums_of = jax.jit(functools.partial(objective.evaluate, model))
 
     def evaluate(params: Params) -> Evaluation:
         total = weight = 0.0
         for part in dataset.parts:
             for batch in evaluation_batches(part, config.batch_size, place.rows):
-                cross_entropy, _, count = losses(params, place(batch))
-                total, weight = total + float(cross_entropy), weight + float(count)
+                sums = sums_of(params, place(batch))
+                total, weight = total + float(sums.loss), weight + float(sums.weight)
         return Evaluation(total / weight, total / math.log(2) / num_bytes)
 
     return evaluate

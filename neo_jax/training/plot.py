@@ -13,7 +13,7 @@ Lines = list[dict[str, Any]]
 
 
 class LossPlot:
-    """Draws the losses of a run in a thread of its own, so that training does not wait for it."""
+    """A `Sink` that draws in a thread of its own, so that training does not wait for it."""
 
     available = figure.AVAILABLE
 
@@ -23,7 +23,10 @@ class LossPlot:
         self._read = read
         self._thread: threading.Thread | None = None
 
-    def redraw(self) -> None:
+    def write(self, step: int, **values: float) -> None:
+        """Takes nothing: what is drawn is read."""
+
+    def sync(self) -> None:
         """Starts to draw what is known by now, unless the last drawing is still on its way."""
         if self.available and not (self._thread and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._draw)

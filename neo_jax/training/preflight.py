@@ -1,5 +1,7 @@
 """What is known of a run before it begins: whether its step can be, and whether it fits."""
 
+from typing import Any
+
 import jax
 
 from neo_jax.axes import BATCH, Params
@@ -7,27 +9,26 @@ from neo_jax.devices.memory import check_batch, device_memory, tree_bytes
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.step import Step, TrainState, abstract_inputs
+from neo_jax.training.step import Step, TrainState
 
 
 def check_run(
-    config: TrainConfig, model: Neo, step: Step, state: TrainState, has_segment_starts: bool
+    config: TrainConfig,
+    model: Neo,
+    step: Step,
+    state: TrainState,
+    batch: Any,
+    frozen: Params | None,
 ) -> None:
     """Checks what would else be an error of the first step, the output folder made by then.
 
-    Args:
-      config: of the run.
-      model: its model, with the strategy.
-      step: what `make_step` returned.
-      state: the shape, dtype and place of every leaf, as `abstract_state` says.
-      has_segment_starts: whether batches tell where documents begin.
+    `state` is what `abstract_state` returns, `batch` and `frozen` what `abstract_inputs` does.
 
     Raises:
       NeoError: parts of a batch do not divide over the mesh, the strategy contradicts itself at
         some activation, or the state is larger than the memory of its devices.
     """
     _check_parts(config, model)
-    batch, frozen = abstract_inputs(config, model, has_segment_starts)
     jax.eval_shape(step, state, batch, frozen)
     _check_memory(state, frozen)
 

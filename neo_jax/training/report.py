@@ -25,8 +25,8 @@ from neo_jax.devices.probe import peak_flops
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
+from neo_jax.model.flops import flops_per_token
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.plot import LossPlot
 from neo_jax.training.sinks import LineFile, Sink, open_sinks
 from neo_jax.training.step import Metrics
@@ -57,24 +57,22 @@ class Report:
           start_step: the step of the checkpoint that it goes on from, or 0.
           bytes_per_token: of the training text; NaN where there is none, as of completions.
           num_devices: that the run has, of all processes.
-          changes: what is other than before in the config of a run that goes on, by field.
+          changes: what has changed in the config of a run that goes on, by field.
 
         Raises:
-          NeoError: a file cannot be written, or a package that the config asks for is not there.
+          NeoError: a file cannot be written, or a package that the config requests is not there.
         """
         self._config = config
-        self._resumes = _resuming(config, start_step, changes) if start_step else ""
-        self._sinks: list[Sink] = []
-        self._samples: LineFile | None = None
-        self._plot: LossPlot | None = None
+        self._start, self._changes = start_step, changes
+        self._sinks: list[Sink] = []  # of numbers
+        self._samples: list[LineFile] = []  # of texts
         if is_leader():
             output = make_path(config.output)
             lines = LineFile(output / "metrics.jsonl", start_step)
-            self._sinks = [lines, *open_sinks(config, start_step)]
-            self._samples = (
-                LineFile(output / "samples.jsonl", start_step) if config.prompts else None
-            )
-            self._plot = LossPlot(output / "loss.png", lines.read)
+            plot = LossPlot(output / "loss.png", lines.read)
+            self._sinks = [lines, *open_sinks(config, start_step), plot]
+            if config.prompts:
+                self._samples = [LineFile(output / "samples.jsonl", start_step)]
         self._bits_per_nat = 1 / math.log(2) / bytes_per_token  # bits a byte, that is
         frozen = config.lora.rank > 0
         self._flops = flops_per_token(config.model, config.sequence_length, frozen)
@@ -99,8 +97,11 @@ class Report:
     def __enter__(self) -> "Report":
         self._logged_time = time.perf_counter()
         self._progress.start()
-        if self._resumes:
-            self._say(self._resumes)
+        if self._start:
+            steps = self._config.steps
+            finished = ": already finished" if self._start >= steps else ""
+            changed = "".join(f"; {name} {change}" for name, change in self._changes.items())
+            self._say(f"resuming at step {self._start} of {steps}{finished}{changed}")
         if not LossPlot.available:
             self._say("no loss.png without matplotlib; pip install 'neo_jax[plot]'")
         return self
@@ -109,9 +110,8 @@ class Report:
         if kind is None:
             self.flush()
         self._progress.stop()
-        for output in (*self._sinks, self._samples, self._plot):
-            if output:
-                output.close()
+        for sink in (*self._sinks, *self._samples):
+            sink.close()
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that is still running, and reports those of the one before.
@@ -129,7 +129,7 @@ class Report:
             values["eval_bits_per_byte"] = evaluation.bits_per_byte
             text += f", {evaluation.bits_per_byte:.4f} bits a byte"
         self._write(step, **values)
-        self._sync()
+        self.sync()
         self._say(f"step {step}: held-out loss {text}")
         self._logged_step, self._logged_time = step, time.perf_counter()
 
@@ -137,8 +137,8 @@ class Report:
         """Reports how the prompts of the config went on; its time does not count as training."""
         self.flush()
         for prompt, text in zip(self._config.prompts, texts, strict=True):
-            if self._samples:
-                self._samples.write(step, prompt=prompt, text=text)
+            for file in self._samples:
+                file.write(step, prompt=prompt, text=text)
             self._say(f"step {step}: {prompt!r} goes on {text!r}")
         self._logged_step, self._logged_time = step, time.perf_counter()
 
@@ -174,27 +174,15 @@ class Report:
     def sync(self) -> None:
         """Reports what is still to be reported, and brings all files up to date with it."""
         self.flush()
-        self._sync()
+        for sink in (*self._sinks, *self._samples):
+            sink.sync()
 
     def _write(self, step: int, **values: float) -> None:
         for sink in self._sinks:
             sink.write(step, **values)
-
-    def _sync(self) -> None:
-        for sink in (*self._sinks, self._samples):
-            if sink:
-                sink.sync()
-        if self._plot:
-            self._plot.redraw()
 
     def _say(self, line: str) -> None:
         if self._print_lines:
             print(line, file=sys.stderr, flush=True)
         elif is_leader():
             self._progress.console.print(line, markup=False, highlight=False)
-
-
-def _resuming(config: TrainConfig, step: int, changes: Mapping[str, str]) -> str:
-    finished = ": already finished" if step >= config.steps else ""
-    changed = "".join(f"; {name} {change}" for name, change in changes.items())
-    return f"resuming at step {step} of {config.steps}{finished}{changed}"

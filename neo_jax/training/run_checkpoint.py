@@ -1,6 +1,8 @@
 """The model in a training checkpoint, without the optimizer: for use elsewhere."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -34,20 +36,17 @@ def read_model(folder: Path) -> tuple[ModelConfig, str]:
       NeoError: it is damaged, or holds adapters alone.
     """
     folder = absolute(folder)
-    try:
+    with _explained(folder):
         config = snapshot.read(folder, "config")
         fields = {field.name for field in dataclasses.fields(ModelConfig)}
         model = ModelConfig(**{k: v for k, v in config["model"].items() if k in fields})
-    except NeoError:
-        raise
-    except Exception as error:  # damage shows in many ways
-        raise NeoError(f"{folder} is damaged ({reason(error)[:150]}); choose another.") from None
+        data: str = config["data"]
     if config.get("lora", {}).get("rank"):
         raise NeoError(
             f"{folder} holds adapters and not the model; convert the folder 'model' that the run "
             "leaves at its end."
         )
-    return model, config["data"]
+    return model, data
 
 
 def read_params(folder: Path, config: ModelConfig) -> Params:
@@ -57,20 +56,24 @@ def read_params(folder: Path, config: ModelConfig) -> Params:
       NeoError: it is damaged.
     """
     folder, handler = absolute(folder), ocp.PyTreeCheckpointHandler()
-    try:
+    with _explained(folder):
         metadata = handler.metadata(folder / "state")
-        saved = getattr(metadata, "tree", metadata)["params"]
+        saved = {"params": getattr(metadata, "tree", metadata)["params"]}
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
         places = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        params = handler.restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(
-                item={"params": abstract}, restore_args={"params": places}, partial_restore=True
-            ),
-        )["params"]
+        args = ocp.args.PyTreeRestore(abstract, restore_args=places, partial_restore=True)
+        params = handler.restore(folder / "state", args=args)["params"]
         wrong = snapshot.difference(params, snapshot.state_checks(folder), prefix=".params")
-    except Exception as error:
-        raise NeoError(f"{folder} is damaged ({reason(error)[:150]}); choose another.") from None
-    if wrong:
-        raise NeoError(f"{folder} is damaged ({wrong}); choose another.")
+        if wrong:
+            raise ValueError(wrong)
     return unstack(params, config)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except NeoError:
+        raise
+    except Exception as error:  # damage shows in many ways
+        raise NeoError(f"{folder} is damaged ({reason(error)[:150]}); choose another.") from None

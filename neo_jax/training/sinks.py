@@ -1,6 +1,6 @@
 """Where the numbers of a run go: lines of JSON always, TensorBoard and Weights & Biases on request.
 
-Process 0 alone opens them. The libraries are imported by the class that uses them.
+Process 0 alone opens them. The libraries are imported by the function that uses them.
 """
 
 import contextlib
@@ -9,8 +9,9 @@ import importlib.util
 import io
 import json
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from neo_jax.errors import NeoError, reason
 from neo_jax.files.paths import is_remote, make_path, write_whole
@@ -30,22 +31,30 @@ class Sink(Protocol):
         """Writes what is still to be written, and ends."""
 
 
+class _Library(NamedTuple):
+    """A sink of functions of a library."""
+
+    write: Callable[..., None]
+    sync: Callable[[], None]
+    close: Callable[[], None]
+
+
 def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
-    """Opens what a config asks for beside metrics.jsonl.
+    """Opens what a config requests in addition to metrics.jsonl.
 
     Raises:
       NeoError: a package is not installed, or refuses.
     """
     sinks: list[Sink] = []
     if config.tensorboard:
-        sinks.append(TensorBoard(make_path(config.output) / "tensorboard", start_step))
+        sinks.append(_tensorboard(make_path(config.output) / "tensorboard", start_step))
     if config.wandb:
-        sinks.append(Wandb(config, start_step))
+        sinks.append(_wandb(config, start_step))
     return sinks
 
 
 class LineFile:
-    """A file of JSON lines, each with its step; a resumed run drops those it will write again.
+    """A `Sink` of JSON lines, each with its step; a resumed run drops those it will write again.
 
     Nothing can be appended in the cloud: there the lines are kept, and `sync` writes all of them.
     """
@@ -71,13 +80,11 @@ class LineFile:
     def read(self) -> list[dict[str, Any]]:
         """Returns the lines on disk that are whole; a kill cuts one off."""
         lines = []
-        if self._path.exists():
-            for text in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    line = json.loads(text)
-                    lines.append({"step": line["step"], **line})
-                except (ValueError, KeyError):
-                    continue
+        texts = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        for text in texts.splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                line = json.loads(text)
+                lines.append({"step": line["step"], **line})
         return lines
 
     def write(self, step: int, **values: float | str) -> None:
@@ -109,85 +116,57 @@ class LineFile:
             self._file.close()
 
 
-class TensorBoard:
-    """Event files, which TensorBoard shows; of tensorboardX, which needs no TensorFlow."""
+def _tensorboard(folder: Path, start_step: int) -> Sink:
+    """Opens an event file; TensorBoard hides what older ones hold of steps to come.
 
-    def __init__(self, folder: Path, start_step: int):
-        """Opens an event file; TensorBoard hides what older ones hold of steps to come.
+    Of tensorboardX, which needs no TensorFlow.
+    """
+    _require("tensorboardX", "tensorboard")
+    from tensorboardX import SummaryWriter
 
-        Raises:
-          NeoError: tensorboardX is not installed.
-        """
-        _require("tensorboardX", "tensorboard")
-        from tensorboardX import SummaryWriter
+    writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-
-    def write(self, step: int, **values: float) -> None:
-        """Takes the values of a step."""
+    def write(step: int, **values: float) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def sync(self) -> None:
-        """Writes what is queued."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Writes what is queued, and closes the file."""
-        self._writer.close()
+    return _Library(write, writer.flush, writer.close)
 
 
-class Wandb:
-    """A run on Weights & Biases, in the project that the config names; resumed with the run."""
+def _wandb(config: TrainConfig, start_step: int) -> Sink:
+    """Starts a run in the project of the config, or resumes the one that output/wandb.txt names."""
+    _require("wandb", "wandb")
+    import wandb
 
-    def __init__(self, config: TrainConfig, start_step: int):
-        """Starts the run, or resumes the one whose name output/wandb.txt holds.
+    file = make_path(config.output) / "wandb.txt"
+    if not (start_step and file.exists()):
+        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    try:
+        run = wandb.init(
+            project=config.wandb,
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
+            config=dataclasses.asdict(config),
+        )
+    except Exception as error:  # of the network, the login, the service
+        raise NeoError(
+            f"wandb cannot start a run in '{config.wandb}' ({reason(error)}); run wandb login, "
+            "set WANDB_MODE=offline, or leave the field wandb of the config empty."
+        ) from error
+    # Else it would refuse the steps between a checkpoint and the kill, which come again.
+    run.define_metric("*", step_metric="step")
 
-        Raises:
-          NeoError: wandb is not installed, or does not let us in.
-        """
-        _require("wandb", "wandb")
-        import wandb
+    def write(step: int, **values: float) -> None:
+        run.log({"step": step, **values})
 
-        file = make_path(config.output) / "wandb.txt"
-        if not (start_step and file.exists()):
-            file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        try:
-            self._run = wandb.init(
-                project=config.wandb,
-                id=file.read_text(encoding="utf-8"),
-                resume="allow",
-                config=dataclasses.asdict(config),
-            )
-        except Exception as error:  # of the network, the login, the service
-            raise NeoError(
-                f"wandb cannot start a run in '{config.wandb}' ({reason(error)}); run wandb login, "
-                "set WANDB_MODE=offline, or leave the field wandb of the config empty."
-            ) from error
-        # Else it would refuse the steps between a checkpoint and the kill, which come again.
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, **values: float) -> None:
-        """Takes the values of a step."""
-        self._run.log({"step": step, **values})
-
-    def sync(self) -> None:
-        """Does nothing: it sends by itself."""
-
-    def close(self) -> None:
-        """Sends what is still to be sent."""
-        self._run.finish()
+    return _Library(write, lambda: None, run.finish)  # it sends by itself
 
 
 def _require(package: str, extra: str) -> None:
-    """Checks that a package is there.
-
-    Raises:
-      NeoError: it is not.
-    """
+    """Raises a `NeoError` where a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise NeoError(
-            f"the config asks for {package}, which is not installed; pip install 'neo_jax[{extra}]'"
+            f"the config requests {package}, which is not installed; pip install 'neo_jax[{extra}]'"
         )
 
 

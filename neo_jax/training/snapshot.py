@@ -1,22 +1,21 @@
 """One checkpoint on disk: what it holds, and reading it back as it was.
 
 Its items are `state` (the arrays; the step is one of them) and, as JSON, `config` (with the seed,
-from which every random key comes, and with what tells the model that adapters are for from
+from which every random key comes, and with what distinguishes the model that adapters are for from
 others), `versions` of the libraries, `evaluation`, the held-out loss where there is one, and
-`checks`, the checksums of the others: a disk may return other bits than it was given.
+`checks`, the checksums of the others: a disk may return other bits than it was given. What reads
+them raises exceptions of many kinds.
 """
 
-import contextlib
+import asyncio
 import dataclasses
-import gc
+import functools
 import hashlib
 import json
 import math
 import platform
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +42,7 @@ _FIXED = {"model": "another model", "lora": "other adapters", "optimizer.name": 
 
 
 def base_of(frozen: Params) -> Base:
-    """Returns what tells a frozen model from others.
+    """Returns what distinguishes a frozen model from others.
 
     Checksums of its own dtype, and as bfloat16: the dtype of a run's products may change.
     """
@@ -73,12 +72,8 @@ def items(state: TrainState, config: TrainConfig, loss: float, base: Base) -> oc
 
 
 def read(folder: Path, name: str) -> Any:
-    """Returns a JSON item of the checkpoint in a folder.
-
-    Raises:
-      Exception: it cannot be read; of many kinds.
-    """
-    fields, expected = _read(folder, name, ocp.args.JsonRestore()), _checks(folder).get(name)
+    """Returns a JSON item of the checkpoint in a folder."""
+    fields, expected = _read(folder, name, _json), _checks(folder).get(name)
     if expected not in (None, _digest(fields)):
         raise ValueError(f"its {name} is not what was written")
     return fields
@@ -87,23 +82,36 @@ def read(folder: Path, name: str) -> Any:
 def read_state(folder: Path, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
     """Returns the state of the checkpoint in a folder, and the checksums that it is to have.
 
-    Args:
-      folder: of the checkpoint.
-      abstract: see `Checkpoints.restore_latest`.
-
-    Raises:
-      Exception: it cannot be read; of many kinds.
+    Of `abstract` see `Checkpoints.restore_latest`.
     """
-    state = _read(folder, "state", ocp.args.StandardRestore(abstract))
+    handlers = ocp.type_handlers.create_type_handler_registry((jax.Array, _Arrays()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    places = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args=places)
+    # Not by orbax's manager: a process that fails would leave the others at its barrier.
+    state = _read(folder, "state", functools.partial(handler.restore, args=args))
     return state, state_checks(folder)
 
 
-def state_checks(folder: Path) -> dict[str, int]:
-    """Returns the checksums of the state in a folder as it was written.
+class _Arrays(ocp.type_handlers.ArrayHandler):
+    """Reads arrays; where one fails, orbax closes the loop in which others are still read."""
 
-    Raises:
-      Exception: they cannot be read; of many kinds.
-    """
+    async def deserialize(
+        self,
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.RestoreArgs] | None = None,
+    ) -> Sequence[jax.Array]:
+        """Returns arrays; an error comes after the last of them has ended."""
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        except Exception:
+            await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)
+            raise
+
+
+def state_checks(folder: Path) -> dict[str, int]:
+    """Returns the checksums of the state in a folder as it was written."""
     return _checks(folder).get("state", {})
 
 
@@ -123,14 +131,12 @@ def difference(state: Any, expected: dict[str, int], prefix: str = "") -> str:
 def attempt(read: Callable[[], T]) -> tuple[T | None, str]:
     """Returns what a function reads, or None and why it cannot, after some attempts."""
     why = ""
-    with _quiet():
-        for pause in (*_PAUSES, 0.0):
-            try:
-                return read(), ""
-            except Exception as error:  # damage shows in many ways
-                why = short(error)
-            gc.collect()  # it is now that Python would print of it
-            time.sleep(pause)
+    for pause in (*_PAUSES, 0.0):
+        try:
+            return read(), ""
+        except Exception as error:  # damage shows in many ways
+            why = short(error)
+        time.sleep(pause)
     return None, why
 
 
@@ -174,45 +180,18 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
     return flatten_dict(json.loads(json.dumps(fields)), sep=".")
 
 
-def _read(folder: Path, name: str, how: Any) -> Any:
-    # Not by orbax's manager: a process that fails would leave the others at its barrier.
-    handler = ocp.CompositeCheckpointHandler()
-    return handler.restore(folder, ocp.args.Composite(**{name: how}))[name]
+def _read(folder: Path, name: str, how: Callable[[Path], T]) -> T:
+    return how(folder / name)
+
+
+def _json(folder: Path) -> Any:
+    return json.loads((folder / "metadata").read_text(encoding="utf-8"))
 
 
 def _checks(folder: Path) -> dict[str, Any]:
     """Returns the checksums of a checkpoint; older versions wrote none."""
-    if not (folder / "checks").is_dir():
-        return {}
-    return _read(folder, "checks", ocp.args.JsonRestore())
+    return _read(folder, "checks", _json) if (folder / "checks").is_dir() else {}
 
 
 def _digest(fields: Any) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what Python prints of reads that are given up because one of them failed."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            yield
-        finally:
-            sys.unraisablehook = hook
-
-
-@contextlib.contextmanager
-def without_late_writes() -> Iterator[None]:
-    """Drops what Python prints of writes that end, and fail too, after one that failed."""
-    hook = sys.unraisablehook
-
-    def others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = others
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook

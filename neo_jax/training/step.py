@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from neo_jax.axes import BATCH, Array, Params
 from neo_jax.errors import NeoError
@@ -14,7 +13,8 @@ from neo_jax.model.scan import abstract_params, stack, stacked_axes
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import device_of, tree_shardings
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch, Losses, batch_losses, embed_inputs
+from neo_jax.training.objectives import Objective, Sums
+from neo_jax.training.objectives.next_token import NextToken
 from neo_jax.training.optimizer import make_schedule
 from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters
 
@@ -35,6 +35,7 @@ Metrics = dict[str, Array]
 Step = jax.stages.Wrapped  # from a state and a batch to a state and metrics
 
 _ALL_WEIGHTS = LoraConfig()
+_LANGUAGE: Objective = NextToken()
 
 
 def init_state(
@@ -42,22 +43,26 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     lora: LoraConfig = _ALL_WEIGHTS,
+    objective: Objective = _LANGUAGE,
 ) -> TrainState:
     """Draws a state; each array is created where it lives, never whole on one host."""
-    init = functools.partial(_init, model, optimizer, lora)
+    init = functools.partial(_init, model, optimizer, lora, objective)
     shardings = state_shardings(model, optimizer, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 def abstract_state(
-    model: Neo, optimizer: optax.GradientTransformation, lora: LoraConfig = _ALL_WEIGHTS
+    model: Neo,
+    optimizer: optax.GradientTransformation,
+    lora: LoraConfig = _ALL_WEIGHTS,
+    objective: Objective = _LANGUAGE,
 ) -> TrainState:
     """Returns the shape, dtype and place of every leaf of a state, as `ShapeDtypeStruct`s."""
-    shapes = jax.eval_shape(functools.partial(_init, model, optimizer, lora), jax.random.key(0))
-    shardings = state_shardings(model, optimizer, shapes)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, shapes)
+    init = functools.partial(_init, model, optimizer, lora, objective)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    everything_here = jax.tree.map(lambda _: here, shapes)
+    shardings = state_shardings(model, optimizer, shapes) or everything_here
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -65,29 +70,31 @@ def abstract_state(
     )
 
 
+def make_objective(config: TrainConfig) -> Objective:
+    """Returns what a run minimises."""
+    return NextToken(config.z_loss)
+
+
 def abstract_inputs(
-    config: TrainConfig, model: Neo, has_segment_starts: bool = False
-) -> tuple[Batch, Params | None]:
-    """Returns what a step takes beside the state, as `ShapeDtypeStruct`s.
+    config: TrainConfig,
+    model: Neo,
+    has_segment_starts: bool = False,
+    objective: Objective = _LANGUAGE,
+) -> tuple[Any, Params | None]:
+    """Returns a batch, and where adapters are trained the frozen parameters, else None.
 
-    Args:
-      config: of the run.
-      model: its model, with the strategy.
-      has_segment_starts: whether batches tell where documents begin.
-
-    Returns:
-      A batch, and the frozen parameters where adapters are trained, else None.
+    Both as `ShapeDtypeStruct`s with their place; `has_segment_starts` says whether batches say
+    where documents begin.
     """
 
-    def rows(length: int, dtype: DTypeLike) -> Any:
-        shape, sharding = (config.batch_size, length), model.sharding
-        place = sharding.named((BATCH, None), shape, "batch") if sharding else None
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def place(leaf: Any) -> Any:
+        sharding, rows = model.sharding, (BATCH, *[None] * (len(leaf.shape) - 1))
+        named = sharding.named(rows, leaf.shape, "batch") if sharding else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
 
-    length = config.sequence_length
-    segment_starts = rows(length, jnp.int32) if has_segment_starts else None
-    batch = Batch(rows(length + 1, jnp.int32), rows(length, jnp.float32), segment_starts)
-    return batch, abstract_params(model, jnp.dtype(config.dtype)) if config.lora.rank else None
+    spec = objective.batch_spec(config.batch_size, config.sequence_length, has_segment_starts)
+    frozen = abstract_params(model, jnp.dtype(config.dtype)) if config.lora.rank else None
+    return jax.tree.map(place, spec), frozen
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -103,16 +110,25 @@ def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainSt
 
 
 def _init(
-    model: Neo, optimizer: optax.GradientTransformation, lora: LoraConfig, key: Array
+    model: Neo,
+    optimizer: optax.GradientTransformation,
+    lora: LoraConfig,
+    objective: Objective,
+    key: Array,
 ) -> TrainState:
     if lora.rank:
-        return state_of(init_adapters(model.config, lora, key), optimizer)
-    return state_of(stack(init_params(model, key), model.config), optimizer)
+        params = init_adapters(model.config, lora, key)
+    else:
+        params = stack(init_params(model, key), model.config)
+    return state_of(params | objective.init(model, jax.random.fold_in(key, 1)), optimizer)
 
 
-def whole(params: Params, frozen: Params | None, lora: LoraConfig) -> Params:
+def merge_trainable(params: Params, frozen: Params | None, lora: LoraConfig) -> Params:
     """Returns the stacked tree that the model takes: what is trained, in its place in the rest."""
-    return params if frozen is None else add_adapters(frozen, params, lora.scale)
+    if frozen is None:
+        return params
+    adapters = {name: tree for name, tree in params.items() if name in frozen}
+    return params | add_adapters(frozen, adapters, lora.scale)
 
 
 def state_shardings(
@@ -120,15 +136,18 @@ def state_shardings(
 ) -> TrainState | None:
     """Returns where each leaf of a state lives; None on one device.
 
-    An optimizer slot of a parameter's shape lies as the parameter does; counters, and the vectors
-    that Adafactor keeps in the place of a matrix, are everywhere.
+    An optimizer slot of a parameter's shape is laid out as the parameter is; counters, and the
+    vectors that Adafactor keeps in the place of a matrix, are everywhere.
     """
     sharding = model.sharding
     if sharding is None:
         return None
-    axes = adapter_axes(state.params, stacked_axes(model))
-    params = tree_shardings(sharding, axes, state.params)
+    axes = stacked_axes(model)
     replicated = sharding.named((), ())
+    of_model = {name: tree for name, tree in state.params.items() if name in axes}
+    of_objective = {name: tree for name, tree in state.params.items() if name not in axes}
+    params = tree_shardings(sharding, adapter_axes(of_model, axes), of_model)
+    params |= jax.tree.map(lambda _: replicated, of_objective)
     slots = optax.tree.map_params(
         optimizer,
         lambda slot, param, place: place if slot.shape == param.shape else replicated,
@@ -140,23 +159,29 @@ def state_shardings(
     return TrainState(replicated, params, slots, replicated)  # type: ignore[arg-type]  # not arrays
 
 
-def make_step(model: Neo, optimizer: optax.GradientTransformation, config: TrainConfig) -> Step:
+def make_step(
+    model: Neo,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    objective: Objective | None = None,
+) -> Step:
     """Returns the jitted training step of a run; it consumes the state that it is given.
 
     It takes a state, a batch and, where adapters are trained, the frozen stacked parameters. These
-    get no gradient.
+    get no gradient. It minimises `objective`, or what the config says.
 
     A step whose gradients are not finite changes nothing but the counters; the learning rate
     follows the step, such steps included. Metrics are scalars:
-    loss (nats a token), gradient_norm (before clipping), learning_rate, skipped (steps so far) and
-    skipped_in_a_row.
+    loss (what the objective reports, as nats a token), gradient_norm (before clipping),
+    learning_rate, skipped (steps so far) and skipped_in_a_row.
     """
     schedule = make_schedule(config.optimizer, config.steps)
+    objective = objective or make_objective(config)
 
     def step(
-        state: TrainState, batch: Batch, frozen: Params | None = None
+        state: TrainState, batch: Any, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        losses, grads = _gradients(model, config, state, batch, frozen)
+        sums, grads = _gradients(model, config, objective, state, batch, frozen)
         norm = optax.tree.norm(grads)
         slots = _at_step(state.opt_state, state.step)
         updates, opt_state = optimizer.update(grads, slots, state.params)
@@ -169,7 +194,7 @@ def make_step(model: Neo, optimizer: optax.GradientTransformation, config: Train
         )
         skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         metrics = {
-            "loss": losses.cross_entropy / losses.weight,
+            "loss": sums.loss / sums.weight,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step)),
             "skipped": skipped[0],
@@ -201,56 +226,57 @@ def _at_step(opt_state: Any, step: Array) -> Any:
 
 
 def _gradients(
-    model: Neo, config: TrainConfig, state: TrainState, batch: Batch, frozen: Params | None
-) -> tuple[Losses, Params]:
-    """Returns the losses of a batch and the gradients of its mean objective."""
+    model: Neo,
+    config: TrainConfig,
+    objective: Objective,
+    state: TrainState,
+    batch: Any,
+    frozen: Params | None,
+) -> tuple[Sums, Params]:
+    """Returns the sums of a batch and the gradients of its mean objective."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
     unroll = config.unroll or _fastest_unroll(config, model)
 
-    def embedded(params: Params) -> Array:
-        return embed_inputs(model, whole(params, frozen, config.lora), batch, key)
+    def embedded(params: Params) -> Any:
+        return objective.embed(model, merge_trainable(params, frozen, config.lora), batch, key)
 
-    def objective(
-        params: Params, x: Array | None, part: Batch, number: Array
-    ) -> tuple[Array, Losses]:
-        part_key = None if key is None else jax.random.fold_in(key, number)
-        losses = batch_losses(
+    def loss(params: Params, x: Any, part: Any, number: Array) -> tuple[Array, Sums]:
+        sums = objective.loss(
             model,
-            whole(params, frozen, config.lora),
+            merge_trainable(params, frozen, config.lora),
             part,
+            embedded=x,
             remat=config.remat,
             unroll=unroll,
-            z_loss=config.z_loss,
-            key=part_key,
-            embedded=x,
+            key=None if key is None else jax.random.fold_in(key, number),
         )
-        return losses.objective, losses
+        return sums.objective, sums
 
     if config.accumulation == 1:
-        one = functools.partial(objective, x=None, part=batch, number=jnp.int32(0))
-        grads, losses = jax.grad(one, has_aux=True)(state.params)
+        one = functools.partial(loss, x=None, part=batch, number=jnp.int32(0))
+        grads, sums = jax.grad(one, has_aux=True)(state.params)
     else:
         # Of the embedding outside of the loop: a TPU's compiler sums wrongly what a loop scatters
         # over a split table (openxla/xla issue 49143).
         x, pull = jax.vjp(embedded, state.params)
-        gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
-        zeros = jax.tree.map(jnp.zeros_like, (state.params, Losses(*[jnp.zeros(())] * 3)))
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, Sums(*[jnp.zeros(())] * 3)))
 
-        def add(sums: Any, part: tuple[Array, Batch, Array]) -> tuple[Any, Array]:
-            (grads, grad_x), losses = gradient(state.params, *part)
-            return jax.tree.map(jnp.add, sums, (grads, losses)), grad_x
+        def add(totals: Any, part: tuple[Any, Any, Array]) -> tuple[Any, Any]:
+            (grads, grad_x), sums = gradient(state.params, *part)
+            return jax.tree.map(jnp.add, totals, (grads, sums)), grad_x
 
         parts = (*_parts((x, batch), config.accumulation), jnp.arange(config.accumulation))
-        (grads, losses), grads_x = jax.lax.scan(add, zeros, parts)
+        (grads, sums), grads_x = jax.lax.scan(add, zeros, parts)
         grads = jax.tree.map(jnp.add, grads, *pull(_joined(grads_x)))
-    weight = jnp.maximum(losses.weight, 1)
-    return losses._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
+    weight = jnp.maximum(sums.weight, 1)
+    return sums._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
 
 
 def _fastest_unroll(config: TrainConfig, model: Neo) -> int:
     """Returns how many units of layers to write out: on a CPU a loop copies what it carries.
 
-    What is computed again would there be found to be the same without a loop, and be kept.
+    What is computed again would be found to be the same without a loop, and be kept.
     """
     on_cpu = device_of(model.sharding).platform == "cpu"
     return config.model.num_layers if on_cpu and config.remat == "none" else 1
@@ -265,6 +291,6 @@ def _parts(batch: Any, count: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def _joined(parts: Array) -> Array:
-    """Undoes `_parts` for an array."""
-    return jnp.moveaxis(parts, 0, 1).reshape((-1, *parts.shape[2:]))
+def _joined(parts: Any) -> Any:
+    """Undoes `_parts`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape((-1, *x.shape[2:])), parts)

@@ -1,5 +1,7 @@
 """A trace of a few steps for TensorBoard's profiler, XProf or Perfetto."""
 
+import contextlib
+
 import jax
 
 from neo_jax.devices.processes import is_leader
@@ -21,22 +23,18 @@ class Trace:
         self._folder = make_path(config.output) / "profile"
         self._before = start_step + _WARM_UP if config.profile and is_leader() else -1
         self._last = self._before + config.profile
-        self._running = False
+        self._trace = contextlib.ExitStack()
 
     def __enter__(self) -> "Trace":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
+        self._trace.close()
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was started; waits for them where the trace begins."""
+        if step in (self._before, self._last):
+            jax.block_until_ready(metrics)
+            self._trace.close()
         if step == self._before:
-            jax.block_until_ready(metrics)
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        elif self._running and step == self._last:
-            jax.block_until_ready(metrics)
-            self.__exit__()
+            self._trace.enter_context(jax.profiler.trace(str(self._folder)))

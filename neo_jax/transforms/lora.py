@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from neo_jax.axes import LAYERS, Array, Params
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
+from neo_jax.fields import check, number
 from neo_jax.model.low_rank import LowRank, low_rank_axes
 from neo_jax.model.tensor_table import KERNELS, tensors
 
@@ -28,16 +29,15 @@ class LoraConfig:
       NeoError: a negative rank, an alpha that is not finite, or a target that is no kernel.
     """
 
-    rank: int = 0  # of the adapters; 0 trains all weights instead
-    alpha: float = 16.0  # adapters are added alpha / rank times
+    # Of the adapters; 0 trains all weights instead.
+    rank: int = number(0, least=0, words="be 0 (off) or more, not {}")
+    # Adapters are added alpha / rank times.
+    alpha: float = number(16.0, above=-math.inf, below=math.inf, words="be finite, not {}")
     # of q_proj, k_proj, v_proj, out_proj, c_fc and c_proj
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise NeoError(f"lora.rank must be 0 (off) or more, not {self.rank}.")
-        if not math.isfinite(self.alpha):
-            raise NeoError(f"lora.alpha must be finite, not {self.alpha}.")
+        check(self, "lora.")
         if not self.targets:
             raise NeoError(f"lora.targets is empty; name some of {', '.join(KERNELS)}.")
         for name in self.targets:

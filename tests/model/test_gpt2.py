@@ -17,13 +17,13 @@ from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.checkpoints.peft import load_adapter, save_adapter
 from neo_jax.config import ModelConfig
 from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.model.flops import flops_per_token
 from neo_jax.model.scan import stack, unstack
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.text.language_model import load
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.metrics import flops_per_token
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import init_state, make_step
 from neo_jax.transforms.lora import LoraConfig, add_adapters, init_adapters, merge

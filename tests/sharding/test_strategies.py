@@ -20,7 +20,7 @@ from neo_jax.model.tensor_table import KERNELS
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import STRATEGIES, make_sharding, tree_shardings
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
+from neo_jax.training.objectives.next_token import Batch, NextToken
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import (
     abstract_state,
@@ -76,7 +76,7 @@ def train(params, sharding):
     if sharding:
         state = jax.device_put(state, state_shardings(model, optimizer, state))
     batches = make_batches(sharding)
-    gradient = jax.jit(jax.grad(lambda p, b: batch_losses(model, p, b).objective))
+    gradient = jax.jit(jax.grad(lambda p, b: NextToken().loss(model, p, b).objective))
     grads = gradient(state.params, batches[0])
     grads = flatten_dict(jax.device_get(grads))
     losses = []

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -369,8 +370,12 @@ def test_a_save_that_fails_in_the_background_is_one_line_and_the_end(config, tmp
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_other_messages_are_not_dropped(save, caplog):
-    save({})
+def test_nothing_of_the_process_is_changed(save, caplog):
+    """Messages of others are not dropped: no filters, no hooks."""
+    loggers = [logging.getLogger(name) for name in ("", "absl", "asyncio")]
+    before = sys.unraisablehook, warnings.filters[:], [logger.filters[:] for logger in loggers]
+    save({1: 1.0})
+    after = sys.unraisablehook, warnings.filters[:], [logger.filters[:] for logger in loggers]
+    assert after == before
     logging.getLogger("asyncio").warning("Executing %s took 3 s", "it")
-    logging.getLogger("asyncio").error("Task exception was never retrieved")
     assert [record.getMessage() for record in caplog.records] == ["Executing it took 3 s"]

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.learning_parity import TOLERANCE, draw_params, ours, theirs
 from neo_jax.config import ModelConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch
 
 pytestmark = pytest.mark.optimized
 

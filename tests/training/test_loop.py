@@ -25,9 +25,9 @@ from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.training import loop, preflight
 from neo_jax.training.loop import train
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch, NextToken
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.step import init_state, make_step
+from neo_jax.training.step import abstract_inputs, init_state, make_step
 
 
 def metrics(config, name="loss"):
@@ -225,7 +225,7 @@ def evaluation_alone(config, state, data, **options):
     dataset = TokenDataset.open(data, "held_out", 32, **options)
     total = weight = 0.0
     model = Neo(config.model)
-    losses = jax.jit(lambda batch: loop.batch_losses(model, state.params, batch))
+    losses = jax.jit(lambda batch: NextToken().loss(model, state.params, batch))
     for i in range(dataset.num_sequences):
         tokens, weights, segment_starts = (
             dataset.sequence(i)[n] for n in ("tokens", "weights", "segment_starts")
@@ -238,7 +238,7 @@ def evaluation_alone(config, state, data, **options):
             counts = np.zeros((1, 32), np.float32)
             counts[0, : stop - start - 1] = mine[start : stop - 1]
             found = losses(Batch(jnp.asarray(row), jnp.asarray(counts)))
-            total, weight = total + float(found.cross_entropy), weight + float(found.weight)
+            total, weight = total + float(found.loss), weight + float(found.weight)
     return total, weight
 
 
@@ -258,12 +258,13 @@ def test_a_mixture_with_pairs_on_a_mesh(config, pairs):
     one = train(mixed)
     parts = [evaluation_alone(mixed, one, pairs)]
     dataset = TokenDataset.open(config.data, "held_out", 32)
-    losses = jax.jit(lambda batch: loop.batch_losses(Neo(config.model), one.params, batch))
+    losses = jax.jit(lambda batch: NextToken().loss(Neo(config.model), one.params, batch))
     for batch in evaluation_batches(dataset, 8):
-        placed = loop.Placement(Neo(config.model), 8)(batch)
+        model = Neo(config.model)
+        placed = loop.Placement(model, abstract_inputs(config, model)[0])(batch)
         assert placed.segment_starts is None  # nobody needs them: the step is compiled without
         found = losses(placed)
-        parts.append((float(found.cross_entropy), float(found.weight)))
+        parts.append((float(found.loss), float(found.weight)))
     totals, weights = zip(*parts, strict=True)
     expected = sum(totals) / sum(weights)
     assert metrics(mixed, "eval_loss")[6] == pytest.approx(expected, rel=1e-5)
@@ -291,8 +292,8 @@ def test_completions_alone_are_learned(config, pairs, capsys):
 
     def loss(weights):
         batch = Batch(tokens, jnp.asarray(weights[None]), segment_starts)
-        found = loop.batch_losses(Neo(config.model), state.params, batch)
-        return float(found.cross_entropy / found.weight)
+        found = NextToken().loss(Neo(config.model), state.params, batch)
+        return float(found.loss / found.weight)
 
     real = sequence["tokens"][1:] > 0
     prompts = ((sequence["weights"] == 0) & real).astype(np.float32)
@@ -344,7 +345,7 @@ def test_a_step_leaves_every_array_where_it_was(config, compilations):
     kernel = state.opt_state[1][0].mu["unit_0"]["mlp"]["c_fc"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (1, 64, 16)
     batch = next(batches(TokenDataset.open(config.data, length=32), batch_size=8, seed=0))
-    place = loop.Placement(model, 8)
+    place = loop.Placement(model, abstract_inputs(config, model)[0])
     for compiles in (True, False, False):
         with compilations() as counted:
             state, _ = step(state, place(batch))

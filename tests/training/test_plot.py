@@ -34,8 +34,8 @@ def test_the_training_loss_is_light_and_the_held_out_loss_dark():
 def test_a_plot_is_drawn_beside_the_run_and_once_more_at_its_end(tmp_path):
     lines = LINES[:10]
     plot = LossPlot(tmp_path / "loss.png", lambda: lines)
-    plot.redraw()
-    plot.redraw()  # one at a time
+    plot.sync()
+    plot.sync()  # one at a time
     lines = LINES
     plot.close()
     assert (pixels((tmp_path / "loss.png").read_bytes()) == pixels(draw(LINES))).all()
@@ -43,13 +43,13 @@ def test_a_plot_is_drawn_beside_the_run_and_once_more_at_its_end(tmp_path):
 
 def test_a_picture_that_cannot_be_written_stops_nothing():
     plot = LossPlot(Path("/dev/full"), lambda: LINES)
-    plot.redraw()
+    plot.sync()
     plot.close()
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(LossPlot, "available", False)
     plot = LossPlot(tmp_path / "loss.png", lambda: pytest.fail("reads"))
-    plot.redraw()
+    plot.sync()
     plot.close()
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from neo_jax.errors import NeoError
+from neo_jax.model.flops import flops_per_token
 from neo_jax.training import report as report_module
-from neo_jax.training.metrics import flops_per_token
 from neo_jax.training.report import Evaluation, Report
 
 BYTES = 2.5  # of a token

@@ -12,9 +12,10 @@ from neo_jax.config import ModelConfig
 from neo_jax.model.scan import stack
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.training import step as training_state
+from neo_jax.training import step as training_step
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch, Losses, batch_losses
+from neo_jax.training.objectives import Sums
+from neo_jax.training.objectives.next_token import Batch, NextToken
 from neo_jax.training.optimizer import make_optimizer, make_schedule
 from neo_jax.training.step import init_state, make_step, state_of, state_shardings
 from neo_jax.transforms.lora import LoraConfig
@@ -102,7 +103,7 @@ def test_a_frozen_model_gets_no_gradient(params, batch):
 
     whole = flops(CONFIG)
     lora = dataclasses.replace(CONFIG, lora=LoraConfig(rank=1))
-    forward = jax.jit(lambda p: batch_losses(Neo(CONFIG.model), p, batch)).lower(params)
+    forward = jax.jit(lambda p: NextToken().loss(Neo(CONFIG.model), p, batch)).lower(params)
     forward = forward.compile().cost_analysis()["flops"]
     # Of the products, a third is the forward pass, and a third the gradient of activations.
     assert flops(lora, params) - forward < 0.7 * (whole - forward)
@@ -163,11 +164,11 @@ def test_a_prediction_counts_by_its_share_of_all_weights(params, batch):
 def test_each_part_of_a_batch_draws_its_own_dropout(params, batch, monkeypatch):
     """Else what is dropped of one sequence would be dropped of those in its place elsewhere."""
 
-    def drawn(model, params, part, *, key, **options):
+    def drawn(self, model, params, part, *, key, **options):
         draw = jax.random.uniform(key) + 0 * params["wpe"]["embedding"].sum()
-        return Losses(draw, draw**2, jnp.ones(()))
+        return Sums(draw, draw**2, jnp.ones(()))
 
-    monkeypatch.setattr(training_state, "batch_losses", drawn)
+    monkeypatch.setattr(NextToken, "loss", drawn)
     for accumulation in (1, 4):
         config = dataclasses.replace(CONFIG, accumulation=accumulation, dropout=0.5)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -192,7 +193,7 @@ def test_the_learning_rate_follows_the_step_also_past_skipped_ones(name):
     state = optimizer.init(params)
     rates = []
     for step in range(5):
-        slots = training_state._at_step(state, jnp.int32(step))
+        slots = training_step._at_step(state, jnp.int32(step))
         updates, new = optimizer.update(jax.tree.map(jnp.ones_like, params), slots, params)
         rates.append(float(jnp.abs(updates["layer"]["kernel"]).max()))
         state = state if step in (1, 2) else new  # those were skipped

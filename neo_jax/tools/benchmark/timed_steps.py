@@ -19,7 +19,7 @@ from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.objectives.cross_entropy import Batch
+from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run
 from neo_jax.training.step import abstract_inputs, abstract_state, init_state, make_step
@@ -167,11 +167,11 @@ def train_work(model: Neo, config: TrainConfig, budget: Budget) -> Work:
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_step(model, optimizer, config)
     try:
-        check_run(config, model, step, abstract_state(model, optimizer), has_segment_starts=False)
+        places, frozen = abstract_inputs(config, model)
+        check_run(config, model, step, abstract_state(model, optimizer), places, frozen)
     except NeoError as error:
         raise CannotRunError(str(error)) from error
     rows, length = config.batch_size, config.sequence_length
-    places, _ = abstract_inputs(config, model)
     batch = Batch(
         jax.device_put(_tokens(model, (rows, length + 1)), places.tokens.sharding),
         jax.device_put(np.ones((rows, length), np.float32), places.weights.sharding),

@@ -1,21 +1,21 @@
-"""The products of a step as it was traced, before it is split over devices; and those of kernels.
+"""The products of a step as it was traced, before it is split over devices, and as compiled.
 
-Products of the compiled program are counted by `tools.plan.hlo_cost`; a kernel's are neither in the
-trace nor in the program, and follow by arithmetic.
+A kernel's are in neither, and follow by arithmetic.
 """
 
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend.core import Literal
 
 from neo_jax.config import ModelConfig
+from neo_jax.model.flops import visible_keys
 from neo_jax.tools.plan.hlo import Instruction, elements, sizes
-from neo_jax.training.metrics import visible_keys
 
 Shape = tuple[int, ...]
 
@@ -31,14 +31,60 @@ def traced_flops(traced: Any, config: ModelConfig) -> float:
     return _flops(jaxpr, needed, functools.partial(_attention_flops, config))
 
 
-def splash_flops(config: ModelConfig) -> Callable[[Instruction, tuple[Shape, ...]], float]:
-    """Returns the arithmetic of the splash kernel's calls in a program of this model."""
+def compiled_flops(
+    each: Instruction, lines: Mapping[str, Instruction], config: ModelConfig | None
+) -> float:
+    """Returns the FLOPs of one instruction of a compiled program, on a device.
 
-    def flops(call: Instruction, operands: tuple[Shape, ...]) -> float:
-        results = [sizes(shape) for shape in elements(call.shape)]
-        return _attention_flops(config, call.name, operands, results)
+    Args:
+      each: the instruction; other than products and kernels have none.
+      lines: of its computation, by name.
+      config: of the model whose attention kernels compute; None where there are none.
+    """
+    if each.opcode not in ("dot", "convolution", "custom-call"):
+        return 0
+    inputs = [lines[name].shape for name in each.operands]
+    operands = tuple(sizes(shape) for shape in inputs if not shape.startswith("("))
+    if each.opcode == "dot":
+        summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", each.attributes)
+        axes = map(int, summed[1].split(",")) if summed else ()
+        return _product_flops(sizes(each.shape), operands[0], axes)
+    if each.opcode == "convolution":
+        return _convolution_flops(each, operands)
+    results = [sizes(shape) for shape in elements(each.shape)]
+    return _attention_flops(config, each.name, operands, results) if config else 0
 
-    return flops
+
+def _product_flops(result: Shape, left: Shape, summed: Iterable[int]) -> float:
+    return 2 * math.prod(result) * math.prod(left[axis] for axis in summed)
+
+
+def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
+    """Counts multiplications and additions, those with padding and between dilations left out.
+
+    A TPU's compiler writes every product of matrices as a convolution, one with batch axes as one
+    whose window slides along them, and of whose entries few meet.
+    """
+    labels = re.split("_|->", call.attribute(r"dim_labels=([\w>-]+)"))
+    left, right, result = (
+        dict(zip(axes, shape, strict=True))
+        for axes, shape in zip(labels, (*operands, sizes(call.shape)), strict=True)
+    )
+    spatial = sorted(axis for axis in left if axis.isdigit())
+    window = re.search(r"window=\{([^}]*)\}", call.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    groups = re.search(r"batch_group_count=(\d+)", call.attributes)
+    meetings = 1
+    for number, axis in enumerate(spatial):
+        stride, low, left_step, right_step = (
+            int(fields[name].split("x")[number].split("_")[0]) if name in fields else default
+            for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+        )
+        at = np.arange(result[axis])[:, None] * stride + np.arange(right[axis]) * right_step - low
+        inside = (at >= 0) & (at <= (left[axis] - 1) * left_step) & (at % left_step == 0)
+        meetings *= int(inside.sum())
+    batch = left["b"] // (int(groups[1]) if groups else 1)
+    return 2 * batch * result["f"] * right["i"] * meetings
 
 
 def _attention_flops(
@@ -83,9 +129,7 @@ def _flops_of(eqn: Any, needed: Sequence[bool], kernel: Callable[..., float]) ->
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (summed, _), _ = params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
-        result = math.prod(eqn.outvars[0].aval.shape)
-        return 2 * result * math.prod(left[axis] for axis in summed)
+        return _product_flops(eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape, summed)
     if name == "pallas_call":
         operands = tuple(var.aval.shape for var in eqn.invars)
         return kernel(str(params["name"]), operands, [var.aval.shape for var in eqn.outvars])

@@ -1,19 +1,15 @@
 """What a compiled program computes and what it moves through memory, on one device."""
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-from neo_jax.tools.plan.hlo import Instruction, Program, Run, elements, num_bytes, runs, sizes
+from neo_jax.config import ModelConfig
+from neo_jax.tools.plan.flops import compiled_flops
+from neo_jax.tools.plan.hlo import Instruction, Program, Run, elements, num_bytes, runs
 
 Lines = Mapping[str, Instruction]
 """A computation: its instructions by name."""
-
-KernelFlops = Callable[[Instruction, tuple[tuple[int, ...], ...]], float]
-"""The FLOPs of a call of a kernel, by the call and the sizes of its operands."""
 
 
 class Work(NamedTuple):
@@ -24,7 +20,7 @@ class Work(NamedTuple):
 
 
 def work(
-    program: Program, kernel_flops: KernelFlops | None = None, open_trips: int | None = None
+    program: Program, config: ModelConfig | None = None, open_trips: int | None = None
 ) -> Work:
     """Counts a program's products and its traffic with memory, loops as often as they run.
 
@@ -34,7 +30,7 @@ def work(
 
     Args:
       program: what `neo_jax.tools.plan.hlo.parse` returned.
-      kernel_flops: the arithmetic of its kernels; without it they count as nothing.
+      config: of the model whose attention its kernels compute; without it they count as nothing.
       open_trips: how often a loop runs whose end depends on data.
 
     Raises:
@@ -43,52 +39,10 @@ def work(
     flops = memory_bytes = 0.0
     for run in runs(program, open_trips):
         lines, times = program.computations[run.computation], run.known_times
-        flops += times * _flops(lines, run.instruction, kernel_flops)
+        flops += times * compiled_flops(run.instruction, lines, config)
         if not run.fusions:
             memory_bytes += times * _traffic(program, run)
     return Work(flops, memory_bytes)
-
-
-def _flops(lines: Lines, each: Instruction, kernel_flops: KernelFlops | None) -> float:
-    if each.opcode not in ("dot", "convolution", "custom-call"):
-        return 0
-    shapes = [lines[name].shape for name in each.operands]
-    operands = tuple(sizes(shape) for shape in shapes if not shape.startswith("("))
-    if each.opcode == "convolution":
-        return _convolution_flops(each, operands)
-    if each.opcode == "custom-call":
-        return kernel_flops(each, operands) if kernel_flops else 0
-    summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", each.attributes)
-    axes = map(int, summed[1].split(",")) if summed else ()
-    return 2 * math.prod(sizes(each.shape)) * math.prod(operands[0][axis] for axis in axes)
-
-
-def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
-    """Counts multiplications and additions, those with padding and between dilations left out.
-
-    A TPU's compiler writes every product of matrices as a convolution, one with batch axes as one
-    whose window slides along them, and of whose entries few meet.
-    """
-    labels = re.split("_|->", call.attribute(r"dim_labels=([\w>-]+)"))
-    left, right, result = (
-        dict(zip(axes, shape, strict=True))
-        for axes, shape in zip(labels, (*operands, sizes(call.shape)), strict=True)
-    )
-    spatial = sorted(axis for axis in left if axis.isdigit())
-    window = re.search(r"window=\{([^}]*)\}", call.attributes)
-    fields = dict(field.split("=") for field in window[1].split()) if window else {}
-    groups = re.search(r"batch_group_count=(\d+)", call.attributes)
-    meetings = 1
-    for number, axis in enumerate(spatial):
-        stride, low, left_step, right_step = (
-            int(fields[name].split("x")[number].split("_")[0]) if name in fields else default
-            for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
-        )
-        at = np.arange(result[axis])[:, None] * stride + np.arange(right[axis]) * right_step - low
-        inside = (at >= 0) & (at <= (left[axis] - 1) * left_step) & (at % left_step == 0)
-        meetings *= int(inside.sum())
-    batch = left["b"] // (int(groups[1]) if groups else 1)
-    return 2 * batch * result["f"] * right["i"] * meetings
 
 
 # Instructions that move nothing by themselves: names for what is there, and ends of what began.

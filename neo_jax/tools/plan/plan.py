@@ -11,7 +11,7 @@ import jax
 
 from neo_jax.devices.memory import device_memory, tree_bytes
 from neo_jax.tools.plan.collectives import Traffic, traffic
-from neo_jax.tools.plan.flops import splash_flops, traced_flops
+from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.tools.plan.hlo import parse
 from neo_jax.tools.plan.hlo_cost import Work, work
 from neo_jax.tools.plan.roofline import Roofline, roofline, slices_of
@@ -95,7 +95,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
         )
     seconds = time.perf_counter() - start
     program = parse(text)
-    done = work(program, splash_flops(config), OPEN_TRIPS)
+    done = work(program, config, OPEN_TRIPS)
     sent = traffic(program, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
     stats = compiled.memory_analysis()
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes

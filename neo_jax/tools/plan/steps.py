@@ -18,7 +18,7 @@ from neo_jax.ops.tuning import tpu_layout
 from neo_jax.sharding.rules import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.step import abstract_inputs, abstract_state, make_step
+from neo_jax.training.step import abstract_inputs, abstract_state, make_objective, make_step
 from neo_jax.transforms.quantize import Quantization, quantized_shapes
 
 Kind = Literal["train", "prefill", "decode"]
@@ -62,11 +62,12 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
     dtype = jnp.dtype(config.dtype)
     model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(model, optimizer, config.lora)
-    batch, frozen = abstract_inputs(config, model)
+    objective = make_objective(config)
+    state = abstract_state(model, optimizer, config.lora, objective)
+    batch, frozen = abstract_inputs(config, model, objective=objective)
 
     def trace(config: TrainConfig) -> jax.stages.Traced:
-        return make_step(model, optimizer, config).trace(state, batch, frozen)
+        return make_step(model, optimizer, config, objective).trace(state, batch, frozen)
 
     return Step(
         "train",

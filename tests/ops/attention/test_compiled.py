@@ -15,7 +15,7 @@ from neo_jax.model.scan import abstract_params
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.tools.plan.topology import find_topology
-from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
+from neo_jax.training.objectives.next_token import Batch, NextToken
 
 pytestmark = pytest.mark.tpu_compiler
 
@@ -46,7 +46,7 @@ def compile_gradient(model, length, with_segment_starts=False, remat="none"):
     batch = Batch(
         rows(model, length + 1, jnp.int32), rows(model, length, jnp.float32), segment_starts
     )
-    gradient = jax.grad(lambda p, b: batch_losses(model, p, b, remat=remat).objective)
+    gradient = jax.grad(lambda p, b: NextToken().loss(model, p, b, remat=remat).objective)
     return jax.jit(gradient).lower(abstract_params(model), batch).compile().as_text()
 
 

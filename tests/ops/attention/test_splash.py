@@ -18,7 +18,7 @@ from neo_jax.ops import attention
 from neo_jax.ops.attention import Mask, dense, splash
 from neo_jax.ops.attention.splash import block_size
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
+from neo_jax.training.objectives.next_token import Batch, NextToken
 
 interpreted = functools.partial(splash, interpret=True)
 
@@ -111,7 +111,7 @@ def loss_and_gradients(sharding, params):
     tokens = rng.integers(0, 200, (4, 201)).astype(np.int32)
     segment_starts = np.where(np.arange(200) < 130, 0, 130)[None].repeat(4, axis=0).astype(np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.ones((4, 200)), jnp.asarray(segment_starts))
-    objective = functools.partial(batch_losses, Neo(CONFIG, sharding=sharding))
+    objective = functools.partial(NextToken().loss, Neo(CONFIG, sharding=sharding))
     return jax.jit(jax.value_and_grad(lambda p: objective(p, batch).objective))(params)
 
 
@@ -170,7 +170,7 @@ def test_what_rematerialisation_runs_again(as_on_a_tpu, remat, forward):
     params = jax.eval_shape(lambda: stack(init_params(model, jax.random.key(0)), CONFIG))
     rows = jax.ShapeDtypeStruct((1, 128), jnp.float32)
     batch = Batch(jax.ShapeDtypeStruct((1, 129), jnp.int32), rows)
-    gradient = jax.grad(lambda p, b: batch_losses(model, p, b, remat=remat, unroll=2).objective)
+    gradient = jax.grad(lambda p, b: NextToken().loss(model, p, b, remat=remat, unroll=2).objective)
     program = str(jax.make_jaxpr(gradient)(params, batch))
     kernels = {name: program.count(f"name=splash_mha_{name}") for name in ("fwd", "dq", "dkv")}
     assert kernels == {"fwd": forward, "dq": 2, "dkv": 2}

@@ -10,6 +10,7 @@ import pytest
 from neo_jax.config import ModelConfig, preset
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.errors import NeoError
+from neo_jax.model.flops import flops_per_token
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan import report
@@ -18,7 +19,6 @@ from neo_jax.tools.plan.plan import make_plan
 from neo_jax.tools.plan.steps import decode_step, prefill_step, training_step
 from neo_jax.tools.plan.topology import find_topology
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.metrics import flops_per_token
 from neo_jax.transforms.lora import LoraConfig
 
 pytestmark = pytest.mark.tpu_compiler

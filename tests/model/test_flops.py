@@ -1,4 +1,4 @@
-"""training/metrics.py: FLOPs."""
+"""model/flops.py: what training needs for a token, by hand and counted one by one."""
 
 import dataclasses
 import math
@@ -6,8 +6,8 @@ import math
 import pytest
 
 from neo_jax.config import ModelConfig, preset
+from neo_jax.model.flops import flops_per_token
 from neo_jax.model.tensor_table import tensors
-from neo_jax.training.metrics import flops_per_token
 
 TINY = ModelConfig(
     num_layers=4, embed_dim=32, num_heads=2, vocab_size=96, max_length=64, window_size=8

@@ -1,4 +1,7 @@
-"""How well a run uses its devices: the FLOPs of its model."""
+"""The FLOPs of a model by arithmetic: what training needs for a token, and attention for its pairs.
+
+A multiplication and an addition are two. What programs do is counted by `neo_jax.tools.plan.flops`.
+"""
 
 from neo_jax.config import ModelConfig
 

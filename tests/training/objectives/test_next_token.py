@@ -1,4 +1,4 @@
-"""training/objectives/cross_entropy.py: the loss by transformers', in blocks of any size."""
+"""training/objectives/next_token.py: the loss by transformers', in blocks of any size."""
 
 import dataclasses
 import functools
@@ -16,16 +16,16 @@ from neo_jax.model.scan import abstract_params, stack, unstack
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.training.objectives import cross_entropy
-from neo_jax.training.objectives.cross_entropy import Batch, batch_losses
+from neo_jax.training.objectives import streamed
+from neo_jax.training.objectives.next_token import Batch, NextToken
 
 pytestmark = pytest.mark.optimized
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_sum(model, params, batch):
-    losses = batch_losses(model, stack(params, model.config), batch)
-    return losses.cross_entropy, losses.weight
+    losses = NextToken().loss(model, stack(params, model.config), batch)
+    return losses.loss, losses.weight
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -39,7 +39,7 @@ def gradients(model, params, batch):
     """Gradients of the mean, by the canonical tree."""
 
     def mean(stacked):
-        losses = batch_losses(model, stacked, batch)
+        losses = NextToken().loss(model, stacked, batch)
         return losses.objective / jnp.maximum(losses.weight, 1)
 
     return unstack(jax.grad(mean)(stack(params, model.config)), model.config)
@@ -143,11 +143,11 @@ def plain(model, params, batch, z_loss):
 def test_blocks_of_any_size_and_the_z_loss(tiny, tokens, monkeypatch, block_tokens, z_loss):
     """One token a block, blocks that do not divide the length, and all at once."""
     model, params = tiny
-    monkeypatch.setattr(cross_entropy, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(streamed, "BLOCK_TOKENS", block_tokens)
     batch = Batch(tokens, jnp.asarray(WEIGHTS["some"]))
 
     def blocked(params):
-        losses = batch_losses(model, stack(params, model.config), batch, z_loss=z_loss)
+        losses = NextToken(z_loss).loss(model, stack(params, model.config), batch)
         return losses.objective, losses
 
     (objective, losses), grads = jax.jit(jax.value_and_grad(blocked, has_aux=True))(params)
@@ -156,7 +156,7 @@ def test_blocks_of_any_size_and_the_z_loss(tiny, tokens, monkeypatch, block_toke
     )(params)
     assert float(objective) == pytest.approx(float(expected), rel=1e-6)
     without = float(plain(model, params, batch, 0.0))
-    assert float(losses.cross_entropy) == pytest.approx(without, rel=1e-6)
+    assert float(losses.loss) == pytest.approx(without, rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
@@ -165,7 +165,11 @@ def test_parameters_travel_in_the_dtype_of_products(tiny_config):
     """Devices gather every kernel and the head's table in half of the bytes; ids are ids."""
     model = Neo(tiny_config, jnp.bfloat16, sharding=make_sharding("fsdp=4"))
     batch = Batch(jax.ShapeDtypeStruct((4, 41), jnp.int32), jax.ShapeDtypeStruct((4, 40), "f4"))
-    for function in (losses := lambda p, b: batch_losses(model, p, b).objective, jax.grad(losses)):
+
+    def losses(params, batch):
+        return NextToken().loss(model, params, batch).objective
+
+    for function in (losses, jax.grad(losses)):
         program = str(jax.make_jaxpr(function)(abstract_params(model), batch))
         gathered = re.findall(r":(\w+)\[[\d,]+\] = all_gather\b", program)
         assert set(gathered) == {"bf16", "i32"}
@@ -183,7 +187,7 @@ def test_all_logits_never_exist(tiny):
     batch = Batch(
         jax.ShapeDtypeStruct((1, 4097), jnp.int32), jax.ShapeDtypeStruct((1, 4096), jnp.float32)
     )
-    gradient = jax.grad(lambda params, batch: batch_losses(model, params, batch).objective)
+    gradient = jax.grad(lambda params, batch: NextToken().loss(model, params, batch).objective)
     text = jax.jit(gradient).lower(params, batch).compile().as_text()
     assert "[1,512,50048]" in text  # a block's
     assert "4096,50048]" not in text
