@@ -91,11 +91,15 @@ def write_tasks(data, folder, most, share=1.0):
     """
     for name, number in most.items():
         docs = read_examples(data, name)[:number]
-        docs = docs[: math.ceil(share * len(docs))]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-        files = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
-        where = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **where, **TASKS[name]}))
+        write_task(folder, name, TASKS[name], docs[: math.ceil(share * len(docs))])
+
+
+def write_task(folder, name, task, docs):
+    """Writes a task's file, of these fields, and its examples into a folder."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    files = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
+    where = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **where, **task}))
 
 
 def write_fresh(folder, config, tokenizer):

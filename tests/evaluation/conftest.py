@@ -1,10 +1,9 @@
 """Tiny local tasks of lm-evaluation-harness, one for each kind of request."""
 
-import json
-
 import numpy as np
 import pytest
-import yaml
+
+from benchmarks.harness_tasks import TASKS, write_task
 
 WORDS = "the dog the fox a café call me Ishmael naïve never mind how long it sells cups".split()
 
@@ -13,37 +12,19 @@ def sentence(rng, words):
     return " ".join(rng.choice(WORDS, words))
 
 
-MEAN = {"aggregation": "mean", "higher_is_better": True}
 KINDS = {
-    "last_word": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-        "doc_to_target": "{{' ' + text.split(' ')[-1]}}",
-        "metric_list": [
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            {"metric": "acc", **MEAN},
-        ],
-    },
+    "last_word": TASKS["lambada"],
     "choices": {
-        "output_type": "multiple_choice",
+        **TASKS["hellaswag"],
         "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
         "fewshot_split": "test",
-        "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}],
     },
-    "whole": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    },
+    "whole": TASKS["wikitext"],
     "completion": {
-        "output_type": "generate_until",
+        **TASKS["completion"],
         "doc_to_text": "{{text}}",
         "doc_to_target": "dog",
         "generation_kwargs": {"until": ["e", " f"], "max_gen_toks": 12},
-        "metric_list": [{"metric": "exact_match", **MEAN}],
     },
 }
 
@@ -64,17 +45,7 @@ def tasks(tmp_path_factory):
         for i in range(5)
     ]
     for name, kind in KINDS.items():
-        docs = questions if name == "choices" else texts
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data)}},
-            "test_split": "test",
-            **kind,
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+        write_task(folder, name, kind, questions if name == "choices" else texts)
     return folder
 
 
