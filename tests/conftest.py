@@ -36,6 +36,7 @@ jaxtyping.install_import_hook(_MODULES, "beartype.beartype")
 from neo_jax.checkpoints.open_model import save_pretrained  # noqa: E402
 from neo_jax.config import ModelConfig  # noqa: E402
 from neo_jax.data.tokenizer_training import train_sentencepiece  # noqa: E402
+from neo_jax.devices import torus  # noqa: E402
 from neo_jax.model.transformer import Neo, init_params  # noqa: E402
 from neo_jax.text.tokenizer import END_OF_TEXT, load_tokenizer  # noqa: E402
 
@@ -110,6 +111,16 @@ def tiny(tiny_config):
     """A model of `tiny_config` and its parameters."""
     model = Neo(tiny_config)
     return model, jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+
+
+@pytest.fixture(params=["one axis", "along a torus"])
+def cut(request, monkeypatch):
+    """Meshes as a CPU's devices give them, and as if an axis of 4 spanned two of a torus."""
+    torus.along_torus.cache_clear()
+    if request.param == "along a torus":
+        monkeypatch.setattr(torus, "_torus_sizes", lambda n: (2, 2) if len(n) == 4 else (len(n),))
+    yield
+    torus.along_torus.cache_clear()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ overwritten is outside the window as long as one step appends no more than slack
 Keys and values are floats, or int8 with a scale for each row, head and slot.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -136,25 +137,20 @@ def from_sequence(
     Returns:
       A cache of `num_slots` slots a layer that holds each row's newest tokens.
     """
-    return tuple(
-        _arrange(layer, lengths, num_slots(config, i, length, slack), dtype)
-        for i, layer in enumerate(sequence)
-    )
+    cache = []
+    for i, layer in enumerate(sequence):
+        # The newest position of slot s is the largest p < length with p % slots == s.
+        slots, newest = num_slots(config, i, length, slack), lengths[:, None] - 1
+        positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
+        index = (jnp.clip(positions, 0) % layer.positions.shape[1])[:, None, :, None]
 
+        def kept(part: Any, index: Array = index) -> Array | Int8:
+            part = jnp.take_along_axis(part, index, axis=2, mode="clip")
+            return rounded(part, 1) if dtype == jnp.int8 else part.astype(dtype or part.dtype)
 
-def _arrange(
-    layer: LayerCache, lengths: Int[Array, "B"], slots: int, dtype: DTypeLike | None
-) -> LayerCache:
-    # The newest position that belongs into slot s is the largest p < length with p % slots == s.
-    newest = lengths[:, None] - 1
-    positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
-    index = (jnp.clip(positions, 0) % layer.positions.shape[1])[:, None, :, None]
-
-    def kept(part: Any) -> Array | Int8:
-        part = jnp.take_along_axis(part, index, axis=2, mode="clip")
-        return rounded(part, 1) if dtype == jnp.int8 else part.astype(dtype or part.dtype)
-
-    return LayerCache(kept(layer.k), kept(layer.v), jnp.where(positions >= 0, positions, -1))
+        positions = jnp.where(positions >= 0, positions, -1)
+        cache.append(LayerCache(kept(layer.k), kept(layer.v), positions))
+    return tuple(cache)
 
 
 def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
@@ -162,18 +158,18 @@ def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
 
     Texts must fit: of a row that holds a position of `length` or more, keys are lost.
     """
-    return tuple(_resize(layer, num_slots(config, i, length)) for i, layer in enumerate(cache))
 
-
-def _resize(layer: LayerCache, slots: int) -> LayerCache:
-    # Where the number of slots changes no text has wrapped around yet: slots are positions.
-    def fit(leaf: Array) -> Array:
+    # Where the number of slots changes no sequence has wrapped around yet: slots are positions.
+    def fit(leaf: Array, slots: int) -> Array:
         axis = slot_axis(leaf.ndim)
         kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
         widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
         return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions
 
-    return jax.tree.map(fit, layer)
+    return tuple(
+        jax.tree.map(functools.partial(fit, slots=num_slots(config, i, length)), layer)
+        for i, layer in enumerate(cache)
+    )
 
 
 def clear_rows(cache: Cache, rows: Int[Array, "..."]) -> Cache:

@@ -64,17 +64,16 @@ def _stack(tree: Params, config: ModelConfig, join: Callable[..., Any]) -> Param
     stacked = _outside(tree)
     for position in range(unit):
         layers = [tree[f"h_{i}"] for i in range(position, config.num_layers, unit)]
-        stacked[f"unit_{position}"] = jax.tree.map(join, *layers, is_leaf=_is_axes)
+        # Leaves are arrays, or tuples of axes.
+        stacked[f"unit_{position}"] = jax.tree.map(
+            join, *layers, is_leaf=lambda node: isinstance(node, tuple)
+        )
     return stacked
 
 
 def _outside(tree: Params) -> Params:
     """Returns what belongs to no layer."""
     return {name: tree[name] for name in ("wte", "wpe", "ln_f", "lm_head") if name in tree}
-
-
-def _is_axes(node: Any) -> bool:
-    return isinstance(node, tuple)
 
 
 def embed(
@@ -130,7 +129,10 @@ def hidden(
         block = make_block(model, position)
         return block.apply({"params": params}, x, index, None, segment_starts, rngs=rngs)[0]
 
-    layer = _rematerialized(layer, remat)
+    if remat != "none":
+        products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+        policy = products if remat == "products" else None
+        layer = jax.checkpoint(layer, policy=policy, static_argnums=0)  # type: ignore[assignment]
 
     def one_unit(x: Array, layers: tuple[list[Params], Array]) -> tuple[Array, None]:
         trees, number = layers
@@ -146,11 +148,3 @@ def hidden(
 
 def _indices(rows: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
-
-
-def _rematerialized(layer: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
-    if remat == "none":
-        return layer
-    save_products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    policy = save_products if remat == "products" else None
-    return jax.checkpoint(layer, policy=policy, static_argnums=0)

@@ -33,3 +33,11 @@ def test_a_tpus_compiler_is_told_what_it_knows(tiny, monkeypatch, known):
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.named((), ()))
     loop.on(model).lower(model, number).compile()  # which refuses what it does not know
     tuning.takes_options.cache_clear()
+
+
+def test_sizes_are_chosen_by_device():
+    tpus = make_sharding("model=4", "tensor", devices=find_topology("v5e:2x2").devices)
+    assert (tuning.loss_tokens(None), tuning.loss_tokens(tpus)) == (512, 4096)
+    assert (tuning.forward_tokens(None), tuning.forward_tokens(tpus)) == (1024, 8192)
+    assert [tuning.unroll(None, 6, remat) for remat in ("none", "products", "full")] == [6, 1, 1]
+    assert tuning.unroll(tpus, 6, "none") == 1

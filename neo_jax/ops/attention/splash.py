@@ -42,9 +42,14 @@ def splash(
         documents = jnp.where(mask.q_positions >= 0, mask.segment_starts, -1)
         documents = jnp.pad(documents, ((0, 0), (0, fill)), constant_values=-1)
         segments = splash_attention.SegmentIds(documents, documents)
-    size = block_size(length + fill, mask.window)
+    size, shape = block_size(length + fill, mask.window), (length + fill,) * 2
+    visible: splash_attention.CausalMask | splash_attention.LocalMask
+    if mask.window is None:
+        visible = splash_attention.CausalMask(shape)
+    else:  # to the left of a query its window but for itself, to the right nothing
+        visible = splash_attention.LocalMask(shape, (mask.window - 1, 0), offset=0)
     kernel = splash_attention.make_splash_mha(
-        _visible(length + fill, mask.window, heads=q.shape[1]),
+        splash_attention.MultiHeadMask([visible] * q.shape[1]),
         block_sizes=splash_attention.BlockSizes(
             block_q=size,
             block_kv=size,
@@ -58,15 +63,6 @@ def splash(
         interpret=interpret,
     )
     return jax.vmap(kernel)(q, k, v, segments)[:, :, :length].astype(jnp.float32)
-
-
-def _visible(length: int, window: int | None, heads: int) -> splash_attention.MultiHeadMask:
-    shape = (length, length)
-    if window is None:
-        return splash_attention.MultiHeadMask([splash_attention.CausalMask(shape)] * heads)
-    # To the left of a query its window but for itself, to the right nothing.
-    local = splash_attention.LocalMask(shape, (window - 1, 0), offset=0)
-    return splash_attention.MultiHeadMask([local] * heads)
 
 
 def block_size(length: int, window: int | None) -> int:
