@@ -144,6 +144,15 @@ def test_nothing_asks_which_family_a_model_is(path):
             assert not re.search(r"\b(family|gpt2|gpt_neo|GPT2|GPT_NEO)\b", says), says
 
 
+def test_platforms_are_told_apart_in_three_rooms():
+    """Elsewhere a function of `ops` or `devices` has the form, or the answer, for each of them."""
+    asks = re.compile(
+        r"platform_dependent|optimization_barrier|\.platform\b(?!\()|default_backend|compiler_options"
+    )
+    found = {name(path) for path in FILES if asks.search(path.read_text())}
+    assert {"ops", "devices", "tools"} == {room(module) for module in found}, sorted(found)
+
+
 def test_importing_the_package_imports_nothing_heavy(tmp_path):
     script = (
         "import sys, neo_jax, neo_jax.errors, neo_jax.config, neo_jax.cli\n"

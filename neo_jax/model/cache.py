@@ -148,8 +148,8 @@ def from_sequence(
             part = jnp.take_along_axis(part, index, axis=2, mode="clip")
             return rounded(part, 1) if dtype == jnp.int8 else part.astype(dtype or part.dtype)
 
-        positions = jnp.where(positions >= 0, positions, -1)
-        cache.append(LayerCache(kept(layer.k), kept(layer.v), positions))
+        k, v = kept(layer.k), kept(layer.v)
+        cache.append(LayerCache(k, v, jnp.where(positions >= 0, positions, -1)))
     return tuple(cache)
 
 

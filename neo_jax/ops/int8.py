@@ -74,8 +74,8 @@ def multiply(
     """
     in_floats = functools.partial(product, "bti,oi->bto", dtype=dtype)
     cpu = _in_whole_numbers if math.prod(x.shape[:2]) <= FEW_ROWS else in_floats
-    matrix = as_matrix(values, x.ndim - 2)
-    y = jax.lax.platform_dependent(as_rows(x), matrix, cpu=cpu, default=in_floats)
+    rows, matrix = as_rows(x), as_matrix(values, x.ndim - 2)
+    y = jax.lax.platform_dependent(rows, matrix, cpu=cpu, default=in_floats)
     return y.reshape((*x.shape[:2], *values.shape[: 2 - x.ndim]))
 
 

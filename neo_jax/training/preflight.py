@@ -57,8 +57,7 @@ def _check_parts(config: TrainConfig, model: Neo) -> None:
 
 def _check_memory(state: TrainState, frozen: Params | None) -> None:
     """Compares what every step holds at once, whatever its activations, with what a device has."""
-    tiled = jax.default_backend() == "tpu"
-    needed = tree_bytes((state, state.params, frozen), tiled)  # and gradients
+    needed = tree_bytes((state, state.params, frozen))  # and gradients
     memory = device_memory()
     if needed > memory:
         raise NeoError(

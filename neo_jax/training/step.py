@@ -11,7 +11,8 @@ from neo_jax.axes import BATCH, Array, Params
 from neo_jax.errors import NeoError
 from neo_jax.model.scan import abstract_params, stack, stacked_axes
 from neo_jax.model.transformer import Neo, init_params
-from neo_jax.sharding.rules import device_of, tree_shardings
+from neo_jax.ops import tuning
+from neo_jax.sharding.rules import tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective, Sums
 from neo_jax.training.objectives.next_token import NextToken
@@ -235,7 +236,7 @@ def _gradients(
 ) -> tuple[Sums, Params]:
     """Returns the sums of a batch and the gradients of its mean objective."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.dropout else None
-    unroll = config.unroll or _fastest_unroll(config, model)
+    unroll = config.unroll or tuning.unroll(model.sharding, config.model.num_layers, config.remat)
 
     def embedded(params: Params) -> Any:
         return objective.embed(model, merge_trainable(params, frozen, config.lora), batch, key)
@@ -271,15 +272,6 @@ def _gradients(
         grads = jax.tree.map(jnp.add, grads, *pull(_joined(grads_x)))
     weight = jnp.maximum(sums.weight, 1)
     return sums._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
-
-
-def _fastest_unroll(config: TrainConfig, model: Neo) -> int:
-    """Returns how many units of layers to write out: on a CPU a loop copies what it carries.
-
-    What is computed again would be found to be the same without a loop, and be kept.
-    """
-    on_cpu = device_of(model.sharding).platform == "cpu"
-    return config.model.num_layers if on_cpu and config.remat == "none" else 1
 
 
 def _parts(batch: Any, count: int) -> Any:

@@ -14,12 +14,9 @@ import jax.numpy as jnp
 
 from neo_jax.axes import EMBED, VOCAB, Array, Float, Int
 from neo_jax.model.transformer import Neo
+from neo_jax.ops import tuning
 from neo_jax.sharding.fsdp import EVERYWHERE, FsdpLayout, inside_fsdp
-from neo_jax.sharding.rules import device_of, pick
-
-# Of a device, whose logits exist at a time. Each block reads and writes the gradient of the table:
-# no small part of a TPU's traffic, while small blocks cost a CPU nothing and spare its memory.
-BLOCK_TOKENS, _CPU_BLOCK_TOKENS = 4096, 512
+from neo_jax.sharding.rules import pick
 
 Loss = Callable[..., tuple[Array, Array]]
 """From logits, float32 [B, t, V], and arrays that lead with [B, t] to two sums over positions."""
@@ -176,10 +173,8 @@ def _apply(function: Callable[..., Any], model: Neo, table: Array, x: Array, *ar
 
 def _blocks(model: Neo, *arrays: Array) -> tuple[Array, ...]:
     """Cuts axis 1 of arrays into blocks, a new first axis; zeros fill the last."""
-    on_cpu = device_of(model.sharding).platform == "cpu"
-    tokens = min(BLOCK_TOKENS, _CPU_BLOCK_TOKENS) if on_cpu else BLOCK_TOKENS
     rows, length = arrays[0].shape[:2]
-    block = min(max(1, tokens // rows), length)
+    block = min(max(1, tuning.loss_tokens(model.sharding) // rows), length)
     count = -(-length // block)
 
     def cut(x: Array) -> Array:

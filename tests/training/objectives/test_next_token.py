@@ -15,8 +15,8 @@ from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.model.scan import abstract_params, stack, unstack
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params
+from neo_jax.ops import tuning
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.training.objectives import streamed
 from neo_jax.training.objectives.next_token import Batch, NextToken
 
 pytestmark = pytest.mark.optimized
@@ -143,7 +143,7 @@ def plain(model, params, batch, z_loss):
 def test_blocks_of_any_size_and_the_z_loss(tiny, tokens, monkeypatch, block_tokens, z_loss):
     """One token a block, blocks that do not divide the length, and all at once."""
     model, params = tiny
-    monkeypatch.setattr(streamed, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(tuning, "LOSS_TOKENS", block_tokens)
     batch = Batch(tokens, jnp.asarray(WEIGHTS["some"]))
 
     def blocked(params):

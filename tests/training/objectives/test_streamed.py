@@ -13,9 +13,10 @@ import pytest
 from neo_jax.config import ModelConfig
 from neo_jax.model.scan import embed, hidden, stack, unstack
 from neo_jax.model.transformer import Neo, init_params
+from neo_jax.ops import tuning
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.objectives import Sums, streamed
+from neo_jax.training.objectives import Sums
 from neo_jax.training.objectives.streamed import token_logprobs
 from neo_jax.training.step import abstract_inputs, init_state, make_step, state_of
 from neo_jax.transforms.lora import LoraConfig, add_adapters, merge
@@ -138,7 +139,7 @@ def assert_close(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_preferences_are_an_objective(params, batch, monkeypatch, mesh, accumulation):
     """In blocks that do not divide the length, on devices that share batch and table, in parts."""
-    monkeypatch.setattr(streamed, "BLOCK_TOKENS", 28)
+    monkeypatch.setattr(tuning, "LOSS_TOKENS", 28)
     config = dataclasses.replace(CONFIG, mesh=mesh, accumulation=accumulation)
     expected = jax.jit(jax.value_and_grad(plain))(params, batch)
     assert 0.1 < abs(float(expected[1]["margin"]["bias"])) < 0.9  # the sigmoids are not all alike
@@ -164,7 +165,7 @@ def test_adapters_learn_preferences_too(params, batch):
 
 @pytest.mark.parametrize("block_tokens", [1, 14, 1024])
 def test_any_function_of_log_probabilities_has_its_gradient(rng, monkeypatch, block_tokens):
-    monkeypatch.setattr(streamed, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(tuning, "LOSS_TOKENS", block_tokens)
     model, targets = Neo(CONFIG.model), jnp.asarray(rng.integers(0, 96, (2, 9), np.int32))
     table = jnp.asarray(rng.normal(size=(128, 32)).astype(np.float32))
     hidden, cotangent = (
