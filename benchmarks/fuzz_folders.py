@@ -35,9 +35,10 @@ import torch
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save
 
-from neo_jax.checkpoints.int8_folder import is_int8, load_int8, read_int8_config, save_int8
-from neo_jax.checkpoints.open_model import load_params, read_config, save_pretrained, stored_leaves
+from neo_jax.checkpoints.load import load_int8, load_params
+from neo_jax.checkpoints.open_model import open_model, stored_leaves
 from neo_jax.checkpoints.peft import base_folder, describe_adapter, load_adapter
+from neo_jax.checkpoints.save import save_int8, save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.data.packing import TokenDataset
 from neo_jax.data.prepare import prepare
@@ -118,10 +119,11 @@ def read(kind: str, folder: Path) -> None:
         tokenizer.decode(tokenizer.encode(TEXT))
     elif kind == "data":
         TokenDataset.open(folder, length=8, across_documents=False).sequence(0)
-    elif is_int8(folder):
-        load_int8(folder, read_int8_config(folder), np.dtype("f4"))
     else:
-        config = read_config(folder)
+        config, is_int8 = open_model(folder)
+        if is_int8:
+            load_int8(folder, config, np.dtype("f4"))
+            return
         load_params(folder, config)
         with stored_leaves(folder, config) as leaves:
             for leaf in leaves.values():

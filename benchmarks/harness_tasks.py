@@ -13,7 +13,7 @@ import jax
 import transformers
 import yaml
 
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.evaluation import wikitext
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.text.tokenizer import load_tokenizer

@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 
 import neo_jax
 from neo_jax.axes import VOCAB
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.model.tensor_table import tensors
 

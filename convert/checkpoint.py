@@ -18,7 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from neo_jax.checkpoints import hub
 from neo_jax.checkpoints.host_device import copy, float_dtype
-from neo_jax.checkpoints.open_model import load_params, read_config, stored_leaves
+from neo_jax.checkpoints.load import load_params
+from neo_jax.checkpoints.open_model import read_config, stored_leaves
 from neo_jax.checkpoints.save import Leaf, new_folder, write_model
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError

@@ -23,6 +23,13 @@ def _size(default: int, least: int = 1, most: int = _MOST) -> Any:
     return options.number(default, least=least, most=most, words=words)
 
 
+QUANTIZED = (
+    "the weights are quantized, which this cannot take; name the checkpoint of floats that they "
+    "were made of."
+)
+"""What is said of other weights than floats."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT-Neo, or of a GPT-2. Hashable: it may be a static argument of `jax.jit`.
@@ -176,10 +183,7 @@ class ModelConfig:
         table, known = family.fields, {*family.fields, *family.layer_fields}
         ignored = HF_IGNORED | family.ignored | family.off.keys()
         if fields.get("quantization_config") is not None:
-            raise NeoError(
-                f"{source}: the weights are quantized, which this cannot take; name the checkpoint "
-                "of floats that they were made of."
-            )
+            raise NeoError(f"{source}: {QUANTIZED}")
         for name in fields:
             if name not in known and name not in ignored and not name.startswith("_"):
                 raise NeoError(f"{source}: unknown field '{name}'.{suggest(name, known)}")

@@ -33,7 +33,7 @@ _MODULES = [
 ]  # fmt: skip
 jaxtyping.install_import_hook(_MODULES, "beartype.beartype")
 
-from neo_jax.checkpoints.open_model import save_pretrained  # noqa: E402
+from neo_jax.checkpoints.save import save_pretrained  # noqa: E402
 from neo_jax.config import ModelConfig  # noqa: E402
 from neo_jax.data.tokenizer_training import train_sentencepiece  # noqa: E402
 from neo_jax.devices import torus  # noqa: E402

@@ -10,7 +10,8 @@ import pytest
 import tensorflow
 from flax.traverse_util import flatten_dict
 
-from neo_jax.checkpoints.open_model import load_params, read_config
+from neo_jax.checkpoints.load import load_params
+from neo_jax.checkpoints.open_model import read_config
 from neo_jax.cli import main
 from neo_jax.config import ModelConfig
 from neo_jax.model.tensor_table import tensors

@@ -374,7 +374,7 @@ def test_layers_are_counted_before_they_are_written_out():
         )
     for types in ({"attention_types": unit}, {}):
         with pytest.raises(NeoError, match="num_layers 100000000 is more than 4,096"):
-            mesh_tf.read_model(sizes | types, "F")
+            mesh_tf.model_config(sizes | types, "F")
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 

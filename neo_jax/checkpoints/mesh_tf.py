@@ -6,7 +6,7 @@ from neo_jax.config import ModelConfig, expand_types
 from neo_jax.errors import NeoError, brief
 
 
-def read_model(fields: dict[str, Any], source: str) -> ModelConfig:
+def model_config(fields: dict[str, Any], source: str) -> ModelConfig:
     """Returns the shape that a config describes; `source` names it in errors.
 
     Raises:

@@ -1,27 +1,44 @@
-"""Writing a folder in Hugging Face's format: config.json, and weights in safetensors."""
+"""Writing a model: config.json in Hugging Face's terms, and weights in safetensors."""
 
 import contextlib
-import dataclasses
+import functools
 import json
 import math
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 
+from neo_jax.axes import Array, Params
 from neo_jax.checkpoints.formats import CODES, INDEX, SINGLE
-from neo_jax.checkpoints.host_device import copy
+from neo_jax.checkpoints.host_device import copy, float_dtype, to_host
 from neo_jax.config import ModelConfig
+from neo_jax.devices import processes
 from neo_jax.errors import NeoError, reason
 from neo_jax.files.locks import LOCK, locked
 from neo_jax.files.paths import is_remote, make_path, rmtree
 from neo_jax.model.tensor_table import Tensor, tensors
+from neo_jax.ops.int8 import Int8
+from neo_jax.transforms.quantize import is_rounded
 
 T = TypeVar("T")
+
+SHARD_BYTES = 5_000_000_000
+"""Above this size weights go to several files."""
+
+MARK, METHOD = "quantization_config", {"quant_method": "neo_jax_int8"}
+"""The field of config.json, and its value, of a folder of int8 weights.
+
+Its tensors have the names of the canonical tree, joined by dots, and its layout; that of whole
+numbers has a scale, NAME_scale. What reads other checkpoints refuses it.
+"""
 
 _STAGING = ".saving-"  # begins the name of a folder whose files are not whole
 
@@ -33,31 +50,133 @@ class Leaf(NamedTuple):
     read: Callable[[], np.ndarray]  # returns it in the canonical form, padded or not
 
 
-def write_model(
-    folder: Path,
+class Row(NamedTuple):
+    """A tensor on its way to a file."""
+
+    name: str
+    dtype: np.dtype  # how it is written
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _alignment(row: Row) -> int:
+    """Sorts wider types first, so that all are aligned."""
+    return -row.dtype.itemsize
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
     config: ModelConfig,
-    leaves: dict[tuple[str, ...], Leaf],
-    tokenizer: Any,
-    max_shard_bytes: int,
+    params: Params,
+    *,
+    tokenizer: Any = None,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a folder, as `checkpoints.open_model.save_pretrained` has it, with the same arguments.
+    """Writes a checkpoint that this package and transformers read.
+
+    Files are written aside and renamed when all are whole; weights that the folder held before
+    are replaced. The host holds one tensor at a time. Where `params` are on several processes, all
+    of them call this: the first writes, and all return when the files are there.
 
     Args:
       folder: made where it does not exist.
-      config: describes the parameters.
-      leaves: every parameter by its path in the canonical tree.
+      config: describes `params`.
+      params: the canonical tree of arrays.
+      tokenizer: anything with `save(folder)`, or None to leave the folder's tokenizer files alone.
+      dtype: a floating-point type to store; None keeps that of each array.
+      max_shard_bytes: above this size the weights go to several files.
+
+    Raises:
+      NeoError: `params` is not what `config` describes, or the folder cannot be written.
+    """
+    left, leaves = flatten_dict(params), {}
+    for tensor in tensors(config):
+        leaf, name = left.pop(tensor.path, None), "/".join(tensor.path)
+        if leaf is None:
+            raise NeoError(f"params has no leaf {name}, which its config asks for.")
+        if not isinstance(leaf, Array | np.ndarray):
+            raise NeoError(f"{name} is a {type(leaf).__name__}; merge it into an array to save it.")
+        if leaf.shape != tensor.shape:
+            raise NeoError(f"{name} is {leaf.shape}, but its config asks for {tensor.shape}.")
+        kind = float_dtype(leaf.dtype if dtype is None else dtype)
+        leaves[tensor.path] = Leaf(kind, functools.partial(to_host, leaf))
+    if left:
+        raise NeoError(f"params has a leaf {'/'.join(next(iter(left)))} that its config has not.")
+    rows = _hf_rows(config, leaves)
+    _save(params, make_path(folder), config.to_hf(), rows, tokenizer, max_shard_bytes)
+
+
+def save_int8(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a quantized model so that this package reads it back exactly; see `save_pretrained`.
+
+    Args:
+      folder: made where it does not exist.
+      config: describes `params`.
+      params: what `neo_jax.transforms.quantize.quantize` returned.
       tokenizer: anything with `save(folder)`, or None.
       max_shard_bytes: above this size the weights go to several files.
 
     Raises:
+      NeoError: weights are not int8, or the folder cannot be written.
+    """
+    leaves, arrays = flatten_dict(params), {}
+    for tensor in tensors(config):
+        leaf, name = leaves[tensor.path], ".".join(tensor.path)
+        if is_rounded(tensor) != isinstance(leaf, Int8):
+            raise NeoError(f"{name} is no int8 weight; save the model as floats, or quantize it.")
+        if isinstance(leaf, Int8):
+            arrays[f"{name}_scale"], leaf = leaf.scale, leaf.values
+        arrays[name] = leaf
+    rows = [
+        Row(name, np.dtype(array.dtype), array.shape, functools.partial(to_host, array))
+        for name, array in arrays.items()
+    ]
+    rows.sort(key=_alignment)
+    fields = {**config.to_hf(), MARK: METHOD}
+    _save(params, make_path(folder), fields, rows, tokenizer, max_shard_bytes)
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    leaves: Mapping[tuple[str, ...], Leaf],
+    tokenizer: Any,
+    max_shard_bytes: int,
+) -> None:
+    """Writes a folder as `save_pretrained` does, of every parameter by its path.
+
+    Raises:
       NeoError: the folder cannot be written.
     """
-    parts: dict[str, list[tuple[Tensor, Leaf]]] = {}
-    for tensor in tensors(config):
-        parts.setdefault(tensor.hf_name, []).append((tensor, leaves[tensor.path]))
-    # Wider types first, for alignment.
-    rows = sorted(map(_Row, parts.values()), key=lambda row: -row.dtype.itemsize)
-    write_rows(folder, config.to_hf(), rows, tokenizer, max_shard_bytes)
+    _write(folder, config.to_hf(), _hf_rows(config, leaves), tokenizer, max_shard_bytes)
+
+
+def _save(
+    params: Params, folder: Path, fields: dict[str, Any], rows: list[Row], *rest: Any
+) -> None:
+    """Writes a folder with `_write` in the first of the processes that hold a part of `params`."""
+    arrays = jax.tree.leaves(params)
+    several = not all(getattr(array, "is_fully_addressable", True) for array in arrays)
+    if several and not processes.is_leader():
+        for row in rows:
+            row.read()  # has a part in it
+    else:
+        _write(folder, fields, rows, *rest)
+    if several:
+        processes.barrier("saved")
 
 
 def groups(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -120,87 +239,36 @@ def _staging(folder: Path) -> Iterator[Path]:
         staging.rmtree(missing_ok=True)
 
 
-class Row(Protocol):
-    """A tensor on its way to a file."""
-
-    @property
-    def name(self) -> str:
-        """What the file calls it."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """How it is written."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """How it is written."""
-
-    @property
-    def size(self) -> int:
-        """The number of its entries."""
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes of the file."""
-
-    def stored(self) -> np.ndarray:
-        """Reads it."""
+def _hf_rows(config: ModelConfig, leaves: Mapping[tuple[str, ...], Leaf]) -> list[Row]:
+    """Returns Hugging Face's tensors, of one parameter or of several that are its parts."""
+    parts: dict[str, list[tuple[Tensor, Leaf]]] = {}
+    for tensor in tensors(config):
+        parts.setdefault(tensor.hf_name, []).append((tensor, leaves[tensor.path]))
+    rows = []
+    for name, several in parts.items():
+        dtype = max((leaf.dtype for _, leaf in several), key=lambda kind: kind.itemsize)
+        shape = several[0][0].places["hf"].whole
+        rows.append(Row(name, dtype, shape, functools.partial(_joined, several, dtype)))
+    return sorted(rows, key=_alignment)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A tensor on its way to a file, of one parameter or of several that are its parts."""
-
-    parts: list[tuple[Tensor, Leaf]]
-
-    @property
-    def name(self) -> str:
-        return self.parts[0][0].hf_name
-
-    @property
-    def dtype(self) -> np.dtype:
-        return max((leaf.dtype for _, leaf in self.parts), key=lambda kind: kind.itemsize)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0][0].places["hf"].whole
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-    def stored(self) -> np.ndarray:
-        places = [tensor.places["hf"] for tensor, _ in self.parts]
-        copies = [
-            copy(tensor.to("hf", leaf.read()), self.dtype, place.shape)
-            for (tensor, leaf), place in zip(self.parts, places, strict=True)
-        ]
-        return copies[0] if len(copies) == 1 else np.concatenate(copies, places[0].axis)
+def _joined(parts: Sequence[tuple[Tensor, Leaf]], dtype: np.dtype) -> np.ndarray:
+    places = [tensor.places["hf"] for tensor, _ in parts]
+    copies = [
+        copy(tensor.to("hf", leaf.read()), dtype, place.shape)
+        for (tensor, leaf), place in zip(parts, places, strict=True)
+    ]
+    return copies[0] if len(copies) == 1 else np.concatenate(copies, places[0].axis)
 
 
-def write_rows(
+def _write(
     folder: Path,
     fields: dict[str, Any],
     rows: Sequence[Row],
     tokenizer: Any,
     max_shard_bytes: int,
 ) -> None:
-    """Writes a folder; see `write_model`.
-
-    Args:
-      folder: made where it does not exist.
-      fields: of config.json, but for the dtype.
-      rows: the tensors, wider types first.
-      tokenizer: anything with `save(folder)`, or None.
-      max_shard_bytes: above this size the weights go to several files.
-
-    Raises:
-      NeoError: the folder cannot be written.
-    """
+    """Writes a folder: `fields` and the dtype into config.json, and the tensors."""
     shards = list(groups(rows, lambda row: row.num_bytes, max_shard_bytes))
     widest = max((row.dtype for row in rows), key=lambda kind: kind.itemsize)
     hf_config = {**fields, "dtype": widest.name}
@@ -244,7 +312,8 @@ def _write_weights(path: Path, rows: Sequence[Row]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for row in rows:
-            file.write(row.stored().reshape(-1).view(np.uint8).data)
+            data = np.ascontiguousarray(row.read())
+            file.write(data.reshape(-1).view(np.uint8).data)
         if not is_remote(path):
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before what it renames
@@ -254,7 +323,7 @@ def _index(shards: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[str, A
     rows = [row for group in shards for row in group]
     return {
         "metadata": {
-            "total_parameters": sum(row.size for row in rows),
+            "total_parameters": sum(math.prod(row.shape) for row in rows),
             "total_size": sum(row.num_bytes for row in rows),
         },
         "weight_map": {

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from tyro.conf import Positional
 
 from neo_jax.checkpoints import hub, open_model
-from neo_jax.checkpoints.int8_folder import is_int8, read_int8_config
 from neo_jax.checkpoints.peft import describe_adapter, is_adapter
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
@@ -37,7 +36,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "info", args)
-    name, folder = options.name or options.model, None
+    name, folder, is_int8 = options.name or options.model, None, False
     if name in PRESETS:
         config = preset(name)
     else:
@@ -45,9 +44,8 @@ def main(args: Sequence[str]) -> None:
         if is_adapter(folder):
             _tell_adapter(folder, options)
             return
-        read = read_int8_config if is_int8(folder) else open_model.read_config
-        config = _of_a_run(folder) or read(folder)
-    fields = _describe(config, folder, name)
+        config, is_int8 = _of_a_run(folder) or open_model.open_model(folder)
+    fields = _describe(config, folder, name, is_int8)
     sharding = _sharding(options.mesh, options.rules)
     if options.json:
         print_json(fields | ({"sharding": describe(config, sharding)} if sharding else {}))
@@ -69,14 +67,14 @@ def _tell_adapter(folder: Path, options: Options) -> None:
     print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
 
 
-def _of_a_run(folder: Path) -> ModelConfig | None:
-    """Returns the model of a run of neo-jax train, or of one of its checkpoints."""
+def _of_a_run(folder: Path) -> tuple[ModelConfig, bool] | None:
+    """Returns the model of a run of neo-jax train, or of one of its checkpoints; never of int8."""
     if (folder / "config.json").is_file():
         return None
     from neo_jax.training.run_checkpoint import find_checkpoint, read_model
 
     found = find_checkpoint(folder)
-    return read_model(found)[0] if found else None
+    return (read_model(found)[0], False) if found else None
 
 
 def _sharding(mesh: str, rules: str) -> Sharding | None:
@@ -86,7 +84,7 @@ def _sharding(mesh: str, rules: str) -> Sharding | None:
     return make_sharding(mesh, rules, None if open_ended else math.prod(map(int, sizes)))
 
 
-def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, Any]:
+def _describe(config: ModelConfig, folder: Path | None, name: str, is_int8: bool) -> dict[str, Any]:
     local = sum(kind == "local" for kind in config.layer_types)
     fields: dict[str, Any] = {
         "model": str(folder or name),
@@ -101,7 +99,7 @@ def _describe(config: ModelConfig, folder: Path | None, name: str) -> dict[str, 
         if not (folder / "config.json").is_file():  # a run
             dtypes = ["float32"]
         else:
-            dtypes = ["int8"] if is_int8(folder) else open_model.stored_dtypes(folder, config)
+            dtypes = ["int8"] if is_int8 else open_model.stored_dtypes(folder, config)
         fields["dtype"] = "+".join(dtypes)
         fields["tokenizer"] = None
         if has_tokenizer(folder):

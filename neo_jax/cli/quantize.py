@@ -23,8 +23,7 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(
             "name a model and the folder to write, as in: neo-jax quantize gpt-neo-1.3b small"
         )
-    from neo_jax.checkpoints.int8_folder import save_int8
-    from neo_jax.checkpoints.save import new_folder
+    from neo_jax.checkpoints.save import new_folder, save_int8
     from neo_jax.text.language_model import load
 
     with new_folder(options.output) as folder:

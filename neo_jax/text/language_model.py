@@ -13,7 +13,7 @@ import numpy as np
 
 from neo_jax.axes import Params
 from neo_jax.checkpoints import hub, peft
-from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, read_model
+from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, load_model
 from neo_jax.config import ModelConfig
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
@@ -365,7 +365,7 @@ def load(
     if kernel not in get_args(Kernel):
         raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, get_args(Kernel))}")
     cached = cached_dtype(cache_dtype)
-    config, params = read_model(folder, base, compute, sharding, quantize)
+    config, params = load_model(folder, base, compute, sharding, quantize)
     params = lay_out(config, params)
     said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
     home = folder if has_tokenizer(folder) else base

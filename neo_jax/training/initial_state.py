@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Params
 from neo_jax.checkpoints import hub
-from neo_jax.checkpoints.open_model import load_params, read_config
+from neo_jax.checkpoints.load import load_params
+from neo_jax.checkpoints.open_model import read_config
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.model.scan import abstract_params, stack
@@ -89,7 +90,7 @@ def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:
     """Reads the weights of a checkpoint into the stacked tree; each array is where it lives.
 
     Raises:
-      NeoError: see `neo_jax.checkpoints.open_model.load_params`.
+      NeoError: see `neo_jax.checkpoints.load.load_params`.
     """
     stacked = functools.partial(stack, config=model.config)
     before = after = None

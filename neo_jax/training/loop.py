@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import Array, Params
-from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.checkpoints.peft import save_adapter
-from neo_jax.checkpoints.save import remove_leftovers
+from neo_jax.checkpoints.save import remove_leftovers, save_pretrained
 from neo_jax.data.feed import HostBatch, batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.devices.processes import holding, is_leader

@@ -18,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from neo_jax.checkpoints import host_device, open_model, save
-from neo_jax.checkpoints.open_model import load_params, read_config, save_pretrained
+from neo_jax.checkpoints import host_device, load, open_model, save
+from neo_jax.checkpoints.load import load_params
+from neo_jax.checkpoints.open_model import read_config
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.model.tensor_table import tensors
@@ -234,7 +236,7 @@ def test_round_trip_of_any_shape(
 def test_small_blocks_and_batches_change_nothing(folder, monkeypatch):
     expected = load_params(folder, CONFIG)
     monkeypatch.setattr(host_device, "_BLOCK_BYTES", 300)
-    monkeypatch.setattr(open_model, "_BATCH_BYTES", 5000)
+    monkeypatch.setattr(load, "_BATCH_BYTES", 5000)
     assert_same(load_params(folder, CONFIG), expected)
 
 

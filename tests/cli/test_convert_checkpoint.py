@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from neo_jax.checkpoints.open_model import load_params, save_pretrained
+from neo_jax.checkpoints.load import load_params
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.cli.train import load_config
 from neo_jax.config import ModelConfig
 from neo_jax.model.scan import unstack

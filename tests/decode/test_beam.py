@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPTNeoForCausalLM
 
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import beam, engine
 from neo_jax.decode.beam import BeamOptions

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTNeoForCausalLM
 
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.engine import MIN_ROOM, bucket, room_for

@@ -10,7 +10,9 @@ import pytest
 import tokenizers
 
 import neo_jax
-from neo_jax.checkpoints.open_model import load_params, read_config, save_pretrained, stored_dtypes
+from neo_jax.checkpoints.load import load_params
+from neo_jax.checkpoints.open_model import read_config, stored_dtypes
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.cli import main
 from neo_jax.config import ModelConfig
 from neo_jax.data.feed import batches, evaluation_batches

@@ -13,8 +13,8 @@ from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
-from neo_jax.checkpoints.open_model import save_pretrained
 from neo_jax.checkpoints.peft import load_adapter, save_adapter
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.model.flops import flops_per_token

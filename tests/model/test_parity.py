@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params

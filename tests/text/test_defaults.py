@@ -8,7 +8,7 @@ import torch
 from transformers import GPTNeoForCausalLM
 
 import neo_jax
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.errors import NeoError

@@ -18,8 +18,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import neo_jax
-from neo_jax.checkpoints.int8_folder import save_int8
-from neo_jax.checkpoints.open_model import read_config, save_pretrained
+from neo_jax.checkpoints.open_model import read_config
+from neo_jax.checkpoints.save import save_int8, save_pretrained
 from neo_jax.cli import main
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.model.tensor_table import tensors

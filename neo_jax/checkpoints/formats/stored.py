@@ -25,5 +25,6 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the values, if they are floats."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize if self.dtype in FLOATS else 0
+        """The size of the values, if they are floats or int8."""
+        known = self.dtype in (*FLOATS, "int8")
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize if known else 0

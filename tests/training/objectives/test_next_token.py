@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPTNeoForCausalLM
 
-from neo_jax.checkpoints.open_model import save_pretrained
+from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.model.scan import abstract_params, stack, unstack
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params
