@@ -17,18 +17,17 @@ from neo_jax.axes import Array, Params
 from neo_jax.checkpoints.formats import StoredTensor, open_weights
 from neo_jax.checkpoints.host_device import copy, float_dtype, shard
 from neo_jax.checkpoints.open_model import match, open_model
+from neo_jax.checkpoints.options import Quantize
 from neo_jax.checkpoints.peft import apply_adapter
 from neo_jax.checkpoints.save import groups
 from neo_jax.config import ModelConfig
 from neo_jax.devices import probe
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.ops.tuning import tpu_layout
 from neo_jax.sharding.rules import Sharding
-from neo_jax.transforms.quantize import Quantization, quantize, quantize_one, quantized_shapes
-
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+from neo_jax.transforms.quantize import quantize, quantize_one, quantized_shapes
 
 _BATCH_BYTES = 64 << 20  # tensors travel to the devices together up to this size
 
@@ -38,7 +37,7 @@ def load_model(
     base: Path,
     dtype: np.dtype,
     sharding: Sharding | None,
-    quantization: Quantization,
+    quantization: Quantize,
 ) -> tuple[ModelConfig, Params]:
     """Reads a model, and merges into it the adapter in `folder`, if `base` is another.
 
@@ -207,28 +206,13 @@ def lay_out(config: ModelConfig, params: Params) -> Params:
 
 
 def compute_dtype(name: str) -> np.dtype:
-    """Returns the dtype of products that `load` means by a name.
-
-    Raises:
-      NeoError: no dtype of this name.
-    """
-    if name == "auto":
-        return probe.fast_dtype()
-    if name not in ("float32", "bfloat16"):
-        raise NeoError(f"dtype '{name}' is not one of auto, float32, bfloat16.")
-    return jnp.dtype(name)
+    """Returns the dtype of products that `load` means by a name."""
+    return probe.fast_dtype() if name == "auto" else jnp.dtype(name)
 
 
 def cached_dtype(name: str, device: jax.Device | None = None) -> np.dtype | None:
     """Returns the dtype of keys and values that `load` means by a name; None for that of products.
 
     "auto" is what suits a device, by default those of this process.
-
-    Raises:
-      NeoError: no dtype of this name.
     """
-    if name not in CACHE_DTYPES:
-        raise NeoError(f"no cache is of '{name}'.{suggest(name, CACHE_DTYPES)}")
-    if name == "auto":
-        return probe.fast_cache_dtype(device)
-    return jnp.dtype(name)
+    return probe.fast_cache_dtype(device) if name == "auto" else jnp.dtype(name)

@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
+from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.data.sources import json_lines, text_lines
 from neo_jax.errors import NeoError, reason
 from neo_jax.files import figure
@@ -19,39 +20,15 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(LoadOptions):
     """Which model, and how to hold it."""
-
-    # a folder, also gs://, or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
-    model: str = ""
-    revision: str = ""  # of a hub repository: a branch, tag or commit
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, else bfloat16
-    quantize: Literal["none", "int8"] = "none"  # int8: weights in a quarter of float32's bytes
-    # of keys and values of a text in the making; auto: float32 on CPUs, else as dtype
-    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    kernel: Literal["auto", "dense", "blocked"] = "auto"  # attention
-    mesh: str = ""  # devices, as in fsdp=4,model=2; -1 takes what is left
-    rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the model lies on a mesh."""
-        return bool(self.mesh or self.rules)
 
     def load(self) -> "LanguageModel":
         """Loads the model."""
         from neo_jax.text.language_model import load
 
-        return load(
-            self.model or None,
-            revision=self.revision or None,
-            dtype=self.dtype,
-            mesh=self.mesh,
-            rules=self.rules,
-            kernel=self.kernel,
-            quantize=self.quantize,
-            cache_dtype=self.cache_dtype,
-        )
+        others = {name: value for name, value in vars(self).items() if name != "model"}
+        return load(self.model or None, **others)
 
 
 def said_in(args: Sequence[str]) -> set[str]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, write_picture
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
-from neo_jax.ops.attention import Kernel
 from neo_jax.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -36,23 +36,18 @@ class PlanOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepOptions:
+class StepOptions(LoadOptions):
     """Plans a training, prefill or decoding step of a model."""
 
-    plan: OmitArgPrefixes[PlanOptions]
     model: str = ""  # a preset such as gpt-neo-2.7b, a folder or a hub name; else the bundled one
-    step: Literal["train", "prefill", "decode"] = "train"
     mesh: str = ""  # as in fsdp=4,model=2; else what the rules say, or fsdp=-1
-    rules: str = ""  # a strategy: data, fsdp, tensor, fsdp+tensor, decode; or embed:fsdp,...
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    step: Literal["train", "prefill", "decode"] = "train"
     batch: int = 0  # sequences of a step, over all devices; 0 is one for each device
     length: int = 0  # tokens of each, or slots of its cache; 0 is the model's whole context
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantize: Literal["none", "int8"] = "none"  # weights of prefill and decoding
-    # of decoding's keys and values; auto: as dtype, on CPUs float32
-    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    kernel: Kernel = "auto"  # attention
     remat: Remat = "full"  # of training: computed again in the backward pass: none, products, full
     accumulation: int = 1  # of training: parts of a batch, one after another
+    plan: OmitArgPrefixes[PlanOptions] = dataclasses.field(default_factory=PlanOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ def main(args: Sequence[str]) -> None:
         default = ConfigOptions(load_config(args[0]), PlanOptions())
         options = parse(ConfigOptions, "plan", args[1:], default=default)
     else:
-        options = parse(StepOptions, "plan", args, default=StepOptions(PlanOptions()))
+        options = parse(StepOptions, "plan", args, default=StepOptions())
     if options.plan.picture:
         check_available()
     _start_jax(options.plan.topology)
@@ -130,7 +125,7 @@ def _step(
     assert sharding is not None
     if isinstance(options, ConfigOptions):
         return steps.training_step(_with_model(options.config), sharding)
-    model = _model(options.model)
+    model = _model(options.model, options.revision)
     if min(options.batch, options.length, options.accumulation - 1) < 0:
         raise UsageError("--batch and --length must be 0 or more, --accumulation at least 1.")
     batch = options.batch or len(topology.devices) * options.accumulation
@@ -161,14 +156,14 @@ def _step(
     return kind(neo, batch, length, options.quantize)
 
 
-def _model(name: str) -> ModelConfig:
+def _model(name: str, revision: str = "") -> ModelConfig:
     """Returns the model of a name, those of published checkpoints without a look at the hub."""
     published = name.rpartition("/")[2].lower()
     if published in PRESETS:
         return preset(published)
     from neo_jax.checkpoints import hub, open_model
 
-    return open_model.read_config(hub.resolve(name or None))
+    return open_model.read_config(hub.resolve(name or None, revision=revision or None))
 
 
 def _with_model(config: TrainConfig) -> TrainConfig:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -14,14 +14,14 @@ import numpy as np
 from neo_jax.axes import Params
 from neo_jax.checkpoints import hub, peft
 from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, load_model
+from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.config import ModelConfig
 from neo_jax.decode.beam import BeamOptions
 from neo_jax.decode.sampling import SamplingOptions
 from neo_jax.decode.speculative import NUM_DRAFTED, Draft
-from neo_jax.errors import NeoError, brief, checked, suggest
+from neo_jax.errors import NeoError, brief, checked
 from neo_jax.files.paths import cache_folder
 from neo_jax.model.transformer import Neo
-from neo_jax.ops.attention import Kernel
 from neo_jax.sharding.rules import Sharding, make_sharding
 from neo_jax.text import defaults, generate, inspection
 from neo_jax.text.defaults import Defaults, read_defaults
@@ -40,7 +40,6 @@ from neo_jax.text.generate import (
 )
 from neo_jax.text.score import token_logprobs
 from neo_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from neo_jax.transforms.quantize import QUANTIZATIONS, Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,13 +319,8 @@ def load(
     *,
     revision: str | None = None,
     token: str | None = None,
-    dtype: str = "auto",
-    mesh: str = "",
-    rules: str = "",
     sharding: Sharding | None = None,
-    kernel: Kernel = "auto",
-    quantize: Quantization = "none",
-    cache_dtype: str = "auto",
+    **options: Any,
 ) -> LanguageModel:
     """Loads a checkpoint in Hugging Face's format.
 
@@ -338,17 +332,18 @@ def load(
         None for the bundled model.
       revision: of the hub repository: a branch, tag or commit.
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
-      dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
-      mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
-      rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
-        `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.
-      sharding: a strategy in the place of the two texts.
-      kernel: the attention implementation.
-      quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
-        after another as they are read; an adapter is merged first, for which the whole model is
-        held as it is stored.
-      cache_dtype: of the keys and values of a text in the making: "float32", "bfloat16", "int8", or
-        "auto" for `dtype`, on CPUs for float32, in which they compute with it.
+      sharding: a strategy in the place of mesh and rules.
+      **options: the other fields of `neo_jax.checkpoints.options.LoadOptions`.
+        dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
+        mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
+        rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
+          `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.
+        kernel: the attention implementation: "auto", "dense" or "blocked".
+        quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
+          after another as they are read; an adapter is merged first, for which the whole model is
+          held as it is stored.
+        cache_dtype: of the keys and values of a sequence being generated: "float32", "bfloat16",
+          "int8", or "auto" for `dtype`, on CPUs for float32, in which they compute with it.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
@@ -356,21 +351,17 @@ def load(
     enable_compilation_cache()
     if not isinstance(sharding, Sharding | None):
         raise NeoError(f"sharding is what `make_sharding` returns, not {brief(sharding)}.")
-    sharding = sharding or make_sharding(mesh, rules, default="decode")
-    folder = hub.resolve(model, revision=revision, token=token)
+    chosen = LoadOptions(**options)
+    sharding = sharding or make_sharding(chosen.mesh, chosen.rules, default="decode")
+    folder = hub.resolve(model, revision=revision or None, token=token)
     base = peft.base_folder(folder, token=token)
-    compute = compute_dtype(dtype)
-    if quantize not in QUANTIZATIONS:
-        raise NeoError(f"cannot quantize to '{quantize}'.{suggest(quantize, QUANTIZATIONS)}")
-    if kernel not in get_args(Kernel):
-        raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, get_args(Kernel))}")
-    cached = cached_dtype(cache_dtype)
-    config, params = load_model(folder, base, compute, sharding, quantize)
+    compute, cached = compute_dtype(chosen.dtype), cached_dtype(chosen.cache_dtype)
+    config, params = load_model(folder, base, compute, sharding, chosen.quantize)
     params = lay_out(config, params)
     said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
     home = folder if has_tokenizer(folder) else base
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
-    model = Neo(config, compute, kernel, sharding, cache_dtype=cached)
+    model = Neo(config, compute, chosen.kernel, sharding, cache_dtype=cached)
     return LanguageModel(model, params, tokenizer, folder, said)
 
 

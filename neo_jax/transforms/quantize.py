@@ -4,7 +4,6 @@ LayerNorms, biases and the table of positions, too small to be spared, stay as t
 """
 
 import functools
-from typing import Literal
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,10 +14,6 @@ from neo_jax.config import ModelConfig
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.ops.int8 import Int8, rounded
 from neo_jax.sharding.rules import Sharding, constrain
-
-Quantization = Literal["none", "int8"]
-QUANTIZATIONS = ("none", "int8")
-"""What the kernels and tables of a model may be rounded to."""
 
 
 def is_rounded(tensor: Tensor) -> bool:

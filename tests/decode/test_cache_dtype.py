@@ -85,5 +85,5 @@ def through_cache(model, params, ids):
 
 
 def test_an_unknown_dtype_is_refused(checkpoints):
-    with pytest.raises(neo_jax.NeoError, match="no cache is of 'int4'"):
+    with pytest.raises(neo_jax.NeoError, match=r"cache_dtype must be .* or 'int8', not 'int4'"):
         neo_jax.load(checkpoints["bytes"], cache_dtype="int4")

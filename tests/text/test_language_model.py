@@ -80,10 +80,10 @@ def test_the_parts_are_there(checkpoints, models):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "fast"}, "unknown attention kernel 'fast'. Known are: auto, blocked"),
-        ({"quantize": None}, "cannot quantize to 'None'. Did you mean 'none'"),
-        ({"cache_dtype": 4}, "no cache is of '4'. Known are: auto"),
-        ({"dtype": "half"}, "dtype 'half' is not one of auto, float32, bfloat16"),
+        ({"kernel": "fast"}, "kernel must be 'auto', 'dense' or 'blocked', not 'fast'"),
+        ({"quantize": None}, "quantize must be 'none' or 'int8', not None"),
+        ({"cache_dtype": 4}, "cache_dtype must be 'auto', 'float32', 'bfloat16' or 'int8', not 4"),
+        ({"dtype": "half"}, "dtype must be 'auto', 'float32' or 'bfloat16', not 'half'"),
         ({"mesh": 5}, "mesh must be a text, not 5"),
         ({"mesh": "model=2", "rules": ["embed"]}, "rules must be a text, not ['embed']"),
         ({"sharding": "tensor"}, "sharding is what `make_sharding` returns, not 'tensor'"),
@@ -340,7 +340,7 @@ def test_dtypes(checkpoints, models):
         assert 0 < difference < 0.3
     assert half.embed(PROMPTS)[0].dtype == np.float32
     message = refused(neo_jax.load, checkpoints["bytes"], dtype="float16")
-    assert message == "dtype 'float16' is not one of auto, float32, bfloat16."
+    assert message == "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'."
 
 
 @pytest.mark.parametrize("mesh", ["", "fsdp=2,model=2"])

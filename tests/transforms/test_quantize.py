@@ -158,7 +158,7 @@ def test_bits_a_byte_of_the_bundled_model():
 
 
 def test_an_unknown_kind_is_refused(checkpoints):
-    with pytest.raises(neo_jax.NeoError, match="cannot quantize to 'int9'"):
+    with pytest.raises(neo_jax.NeoError, match="quantize must be 'none' or 'int8', not 'int9'"):
         neo_jax.load(checkpoints["bytes"], quantize="int9")
 
 

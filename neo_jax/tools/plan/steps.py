@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from neo_jax.axes import BATCH
+from neo_jax.checkpoints.options import Quantize
 from neo_jax.decode import engine
 from neo_jax.decode.sampling import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
@@ -19,7 +20,7 @@ from neo_jax.sharding.rules import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import abstract_inputs, abstract_state, make_objective, make_step
-from neo_jax.transforms.quantize import Quantization, quantized_shapes
+from neo_jax.transforms.quantize import quantized_shapes
 
 Kind = Literal["train", "prefill", "decode"]
 
@@ -85,7 +86,7 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
     )
 
 
-def prefill_step(model: Neo, batch: int, length: int, quantize: Quantization = "none") -> Step:
+def prefill_step(model: Neo, batch: int, length: int, quantize: Quantize = "none") -> Step:
     """Returns the step that reads prompts of `length` tokens, with room for no more.
 
     Raises:
@@ -98,7 +99,7 @@ def prefill_step(model: Neo, batch: int, length: int, quantize: Quantization = "
     return Step("prefill", model, batch, length, parts, batch * length, trace, trace)
 
 
-def decode_step(model: Neo, batch: int, length: int, quantize: Quantization = "none") -> Step:
+def decode_step(model: Neo, batch: int, length: int, quantize: Quantize = "none") -> Step:
     """Returns the step that appends a token to each of `batch` texts of up to `length` tokens.
 
     Raises:
@@ -114,9 +115,7 @@ def decode_step(model: Neo, batch: int, length: int, quantize: Quantization = "n
     return Step("decode", model, batch, length, parts, batch, trace, trace)
 
 
-def _prefill_arguments(
-    model: Neo, batch: int, length: int, quantize: Quantization
-) -> tuple[Any, ...]:
+def _prefill_arguments(model: Neo, batch: int, length: int, quantize: Quantize) -> tuple[Any, ...]:
     assert model.sharding is not None
     if quantize == "int8":
         params = quantized_shapes(model.config, model.dtype, model.sharding)
