@@ -76,11 +76,9 @@ def peak_memory() -> float:
 
 
 def device_bytes(leaf: Any, tiled: bool) -> int:
-    """Returns the bytes that each device holds of an array.
+    """Returns the bytes that each device holds of an array; without a sharding that is all of it.
 
-    Args:
-      leaf: a `jax.ShapeDtypeStruct` with its sharding; without one a device holds all of it.
-      tiled: whether devices keep arrays in tiles, as TPUs do.
+    `tiled` is for devices that keep arrays in tiles, as TPUs do.
     """
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     itemsize = leaf.dtype.itemsize
@@ -91,12 +89,7 @@ def device_bytes(leaf: Any, tiled: bool) -> int:
 
 
 def tree_bytes(tree: Any, tiled: bool | None = None) -> int:
-    """Returns the bytes that each device holds of all arrays of a tree.
-
-    Args:
-      tree: see `device_bytes`.
-      tiled: likewise; by default as it is for the devices of this process.
-    """
+    """Returns the sum of `device_bytes` of a tree, tiled by default as devices here are."""
     if tiled is None:
         tiled = jax.default_backend() == "tpu"
     return sum(device_bytes(leaf, tiled) for leaf in jax.tree.leaves(tree))

@@ -191,7 +191,7 @@ def check_shared(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    number = int(from_leader(np.int32(secrets.randbits(31))))
+    number = int(from_leader(np.array(secrets.randbits(31), np.int32)))
     probe = folder / f".shared-{number}"
     if is_leader():
         probe.write_text("All processes of a run must see this.\n")

@@ -134,13 +134,12 @@ class Embed(nn.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up rows, in float32. Ids outside the table take its first or last row."""
-        table, scale = self.embedding, None
-        if isinstance(table, Int8):
-            layout = FsdpLayout.of(self.sharding, (self.axis, None))
-            table, scale = table.values, embedding_lookup(layout, table.scale[:, None], ids)
-        layout = FsdpLayout.of(self.sharding, (self.axis, EMBED))
-        rows = embedding_lookup(layout, table, ids).astype(jnp.float32)
-        return rows if scale is None else rows * scale
+        table, layout = self.embedding, FsdpLayout.of(self.sharding, (self.axis, EMBED))
+        if not isinstance(table, Int8):
+            return embedding_lookup(layout, table, ids).astype(jnp.float32)
+        of_scale = FsdpLayout.of(self.sharding, (self.axis, None))
+        scale = embedding_lookup(of_scale, table.scale[:, None], ids)
+        return embedding_lookup(layout, table.values, ids).astype(jnp.float32) * scale
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Multiplies by the table's transpose: output logits, in float32."""

@@ -83,15 +83,11 @@ def embed(
     segment_starts: Int[Array, "B T"] | None = None,
     key: Array | None = None,
 ) -> Float[Array, "B T D"]:
-    """Returns what the first block reads.
+    """Returns what the first block reads, of stacked parameters.
 
-    Args:
-      model: the model.
-      params: stacked.
-      tokens: ids.
-      segment_starts: for each token the index in its row at which its document begins: learned
-        positions count from there. None for rows of one document.
-      key: for dropout; None drops nothing.
+    `segment_starts` are for each token the index in its row at which its document begins: learned
+    positions count from there; None stands for rows of one document. Without a key for dropout
+    nothing is dropped.
     """
     rngs = None if key is None else {"dropout": jax.random.fold_in(key, model.config.num_layers)}
     learned = _indices(tokens) if segment_starts is None else _indices(tokens) - segment_starts
@@ -132,7 +128,7 @@ def hidden(
     if remat != "none":
         products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
         policy = products if remat == "products" else None
-        layer = jax.checkpoint(layer, policy=policy, static_argnums=0)  # type: ignore[assignment]
+        layer = jax.checkpoint(layer, policy=policy, static_argnums=0)
 
     def one_unit(x: Array, layers: tuple[list[Params], Array]) -> tuple[Array, None]:
         trees, number = layers

@@ -57,10 +57,6 @@ def tpu_layout(
 
     A TPU keeps an array in tiles of its last two axes. Products take heads and head_dim as one
     axis; where both are in a tile, loops begin by laying the parameter out anew, a whole copy.
-
-    Args:
-      place: where the parameter is.
-      axes: its logical axes.
     """
     device: jax.Device = next(iter(place.device_set))
     if device.platform == "tpu" and tuple(axes) == (EMBED, HEADS, HEAD_DIM):

@@ -105,11 +105,8 @@ def constrain(
 ) -> Array:
     """Tells the compiler how an activation is sharded; without a strategy returns it as it is.
 
-    Args:
-      sharding: the strategy.
-      x: the activation.
-      axes: its logical axes; None for one that stays whole, ... for one that the compiler places.
-      name: what errors call it.
+    In its logical axes None is one that stays whole, ... one that the compiler places. Errors call
+    it by `name`.
 
     Raises:
       NeoError: see `Sharding.spec`.
@@ -152,10 +149,7 @@ def padded_rows(sharding: Sharding | None, rows: int) -> int:
 def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:
     """Returns the tree of NamedShardings for a tree of arrays or ShapeDtypeStructs.
 
-    Args:
-      sharding: the strategy.
-      axes: a tree like `shapes` with a tuple of logical axes at each leaf.
-      shapes: anything with `.shape` at its leaves.
+    `axes` is a tree like `shapes` with a tuple of logical axes at each leaf.
 
     Raises:
       NeoError: see `Sharding.spec`; the message names the leaf.

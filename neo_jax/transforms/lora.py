@@ -79,10 +79,7 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, key: Array) -> Params:
 def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
     """Returns parameters with a `LowRank` in the place of each kernel that has an adapter.
 
-    Args:
-      params: canonical or stacked.
-      adapters: of the same form.
-      scale: how many times adapters are added, alpha / rank.
+    Both are canonical, or both stacked; adapters are added `scale` times, alpha / rank.
     """
     added = dict(params)
     for name, tree in adapters.items():
@@ -107,10 +104,8 @@ def merge(params: Params) -> Params:
 def adapter_axes(adapters: Params, axes: Any) -> Params:
     """Returns stacked adapters with each leaf's tuple of logical axes in its place.
 
-    Args:
-      adapters: anything with `.ndim` at its leaves; trees of all parameters are one kind of it,
-        which has no adapters.
-      axes: those of the stacked parameters, as `neo_jax.model.scan.stacked_axes` returns them.
+    `axes` are those of the stacked parameters, see `scan.stacked_axes`; where a tree has no
+    adapters, as one of all parameters, they are the result.
     """
     if not isinstance(adapters, dict):
         return axes

@@ -26,11 +26,7 @@ def quantize_one(
 ) -> Int8 | Array:
     """Returns what takes the place of a parameter in a model of whole numbers.
 
-    Args:
-      tensor: the parameter's row of the name table.
-      array: the parameter, on its devices.
-      dtype: of what stays as it is.
-      sharding: the strategy of the parameter, and of the result.
+    What stays as it is gets `dtype`; the result is sharded as the array is.
     """
     if not is_rounded(tensor):
         return array.astype(dtype)
@@ -42,11 +38,7 @@ def quantize(
 ) -> Params:
     """Returns canonical parameters with an `Int8` in the place of each kernel and table of tokens.
 
-    Args:
-      config: describes `params`.
-      params: arrays of any float dtype.
-      dtype: of what stays as it is.
-      sharding: their strategy.
+    Parameters are of any float dtype; what stays as it is gets `dtype`.
     """
     leaves = flatten_dict(params)
     for tensor in tensors(config):

@@ -21,12 +21,8 @@ def cudnn(
     On a mesh this is for one device's rows and heads: `attend` sees to it. Rows of an odd length
     are padded on the right, in the future: cuDNN has no gradient of those.
 
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      mask: aligned, without `segment_starts`.
-      implementation: "xla" computes the same on any device, for tests.
+    The mask is aligned, without `segment_starts`. The implementation "xla" computes the same on any
+    device, for tests.
     """
     length = q.shape[2]
     fill = ((0, 0), (0, 0), (0, length % 2), (0, 0))

@@ -27,12 +27,8 @@ def splash(
     On a mesh this is for one device's rows and heads: `attend` sees to it. Rows are padded on the
     right, in the future, to a multiple of 128.
 
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      mask: aligned. Tokens before a query's start are hidden where they belong to another start.
-      interpret: whether to run it step by step where there is no TPU; slow.
+    The mask is aligned; tokens before a query's start are hidden where they belong to another
+    start. `interpret` runs the kernel step by step where there is no TPU; slow.
     """
     length = q.shape[2]
     fill = -length % LANES
@@ -69,11 +65,7 @@ def block_size(length: int, window: int | None) -> int:
     """Returns the side of the blocks of logits: large, but no wider than the window.
 
     A wider block would be mostly hidden: at a window of 256 and 2048 tokens blocks of 512 form 1.9
-    times the logits that blocks of 256 do.
-
-    Args:
-      length: of the sequence, a multiple of 128.
-      window: keys that a query sees; None for all before it.
+    times the logits that blocks of 256 do. The length is a multiple of 128.
     """
     widest = length if window is None else max(window, LANES)
     return next(size for size in BLOCK_SIZES if size <= widest and length % size == 0)
