@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +68,8 @@ def peak_memory() -> float:
     A CPU's is the memory of the whole process.
     """
     if jax.default_backend() == "cpu":
+        import resource  # which Windows lacks
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -123,8 +124,7 @@ def tiled_bytes(shape: Sequence[int], itemsize: int, order: Sequence[int] | None
 
 
 def _power_of_two(size: int) -> int:
-    """Returns the least power of two that is at least `size`."""
-    return 1 << max(size - 1, 0).bit_length()
+    return 1 << max(size - 1, 0).bit_length()  # the least that is at least `size`
 
 
 def _round_up(size: int, multiple: int) -> int:

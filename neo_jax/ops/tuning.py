@@ -88,9 +88,8 @@ class Loop(Generic[Result]):
 
     def on(self, model: Sharded) -> Any:
         """Returns the jitted function for the devices of a model."""
-        if device_of(model.sharding).platform != "tpu":
-            return self._plain
-        return self._with_options if takes_options(model.sharding) else self._plain
+        on_tpu = device_of(model.sharding).platform == "tpu"
+        return self._with_options if on_tpu and takes_options(model.sharding) else self._plain
 
 
 @functools.cache
