@@ -94,8 +94,7 @@ def extend(
     positions: Int[Array, "B T"],
 ) -> LayerCache:
     """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
-    new = LayerCache(_like(cache.k, k), _like(cache.v, v), positions)
-    return write_slots(cache, new, positions, cache.positions.shape[1])
+    return write_slots(cache, LayerCache(_like(cache.k, k), _like(cache.v, v), positions))
 
 
 def _like(old: Array | Int8, new: Array) -> Array | Int8:

@@ -1,26 +1,35 @@
 """Writing new entries into the slots of a cache, in the way that each platform does in place.
 
 For a scatter a TPU's compiler lays the cache out anew before and after each step; for a slice a
-CPU's makes all bfloat16 float32. Leaves are [B, S], or [B, N, S, ...]; new ones have tokens in the
-place of slots. A token at position p belongs in slot p modulo S; tokens at -1 are dropped.
+CPU's makes all bfloat16 float32.
 """
 
-import functools
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import Array, Int
 
-Tree = TypeVar("Tree")
+
+@runtime_checkable
+class Slots(Protocol):
+    """A layer's cache, a pytree of leaves [B, S] and [B, N, S, ...]."""
+
+    @property
+    def positions(self) -> Int[Array, "B S"]:
+        """The position that each slot holds."""
 
 
-def write_slots(cache: Tree, new: Tree, positions: Int[Array, "B T"], slots: int) -> Tree:
-    """Returns a tree of a layer's cache, of so many slots, with new entries at these positions."""
-    in_turn = functools.partial(write_in_turn, slots=slots)
-    at_once = functools.partial(write_at_once, slots=slots)
-    return jax.lax.platform_dependent(cache, new, positions, tpu=in_turn, default=at_once)
+Layer = TypeVar("Layer", bound=Slots)
+
+
+def write_slots(cache: Layer, new: Layer) -> Layer:
+    """Returns the cache with new entries, which have tokens in the place of slots.
+
+    A token at position p belongs in slot p modulo the number of slots; tokens at -1 are dropped.
+    """
+    return jax.lax.platform_dependent(cache, new, tpu=write_in_turn, default=write_at_once)
 
 
 def slot_axis(ndim: int) -> int:
@@ -28,13 +37,14 @@ def slot_axis(ndim: int) -> int:
     return min(ndim - 1, 2)
 
 
-def write_in_turn(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
+def write_in_turn(cache: Layer, new: Layer) -> Layer:
     """Writes one token of one row after another, as slices."""
-    rows, tokens = positions.shape
+    rows, tokens = new.positions.shape
+    slots = cache.positions.shape[1]
 
-    def write_one(i: Array, cache: Tree) -> Tree:
+    def write_one(i: Array, cache: Layer) -> Layer:
         row, token = i // tokens, i % tokens
-        position = positions[row, token]
+        position = new.positions[row, token]
 
         def write(old: Array, new: Array) -> Array:
             axis = slot_axis(new.ndim)
@@ -50,10 +60,11 @@ def write_in_turn(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
     return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
 
 
-def write_at_once(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
+def write_at_once(cache: Layer, new: Layer) -> Layer:
     """Writes all tokens of all rows by one scatter a leaf."""
+    slots, positions = cache.positions.shape[1], new.positions
     if positions.shape == (1, 1):
-        return _write_one(cache, new, positions, slots)
+        return _write_one(cache, new)
     rows = jnp.arange(positions.shape[0])[:, None]
     index = jnp.where(positions >= 0, positions % slots, slots)
 
@@ -67,13 +78,13 @@ def write_at_once(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
     return jax.tree.map(write, cache, new)
 
 
-def _write_one(cache: Tree, new: Tree, positions: Array, slots: int) -> Tree:
+def _write_one(cache: Layer, new: Layer) -> Layer:
     """Writes one token of one row, as a slice of arrays without their batch axis.
 
     XLA's CPU backend moves an axis of size 1 about, and then copies the cache at every step.
     """
-    position = positions[0, 0]
-    slot = position % slots
+    position = new.positions[0, 0]
+    slot = position % cache.positions.shape[1]
 
     def write(old: Array, new: Array) -> Array:
         axis = slot_axis(new.ndim) - 1

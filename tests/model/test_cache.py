@@ -17,14 +17,7 @@ CONFIG = ModelConfig(
     num_layers=2, embed_dim=4, num_heads=2, vocab_size=9, max_length=64, window_size=5
 )
 extend = jax.jit(extend)
-
-
-def of_cache(write):
-    """The same for a layer's cache and new entries of it."""
-    return jax.jit(lambda old, new: write(old, new, new.positions, old.positions.shape[1]))
-
-
-at_once, in_turn = of_cache(cache_write.write_at_once), of_cache(cache_write.write_in_turn)
+at_once, in_turn = jax.jit(cache_write.write_at_once), jax.jit(cache_write.write_in_turn)
 
 
 def contents(positions, heads=2, head_dim=3):
