@@ -88,9 +88,9 @@ def _einsum(
     layout = FsdpLayout.of(sharding, axes)
     if not isinstance(weight, Int8):
         return matmul(x, weight, jnp.dtype(dtype), layout)
+    values = layout.gather(weight.values)
     scale = gather(sharding, weight.scale, axes[: len(kept)], "a scale")
-    y = multiply(x, layout.gather(weight.values), dtype)
-    return y * repeat_vector(scale, x.shape[:2])
+    return multiply(x, values, dtype) * repeat_vector(scale, x.shape[:2])
 
 
 class Einsum(nn.Module):
