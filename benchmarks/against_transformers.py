@@ -23,7 +23,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from neo_jax.config import preset
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model import tensor_table
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.text.language_model import cached_dtype

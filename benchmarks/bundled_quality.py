@@ -18,7 +18,7 @@ from pathlib import Path
 
 import neo_jax
 from neo_jax.data.prepare import is_held_out
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.evaluation.texts import Total, measure, read_documents
 
 TEXT = Path(__file__).parent.parent / "text"

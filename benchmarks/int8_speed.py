@@ -18,7 +18,7 @@ import numpy as np
 
 from neo_jax.config import preset
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.transforms.quantize import quantize
 

@@ -28,7 +28,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 from neo_jax.config import ModelConfig  # noqa: E402
 from neo_jax.decode import engine  # noqa: E402
-from neo_jax.decode.sampling import SamplingOptions, make_settings  # noqa: E402
+from neo_jax.decode.options import SamplingOptions, make_settings  # noqa: E402
 from neo_jax.model.transformer import Neo, init_params  # noqa: E402
 from neo_jax.sharding.rules import Sharding, make_sharding  # noqa: E402
 from neo_jax.tools.plan import steps  # noqa: E402

@@ -22,7 +22,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from neo_jax.config import preset
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.decode.scheduler import Request, complete, in_order
 from neo_jax.model import tensor_table
 from neo_jax.model.transformer import Neo, init_params

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from neo_jax.config import preset
 from neo_jax.decode import engine, speculative
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.decode.speculative import Draft
 from neo_jax.model.transformer import Neo, init_params
 

@@ -6,11 +6,12 @@ it is its help on the command line.
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from neo_jax.errors import NeoError, brief, checked
 
-_RULE = "neo_jax.fields"  # of a field's metadata: what its value must do, in code and in words
+_RULE = "neo_jax.fields"  # of a field's metadata: makes of its name and a value what it holds
 
 
 def number(
@@ -34,55 +35,64 @@ def number(
       off: the value that turns the option off, which the message names.
       words: what a value must do, in place of what follows from the range, with "{}" for the value.
     """
-    bounds = [
+    given = (
         ("at least", operator.ge, least),
         ("above", operator.gt, above),
         ("at most", operator.le, most),
         ("below", operator.lt, below),
-    ]
-    bounds = [bound for bound in bounds if bound[2] is not None]
+    )
+    bounds = [(name, compare, bound) for name, compare, bound in given if bound is not None]
     ranged = " and ".join(f"{name} {bound:g}" for name, _, bound in bounds)
     ranged = "0 or more" if ranged == "at least 0" else ranged
     words = words or f"be {ranged}, not {{}}" + (f"; {off:g} is off" if off is not None else "")
-    return _field(
-        default,
-        lambda value: all(compare(value, bound) for _, compare, bound in bounds),
-        lambda value: words.replace("{}", brief(value)),
-    )
+
+    def bounded(name: str, value: Any) -> Any:
+        if all(compare(value, bound) for _, compare, bound in bounds):
+            return value
+        raise NeoError(f"{name} must {words.replace('{}', brief(value))}.")
+
+    return converted(default, bounded)
 
 
 def choice(default: Any, values: tuple[Any, ...]) -> Any:
     """Returns a field for one of several values."""
     *first, last = map(repr, values)
-    return _field(
-        default,
-        lambda value: value in values,
-        lambda value: f"be {', '.join(first)} or {last}, not {brief(value)}",
-    )
+
+    def chosen(name: str, value: Any) -> Any:
+        if value in values:
+            return value
+        raise NeoError(f"{name} must be {', '.join(first)} or {last}, not {brief(value)}.")
+
+    return converted(default, chosen)
 
 
-def _field(default: Any, allows: Any, words: Any) -> Any:
-    return dataclasses.field(default=default, metadata={_RULE: (allows, words)})
+def converted(default: Any, convert: Callable[[str, Any], Any]) -> Any:
+    """Returns a field whose value is what a function makes of it.
+
+    Args:
+      default: without one, `dataclasses.MISSING`, the field must be given.
+      convert: takes the field's name and a value; raises NeoError where that cannot be one.
+    """
+    return dataclasses.field(default=default, metadata={_RULE: convert})
 
 
 def check(options: Any, prefix: str = "") -> None:
-    """Checks all fields of a dataclass; makes numbers, a library's too, those of their type.
+    """Checks and converts all fields of a dataclass; numbers, a library's too, become Python's.
 
     Args:
       options: an instance, which may be frozen.
       prefix: of the names of fields in messages, such as "optimizer.".
 
     Raises:
-      NeoError: a value is of another kind than its field's type, int or float, or out of its range.
+      NeoError: a value is of another kind than its field's type, int, float or bool, or out of its
+        range.
     """
     for field in dataclasses.fields(options):
         name, value = prefix + field.name, getattr(options, field.name)
         if field.type in (int, float):
-            value = checked(name, value, field.type)  # type: ignore[arg-type]
-            object.__setattr__(options, field.name, value)
+            value = checked(name, value, field.type)
         if field.type is bool and not isinstance(value, bool):
             raise NeoError(f"{name} must be true or false, not {brief(value)}.")
         if _RULE in field.metadata:
-            allows, words = field.metadata[_RULE]
-            if not allows(value):
-                raise NeoError(f"{name} must {words(value)}.")
+            value = field.metadata[_RULE](name, value)
+        object.__setattr__(options, field.name, value)

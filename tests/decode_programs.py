@@ -11,7 +11,7 @@ from hlo import Program
 
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.ops.tuning import tpu_layout

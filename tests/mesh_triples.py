@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.scan import stack
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import make_sharding, tree_shardings

@@ -6,12 +6,12 @@ import pytest
 
 import neo_jax
 from neo_jax.cli import main
-from neo_jax.decode.beam import BeamOptions
+from neo_jax.decode.options import BeamOptions
 from neo_jax.devices import memory
 from neo_jax.devices.memory import check_batch
 from neo_jax.errors import NeoError
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.text.score import Row, score_rows
+from neo_jax.text.score import Question, score_rows
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.loop import train
 
@@ -64,7 +64,7 @@ def test_texts_that_are_written_together(lm, monkeypatch, compilations, options)
 
 
 def test_texts_that_are_scored_together(lm, small_machine, compilations):
-    rows = [Row([1] * 64, [0], [1])] * 200
+    rows = [Question([1] * 64, [0], [1])] * 200
     with (
         compilations() as compiled,
         pytest.raises(NeoError, match="a batch of 256 sequences of 64"),

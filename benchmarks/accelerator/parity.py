@@ -13,7 +13,7 @@ from accelerator.sizes import Sizes, Texts
 from accelerator.theirs import make_theirs
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model import tensor_table
 from neo_jax.model.transformer import Neo
 

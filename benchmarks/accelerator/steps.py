@@ -15,7 +15,7 @@ from accelerator.programs import draw, prepare
 from accelerator.rows import Row
 from accelerator.sizes import Sizes
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.memory import peak_memory, tree_bytes
 from neo_jax.model.flops import flops_per_token
 from neo_jax.model.transformer import Neo, init_params

@@ -64,10 +64,10 @@ def main(args: Sequence[str]) -> None:
 
 def _request(options: Options) -> "Request":
     from neo_jax.checkpoints.load import compute_dtype
+    from neo_jax.devices.compilation_cache import enable_compilation_cache
     from neo_jax.devices.memory import check_batch
     from neo_jax.model.transformer import Neo
     from neo_jax.sharding.rules import make_sharding
-    from neo_jax.text.language_model import enable_compilation_cache
     from neo_jax.tools.benchmark.run import Request, random_params
     from neo_jax.tools.benchmark.timed_steps import MIN_LENGTH
 

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
@@ -23,13 +23,12 @@ from neo_jax.cli.options import (
     said_in,
 )
 from neo_jax.cli.sample_file import keeps, kept_samples
-from neo_jax.decode.beam import BeamOptions
-from neo_jax.decode.sampling import SamplingOptions
-from neo_jax.decode.speculative import NUM_DRAFTED
+from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.devices.processes import is_leader
 from neo_jax.devices.signals import WATCH
 from neo_jax.errors import NeoError
-from neo_jax.text.generate import BATCH_SIZE, MAX_NEW_TOKENS, TextOptions, check_together, fit
+from neo_jax.text.generate import fit
+from neo_jax.text.options import TextOptions, check_together, pick
 
 if TYPE_CHECKING:
     from neo_jax.text.language_model import LanguageModel, Prompt, Sample
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(TextOptions):
     """Continues a prompt, or each line of a file, with a GPT-Neo."""
 
     prompt: Positional[str] = ""  # the text to continue
@@ -46,37 +45,23 @@ class Options:
     # a .jsonl file for the samples, with ids and log-probabilities; an interrupted run goes on
     output: str = ""
     json: bool = False  # print samples as JSON lines
-    max_new_tokens: int = MAX_NEW_TOKENS  # where to stop at the latest
-    stop: UseAppendAction[tuple[str, ...]] = ()  # ends a text before this string; may be repeated
-    num_samples: int = 1  # for each prompt; sample i has the seed plus i, or is the i-th best beam
     # a smaller model of the same tokens whose proposals are judged together; or prompt, which
     # looks them up in the text: quicker, with the same distribution
     draft_model: str = ""
-    num_drafted: int = NUM_DRAFTED  # tokens that a draft proposes at a time
-    batch_size: int = BATCH_SIZE  # texts that are written together; one that is done makes place
-    # a prompt that leaves no room in the context: refused, or cut to its newest tokens
-    on_overflow: Literal["error", "truncate"] = "error"
-    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     defaults: bool = True  # options that are left out are those of the model's own configuration
-    sampling: OmitArgPrefixes[UseAppendAction[SamplingOptions]] = dataclasses.field(
-        default_factory=SamplingOptions
-    )
+    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
     beams: OmitArgPrefixes[BeamOptions] = dataclasses.field(default_factory=BeamOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
     def __post_init__(self) -> None:
-        check_together([self.sampling], self.text, self.beams, bool(self.draft_model))
-
-    @property
-    def text(self) -> TextOptions:
-        """Those that `neo_jax.text.generate` knows."""
-        names = [field.name for field in dataclasses.fields(TextOptions)]
-        return TextOptions(**{name: getattr(self, name) for name in names})
+        super().__post_init__()
+        check_together([self.sampling], self, self.beams, bool(self.draft_model))
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
-    options = parse(Options, "generate", args)
+    options = parse(UseAppendAction[Options], "generate", args)
     if bool(options.prompt) == bool(options.prompts_file):
         raise UsageError("give either a prompt or --prompts-file, as in: neo-jax generate 'Hello'")
     prompts: list[Prompt] = (
@@ -98,11 +83,11 @@ def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str
         model = dataclasses.replace(options.model, model=options.draft_model, revision="")
         draft = model.load()
     # All at once: no text is written before the last prompt is known to fit.
-    cut, asked = 0, options.text
+    cut = 0
     for number, prompt in enumerate(prompts, 1):
         try:
             ids = lm.encode(prompt)
-            cut += len(fit(lm.model, ids, asked)) < len(ids)
+            cut += len(fit(lm.model, ids, options)) < len(ids)
         except NeoError as error:
             where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
             raise NeoError(f"{where}{error}") from error
@@ -170,16 +155,11 @@ def _write(
 
         return lm.samples(
             prompts,
-            options.max_new_tokens,
-            options.num_samples,
-            options.sampling,
-            stop=options.stop,
-            batch_size=options.batch_size,
-            on_overflow=options.on_overflow,
+            sampling=options.sampling,
             on_finish=count,
             beams=options.beams,
             draft=draft,
-            num_drafted=options.num_drafted,
+            **pick(vars(options), TextOptions),
         )
 
     if keeps(options.output):
@@ -255,22 +235,22 @@ def _progress(done: int, total: int, show: bool) -> Iterator[Callable[[list["Sam
         return
     if done:
         print(f"{done}/{total} prompts are there; going on", file=sys.stderr)
-    begin = told = time.monotonic()
+    begin = last = time.monotonic()
     tokens = 0
 
-    def told_by(show: Callable[[str], None]) -> Callable[[list["Sample"]], None]:
+    def advance_by(report: Callable[[str], Any], every: float) -> Callable[[list["Sample"]], None]:
         def advance(samples: list["Sample"]) -> None:
-            nonlocal done, told, tokens
+            nonlocal done, last, tokens
             done, tokens = done + 1, tokens + sum(len(sample.ids) for sample in samples)
             now = time.monotonic()
-            if done == total or now - told > _TELL_EVERY or sys.stderr.isatty():
-                told = now
-                show(f"{done}/{total} prompts, {tokens / (now - begin):.1f} tokens/s")
+            if done == total or now - last >= every:
+                last = now
+                report(f"{done}/{total} prompts, {tokens / (now - begin):.1f} tokens/s")
 
         return advance
 
     if not sys.stderr.isatty():
-        yield told_by(lambda words: print(words, file=sys.stderr, flush=True))
+        yield advance_by(lambda words: print(words, file=sys.stderr, flush=True), _REPORT_EVERY)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -278,7 +258,7 @@ def _progress(done: int, total: int, show: bool) -> Iterator[Callable[[list["Sam
     columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"{done}/{total} prompts", total=total)
-        yield told_by(lambda words: bar.update(task, description=words, completed=done))
+        yield advance_by(lambda words: bar.update(task, description=words, completed=done), every=0)
 
 
-_TELL_EVERY = 10.0  # seconds
+_REPORT_EVERY = 10.0  # seconds

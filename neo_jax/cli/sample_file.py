@@ -1,4 +1,4 @@
-"""The file that samples are written to: whole, or beside its name until it is."""
+"""The file that samples are written to: whole, or next to its name until it is."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ def kept_samples(path: str, run: Any, num_prompts: int) -> Iterator[Kept]:
 
     Raises:
       NeoError: the file cannot be written, or another process is writing it.
-      KeyboardInterrupt: was raised; the message tells what is kept.
+      KeyboardInterrupt: was raised; the message says what is kept.
     """
     name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:8]
     target = Path(os.path.realpath(path))
@@ -85,7 +85,7 @@ def _kept(partial: Path, num_prompts: int, target: Path) -> Iterator[Kept]:
 
 
 def _lines(partial: Path, num_prompts: int) -> dict[int, tuple[int, int]]:
-    """Returns where in a file the line of each prompt lies; cuts off one that was being written.
+    """Returns where in a file the line of each prompt is; cuts off one that was being written.
 
     Raises:
       NeoError: the file cannot be read or cut, or holds something else.

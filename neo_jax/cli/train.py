@@ -42,8 +42,8 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")
     default = Options(load_config(args[0]), ClusterOptions())
     options = parse(Options, "train", args[1:], default=default)
+    from neo_jax.devices.compilation_cache import enable_compilation_cache
     from neo_jax.devices.processes import is_leader
-    from neo_jax.text.language_model import enable_compilation_cache
     from neo_jax.training.checkpoint import SaveError
     from neo_jax.training.loop import train
 

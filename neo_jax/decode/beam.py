@@ -8,55 +8,24 @@ the length penalty. Scores, and when a search is over, are those of transformers
 the same texts.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
-from neo_jax.decode.engine import DecodeState, completion
-from neo_jax.decode.sampling import Settings, is_end, processed
+from neo_jax.decode.engine import DecodeState
+from neo_jax.decode.options import BeamOptions, Settings
+from neo_jax.decode.processors import is_end
+from neo_jax.decode.sampling import processed
 from neo_jax.devices.processes import to_host
-from neo_jax.errors import NeoError, check_numbers
+from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import Loop
-
-_MOST_PENALTY = 100.0  # of either sign: what lengths to its power do to scores, float32 holds
-
-
-@dataclasses.dataclass(frozen=True)
-class BeamOptions:
-    """What a user says about beam search.
-
-    Raises:
-      NeoError: a value is out of its range.
-    """
-
-    num_beams: int = 1  # texts that are searched side by side; 1 draws samples instead
-    length_penalty: float = 1.0  # scores are divided by length to this power: above 0 favours long
-    # where a search with all its texts finished is over: True at once; False when the best of the
-    # others, as long as it is now, is no better; never when it cannot become better
-    early_stopping: bool | Literal["never"] = False
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.num_beams < 1:
-            raise NeoError(f"num_beams must be at least 1, not {self.num_beams}.")
-        if not abs(self.length_penalty) <= _MOST_PENALTY:
-            raise NeoError(
-                f"length_penalty must lie between -{_MOST_PENALTY} and {_MOST_PENALTY}, not be "
-                f"{self.length_penalty}."
-            )
-        if self.early_stopping not in (True, False, "never"):
-            raise NeoError(
-                f"early_stopping must be True, False or 'never', not {self.early_stopping!r}."
-            )
 
 
 class Rule(NamedTuple):
@@ -105,16 +74,8 @@ def search(
 ) -> list[list[Beam]]:
     """Returns the best continuations of each prompt, best first.
 
-    With one beam this is greedy decoding.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      prompts: ids, of any lengths.
-      max_new_tokens: where to stop at the latest.
-      options: of all prompts.
-      settings: of each prompt; temperature 0, for a search draws nothing. Penalties count.
-      num_return: how many a prompt, at most num_beams.
+    With one beam this is greedy decoding. Settings are those of each prompt, of temperature 0, for
+    a search draws nothing; penalties count. At most `num_beams` texts a prompt can be returned.
 
     Raises:
       NeoError: more are to be returned than there are beams, or more beams than half the
@@ -135,32 +96,29 @@ def search(
         jnp.bool_(options.early_stopping == "never" and options.length_penalty > 0),
     )
     found = jax.tree.map(to_host, run(model, beams, params, state, rule))
-    return [_beams(model, prompt, found, row, num_return) for row, prompt in enumerate(prompts)]
-
-
-def _beams(model: Neo, prompt: Sequence[int], found: Texts, row: int, count: int) -> list[Beam]:
-    beams = []
-    for beam in range(count):
-        score = float(found.scores[row, beam])
-        if score == -math.inf:  # what the penalties left ended before there were so many
-            break
-        length, eos = int(found.lengths[row, beam]), model.config.eos_ids
-        tokens, logprobs = (np.asarray(x[row, beam]) for x in (found.tokens, found.logprobs))
-        beams.append(Beam(*completion(tokens, logprobs, length, len(prompt), eos), score))
-    return beams
+    return [
+        [
+            Beam(*engine.completion(model, tokens, logprobs, length, len(prompt)), float(score))
+            for tokens, logprobs, length, score in zip(
+                *(leaf[row, :num_return] for leaf in found), strict=True
+            )
+            if score > -math.inf  # what the penalties left ended before there were so many
+        ]
+        for row, prompt in enumerate(prompts)
+    ]
 
 
 @functools.partial(Loop, static_argnums=(0, 1))
 def run(model: Neo, beams: int, params: Params, state: DecodeState, rule: Rule) -> Texts:
     """Searches from a row for each prompt until every search is over; returns what it found."""
-    rows, room = state.tokens.shape
+    rows, slots = state.tokens.shape
     nothing = jnp.full((rows, beams), -jnp.inf)
     searches = BeamState(
         running=jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, axis=0), state),
         sums=nothing.at[:, 0].set(0.0),  # at first all beams are one
         finished=Texts(
-            jnp.zeros((rows, beams, room), jnp.int32),
-            jnp.zeros((rows, beams, room), jnp.float32),
+            jnp.zeros((rows, beams, slots), jnp.int32),
+            jnp.zeros((rows, beams, slots), jnp.float32),
             jnp.zeros((rows, beams), jnp.int32),
             nothing,
         ),
@@ -179,17 +137,8 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
     running, eos = state.running, model.config.eos_ids
     batch, beams = state.sums.shape
     count = _per_beam(model) * beams
-    rows, newest = jnp.arange(batch * beams), running.lengths - 1
-    variables = {"params": params}
-    hidden, cache = model.apply(
-        variables,
-        running.tokens[rows, newest][:, None],
-        newest[:, None],
-        running.cache,
-        method=Neo.hidden,
-    )
-    logits = model.apply(variables, hidden, method=Neo.unembed)[:, 0]
-    logprobs = jax.nn.log_softmax(logits)
+    logits, cache = engine.next_logits(model, params, running)
+    logprobs = jax.nn.log_softmax(logits[:, 0])
     vocab = logprobs.shape[-1]
     scored = processed(logprobs, running.settings, running.history, eos)
     sums = (state.sums[..., None] + scored.reshape(batch, beams, vocab)).reshape(batch, -1)
@@ -198,10 +147,10 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
     parents = jnp.arange(batch)[:, None] * beams + index // vocab  # rows of `running`
     tokens = index % vocab
     places = running.lengths[parents]
-    slots = jnp.arange(running.tokens.shape[1])[None, None] == places[..., None]
+    here = jnp.arange(running.tokens.shape[1])[None, None] == places[..., None]
     candidates = Texts(
-        jnp.where(slots, tokens[..., None], running.tokens[parents]),
-        jnp.where(slots, logprobs[parents, tokens][..., None], running.logprobs[parents]),
+        jnp.where(here, tokens[..., None], running.tokens[parents]),
+        jnp.where(here, logprobs[parents, tokens][..., None], running.logprobs[parents]),
         places + 1,
         sums,
     )

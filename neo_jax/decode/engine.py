@@ -1,32 +1,25 @@
 """The engine: prompts of ids in, ids out, by one compiled prefill and one compiled loop.
 
-A `DecodeState` holds a batch of texts in the making. `start` fills its cache with the prompts;
-`run` appends up to a number of tokens to every row, in one `while_loop` on the device that stops
-as soon as every row is done. A stream is `run` with one token at a time: the same program.
-
-Shapes come in buckets, so that another prompt rarely compiles again: the prompts' longest length
-is rounded up to a power of two, the room for the whole text to one or to three quarters of one.
+A `DecodeState` holds a batch of sequences that are being generated. `start` fills its cache with
+the prompts; `run` appends up to a number of tokens to every row, in one `while_loop` on the device
+that stops as soon as every row is done. A stream is `run` with one token at a time: the same
+program. Lengths are rounded up, see `capacity`, so that another prompt rarely compiles again.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
+from neo_jax.decode.capacity import capacity, padded_length
+from neo_jax.decode.options import SamplingOptions, Settings, stack_settings
 from neo_jax.decode.prefill import read
-from neo_jax.decode.sampling import (
-    History,
-    SamplingOptions,
-    Settings,
-    choose,
-    is_end,
-    logprobs_of,
-    stack_settings,
-)
+from neo_jax.decode.processors import History, is_end
+from neo_jax.decode.sampling import choose, logprobs_of
 from neo_jax.devices.memory import check_batch
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
@@ -36,12 +29,11 @@ from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import Loop
 from neo_jax.sharding.rules import Sharding, constrain, padded_rows
 
-MIN_PREFILL = 16
-MIN_ROOM = 64
+T = TypeVar("T")
 
 
 class DecodeState(NamedTuple):
-    """A batch of texts in the making; every leaf leads with batch."""
+    """A batch of sequences that are being generated; every leaf leads with batch."""
 
     tokens: Int[Array, "B S"]  # the prompt, then what was generated, then zeros
     logprobs: Float[Array, "B S"]  # the model's log p of each generated token, without truncation
@@ -56,22 +48,6 @@ class DecodeState(NamedTuple):
     def history(self) -> History:
         """The texts, as sampling looks at them."""
         return History(self.tokens, self.lengths, self.prompt_lengths, self.limits)
-
-
-def bucket(size: int, smallest: int, largest: int) -> int:
-    """Returns the least power of two that holds `size`, within the bounds."""
-    return min(max(smallest, 1 << (size - 1).bit_length()), largest)
-
-
-def room_for(length: int, context: int) -> int:
-    """Returns the slots for texts of a length: 64, 96, 128, 192, ... tokens, at most the context.
-
-    A step reads all of them, so that steps between powers of two are worth a program of their own.
-    """
-    wanted = max(length, MIN_ROOM)
-    power = 1 << (wanted - 1).bit_length()
-    three_quarters = 3 * power // 4
-    return min(three_quarters if wanted <= three_quarters else power, context)
 
 
 def check_tokens(model: Neo, tokens: Sequence[int]) -> None:
@@ -112,9 +88,9 @@ def check_rows(model: Neo, rows: int, length: int) -> None:
       NeoError: see `check_batch`.
     """
     config, dtype = model.config, model.cache_dtype or model.dtype
-    room = room_for(length, config.max_length)
-    row_bytes = caching.sequence_bytes(config, room, dtype).per_sequence + 4 * config.vocab_size
-    check_batch(rows, room, row_bytes, model.sharding.mesh.size if model.sharding else 1)
+    slots = capacity(length, config.max_length)
+    row_bytes = caching.sequence_bytes(config, slots, dtype).per_sequence + 4 * config.vocab_size
+    check_batch(rows, slots, row_bytes, model.sharding.mesh.size if model.sharding else 1)
 
 
 def start(
@@ -131,85 +107,84 @@ def start(
     """
     check_prompts(model, prompts, max_new_tokens)
     longest = max(len(prompt) for prompt in prompts)
-    room = room_for(longest + max_new_tokens, model.config.max_length)
+    slots = capacity(longest + max_new_tokens, model.config.max_length)
     # A mesh may want more rows than there are prompts: the others are done before they begin.
     rows = padded_rows(model.sharding, len(prompts))
-    tokens = np.zeros((rows, bucket(longest, MIN_PREFILL, room)), np.int32)
-    lengths, limits = np.ones((2, rows), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-        lengths[row], limits[row] = len(prompt), len(prompt) + max_new_tokens
+    length = padded_length(longest, slots)
+    batch = batched([(prompt, max_new_tokens) for prompt in prompts], rows, length)
     if rows > len(prompts):
         last = np.minimum(np.arange(rows), len(prompts) - 1)
         settings = jax.tree.map(lambda x: np.asarray(x)[last], settings)
-    return prefill(model, room, params, tokens, lengths, limits, settings)
+    return prefill(model, slots, params, *batch, settings)
+
+
+def batched(
+    prompts: Sequence[tuple[Sequence[int], int]], rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokens [B, T], lengths [B] and limits [B] of prompts and their new tokens.
+
+    Rows that are left over are done before they begin.
+    """
+    tokens = np.zeros((rows, length), np.int32)
+    lengths, limits = np.ones((2, rows), np.int32)
+    for row, (prompt, max_new_tokens) in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row], limits[row] = len(prompt), len(prompt) + max_new_tokens
+    return tokens, lengths, limits
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
     model: Neo,
-    room: int,
+    slots: int,
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     limits: Int[Array, "B"],
     settings: Settings,
 ) -> DecodeState:
-    """Returns the state after prompts [B, T] of these lengths, with room for whole texts."""
+    """Returns the state after prompts [B, T] of these lengths, with a capacity of `slots`."""
     state = DecodeState(
-        tokens=jnp.pad(tokens, ((0, 0), (0, room - tokens.shape[1]))),
-        logprobs=jnp.zeros((tokens.shape[0], room), jnp.float32),
+        tokens=jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1]))),
+        logprobs=jnp.zeros((tokens.shape[0], slots), jnp.float32),
         lengths=lengths,
         prompt_lengths=lengths,
         limits=limits,
         done=lengths >= limits,
         settings=settings,
         # The newest token is left to the first step, which so is a step like all others.
-        cache=read(model, params, tokens, lengths - 1, room),
+        cache=read(model, params, tokens, lengths - 1, slots),
     )
     return _place(model.sharding, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def blank(model: Neo, rows: int, like: DecodeState) -> DecodeState:
-    """Returns a state of rows that are all done, with the room of another state."""
-
-    def empty(leaf: Array) -> Array:
-        return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
-
-    state = jax.tree.map(empty, like)
-    cache = caching.clear_rows(state.cache, jnp.arange(rows))
-    ones = jnp.ones(rows, jnp.int32)
-    done = jnp.ones(rows, bool)
-    _, *size = like.settings.bans.shape
-    neutral = [SamplingOptions(temperature=0.0)] * rows  # what nobody asks for costs nothing
-    return _place(
-        model.sharding,
-        state._replace(
-            lengths=ones,
-            limits=ones,
-            done=done,
-            settings=stack_settings(neutral, (size[0], size[1])),
-            cache=cache,
-        ),
+def empty_state(model: Neo, rows: int, like: DecodeState) -> DecodeState:
+    """Returns a state of rows that are all done, with the capacity of another state."""
+    state = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), like)
+    neutral = [SamplingOptions(temperature=0.0)] * rows  # what no request wants costs nothing
+    _, *bans = like.settings.bans.shape
+    state = state._replace(
+        lengths=jnp.ones(rows, jnp.int32),
+        limits=jnp.ones(rows, jnp.int32),
+        done=jnp.ones(rows, bool),
+        settings=stack_settings(neutral, (bans[0], bans[1])),
+        cache=caching.clear_rows(state.cache, jnp.arange(rows)),
     )
+    return _place(model.sharding, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def resize(model: Neo, room: int, state: DecodeState) -> DecodeState:
-    """Gives a state room for texts of up to `room` tokens; those that are not done must fit."""
+def resize(model: Neo, slots: int, state: DecodeState) -> DecodeState:
+    """Makes a state one for texts of up to `slots` tokens; those that are not done must fit."""
 
     def fit(leaf: Array) -> Array:
-        return jnp.pad(leaf[:, :room], ((0, 0), (0, max(room - leaf.shape[1], 0))))
+        return jnp.pad(leaf[:, :slots], ((0, 0), (0, max(slots - leaf.shape[1], 0))))
 
-    return _place(
-        model.sharding,
-        state._replace(
-            tokens=fit(state.tokens),
-            logprobs=fit(state.logprobs),
-            cache=caching.resize(model.config, state.cache, room),
-        ),
-    )
+    cache = caching.resize(model.config, state.cache, slots)
+    tokens, logprobs = fit(state.tokens), fit(state.logprobs)
+    state = state._replace(tokens=tokens, logprobs=logprobs, cache=cache)
+    return _place(model.sharding, state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -227,36 +202,35 @@ def insert(
     Args:
       model: the model.
       state: what takes them.
-      new: where they are; it has as much room or less.
+      new: where they are; its capacity is no larger.
       sources: rows of `new`; one may stand several times.
       rows: the row of `state` for each of them.
-      count: how many of these are meant.
+      count: how many of these are inserted.
       settings: of each.
     """
 
-    def put(old: Array, piece: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice(old, piece, (row, *[0] * (old.ndim - 1)))
+    def take(tree: T, row: Array) -> T:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), tree)
 
     def put_one(i: Array, state: DecodeState) -> DecodeState:
-        source, row = sources[i], rows[i]
-        piece = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, source, 1), new)
-        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), settings)
+        row = rows[i]
+        piece = take(new, sources[i])._replace(settings=take(settings, i))
         state = state._replace(cache=caching.clear_rows(state.cache, row))
         return jax.tree.map(
-            lambda old, piece: put(old, piece, row), state, piece._replace(settings=own)
+            lambda old, piece: jax.lax.dynamic_update_slice_in_dim(old, piece, row, 0), state, piece
         )
 
     return _place(model.sharding, jax.lax.fori_loop(0, count, put_one, state))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def halt(model: Neo, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
-    """Lets rows be done; consumes `state`."""
+def stop_rows(model: Neo, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
+    """Makes rows done; consumes `state`."""
     return _place(model.sharding, state._replace(done=state.done | rows))
 
 
 def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
-    """Tells the compiler how a state lies on the mesh."""
+    """Tells the compiler how a state is sharded."""
 
     def rows(x: Array) -> Array:
         return constrain(sharding, x, (BATCH, *[None] * (x.ndim - 1)), "the decoding state")
@@ -302,33 +276,43 @@ def run(
     return _place(model.sharding, state._replace(cache=restored(state.cache)))
 
 
+def next_logits(
+    model: Neo, params: Params, state: DecodeState
+) -> tuple[Float[Array, "B 1 V"], Cache]:
+    """Reads each row's newest token; returns the logits of the next, and the cache with it."""
+    rows, newest = jnp.arange(state.tokens.shape[0]), state.lengths - 1
+    tokens = state.tokens[rows, newest][:, None]
+    return apply(model, params, tokens, newest[:, None], state.cache)
+
+
+def apply(
+    model: Neo,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+) -> tuple[Float[Array, "B T V"], Cache]:
+    """Appends tokens at these positions; returns the logits of what follows each, and the cache."""
+    variables = {"params": params}
+    hidden, cache = model.apply(variables, tokens, positions, cache, method=Neo.hidden)
+    return model.apply(variables, hidden, method=Neo.unembed), cache
+
+
 def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
     """Reads each row's newest token and appends the next."""
     rows = jnp.arange(state.tokens.shape[0])
-    newest = state.lengths - 1
-    variables = {"params": params}
-    hidden, cache = model.apply(
-        variables,
-        state.tokens[rows, newest][:, None],
-        newest[:, None],
-        state.cache,
-        method=Neo.hidden,
-    )
-    logits = model.apply(variables, hidden, method=Neo.unembed)
+    logits, cache = next_logits(model, params, state)
     eos = model.config.eos_ids
     token = choose(logits[:, 0], state.settings, state.history, eos)
     logprob = logprobs_of(logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     ended = is_end(token, eos) | (lengths >= state.limits)
-    return DecodeState(
+    return state._replace(
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         logprobs=state.logprobs.at[rows, where].set(logprob, mode="drop"),
         lengths=lengths,
-        prompt_lengths=state.prompt_lengths,
-        limits=state.limits,
         done=state.done | ended,
-        settings=state.settings,
         cache=cache,
     )
 
@@ -357,23 +341,24 @@ def generate(
         return []
     state = start(model, params, prompts, max_new_tokens, settings)
     state = run(model, params, state, max_new_tokens)
-    tokens, logprobs, lengths = map(to_host, (state.tokens, state.logprobs, state.lengths))
-    eos = model.config.eos_ids
-    return [
-        completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
-        for row, prompt in enumerate(prompts)
-    ]
+    return completions(model, state)[: len(prompts)]
+
+
+def completions(model: Neo, state: DecodeState) -> list[Completion]:
+    """Returns what was generated in each row so far."""
+    leaves = (state.tokens, state.logprobs, state.lengths, state.prompt_lengths)
+    return [completion(model, *row) for row in zip(*map(to_host, leaves), strict=True)]
 
 
 def completion(
+    model: Neo,
     tokens: np.ndarray,
     logprobs: np.ndarray,
-    length: int,
-    prompt_length: int,
-    eos: tuple[int, ...],
+    length: int | np.integer,
+    prompt_length: int | np.integer,
 ) -> Completion:
-    """Returns what was generated in a row so far."""
-    ended = length > prompt_length and tokens[length - 1] in eos
+    """Returns what a row holds after its prompt: tokens [S] and their logprobs [S], of a length."""
+    ended = length > prompt_length and tokens[length - 1] in model.config.eos_ids
     new = slice(prompt_length, length - 1 if ended else length)
     reason = "eos" if ended else "length"
     return Completion(tokens[new].tolist(), logprobs[new].tolist(), reason)

@@ -13,22 +13,22 @@ WHOLE = 8192  # tokens of all rows, padding included, that are still read in one
 
 
 def read(
-    model: Neo, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], room: int
+    model: Neo, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], slots: int
 ) -> Cache:
-    """Returns a cache that holds so many tokens of each row, with slots for `room`."""
+    """Returns a cache that holds so many tokens of each row, of this capacity."""
     rows, longest = tokens.shape
     if longest <= PIECE or rows * longest <= WHOLE:
-        return read_whole(model, params, tokens, lengths, room)
-    return read_in_pieces(model, params, tokens, lengths, room, PIECE)
+        return read_whole(model, params, tokens, lengths, slots)
+    return read_in_pieces(model, params, tokens, lengths, slots, PIECE)
 
 
 def read_whole(
-    model: Neo, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], room: int
+    model: Neo, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], slots: int
 ) -> Cache:
     """`read` by the kernels for whole sequences; memory grows with B T."""
-    # Prompts are padded on the right: padding lies in the future, which nothing sees.
+    # Prompts are padded on the right: padding is in the future, which nothing sees.
     _, sequence = model.apply({"params": params}, tokens, method=Neo.hidden)
-    return caching.from_sequence(model.config, sequence, lengths, room, model.cache_dtype)
+    return caching.from_sequence(model.config, sequence, lengths, slots, model.cache_dtype)
 
 
 def read_in_pieces(
@@ -36,12 +36,12 @@ def read_in_pieces(
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    room: int,
+    slots: int,
     piece: int,
 ) -> Cache:
     """`read` a piece after another, each on top of the cache.
 
-    Memory beside the cache is that of one piece, whose logits against all keys are the most of it:
+    Memory next to the cache is that of one piece, whose logits against all keys are the most of it:
     8192 tokens take a tenth of what one pass takes. What is beyond the longest row is not read.
     """
     config = model.config
@@ -49,7 +49,7 @@ def read_in_pieces(
     _, first = model.apply({"params": params}, tokens[:, :piece], method=Neo.hidden)
     # Until all is read, local layers keep what the first token of a piece sees, and the piece.
     known = jnp.minimum(lengths, piece)
-    cache = caching.from_sequence(config, first, known, room, slack=piece - 1)
+    cache = caching.from_sequence(config, first, known, slots, slack=piece - 1)
 
     def read_piece(i: Array, cache: Cache) -> Cache:
         start = i * piece
@@ -60,4 +60,4 @@ def read_in_pieces(
 
     pieces = -(-jnp.max(lengths) // piece)
     cache = jax.lax.fori_loop(1, pieces, read_piece, cache)
-    return caching.from_sequence(config, cache, lengths, room, model.cache_dtype)
+    return caching.from_sequence(config, cache, lengths, slots, model.cache_dtype)

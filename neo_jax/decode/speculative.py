@@ -21,8 +21,10 @@ import jax.numpy as jnp
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
-from neo_jax.decode.engine import Completion, DecodeState, completion
-from neo_jax.decode.sampling import History, Settings, is_end, logprobs_of, processed
+from neo_jax.decode.engine import Completion, DecodeState
+from neo_jax.decode.options import Settings
+from neo_jax.decode.processors import History, is_end
+from neo_jax.decode.sampling import logprobs_of, processed
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import cache as caching
@@ -35,7 +37,7 @@ MAX_DRAFTED = SLACK
 """Tokens of a draft: a pass appends one more, and caches have slack for that."""
 
 NUM_DRAFTED = 5
-"""Of these, unless told."""
+"""Of these, by default."""
 
 LONGEST_MATCH = 3
 """Newest tokens that look-up compares; where fewer have occurred before, those count."""
@@ -51,7 +53,7 @@ class Draft(NamedTuple):
 
 
 class SpeculativeState(NamedTuple):
-    """A batch of texts in the making, and how its drafts fared; every leaf leads with batch."""
+    """A batch that is being generated, and how its drafts fared; every leaf leads with batch."""
 
     text: DecodeState
     cache: Cache  # the draft's; holds every token but the newest one or two; () for look-up
@@ -89,27 +91,6 @@ def check_draft(model: Neo, draft: Draft | None, num_drafted: int) -> None:
         )
 
 
-def start(
-    model: Neo,
-    params: Params,
-    draft: Draft | None,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    settings: Settings,
-) -> SpeculativeState:
-    """Reads the prompts into fresh caches of the model and of the draft.
-
-    Raises:
-      NeoError: see `engine.check_prompts`; the draft's context counts too.
-    """
-    text = engine.start(model, params, prompts, max_new_tokens, settings)
-    cache: Cache = ()
-    if draft:
-        cache = engine.start(*draft, prompts, max_new_tokens, settings).cache
-    counts = (jnp.zeros_like(text.lengths) for _ in range(3))  # `run` consumes each by itself
-    return SpeculativeState(text, cache, *counts)
-
-
 def generate(
     model: Neo,
     params: Params,
@@ -121,35 +102,26 @@ def generate(
 ) -> tuple[list[Completion], list[Acceptance]]:
     """Completes prompts as `engine.generate` does, in fewer passes over the model's weights.
 
-    Args:
-      model: the model.
-      params: its parameters.
-      draft: what proposes tokens; None looks them up in the text.
-      prompts: ids, of any lengths.
-      max_new_tokens: where to stop at the latest.
-      settings: of each prompt.
-      num_drafted: tokens that are proposed at a time.
+    The draft proposes `num_drafted` tokens at a time; None looks them up in the text. Prompts are
+    ids of any lengths; settings are those of each.
 
     Returns:
       The completions, and how drafts fared in each.
 
     Raises:
-      NeoError: see `check_draft` and `start`.
+      NeoError: see `check_draft` and `engine.check_prompts`; the draft's context counts too.
     """
     check_draft(model, draft, num_drafted)
     if not prompts:
         return [], []
-    state = start(model, params, draft, prompts, max_new_tokens, settings)
+    text = engine.start(model, params, prompts, max_new_tokens, settings)
+    cache = engine.start(*draft, prompts, max_new_tokens, settings).cache if draft else ()
+    counts = (jnp.zeros_like(text.lengths) for _ in range(3))  # `run` consumes each by itself
+    state = SpeculativeState(text, cache, *counts)
     state = run(model, draft and draft.model, num_drafted, params, draft and draft.params, state)
-    text = state.text
-    tokens, logprobs, lengths = map(to_host, (text.tokens, text.logprobs, text.lengths))
-    counts = zip(*map(to_host, (state.passes, state.judged, state.accepted)), strict=True)
-    eos = model.config.eos_ids
-    completions = [
-        completion(tokens[row], logprobs[row], int(lengths[row]), len(prompt), eos)
-        for row, prompt in enumerate(prompts)
-    ]
-    return completions, [Acceptance(*map(int, row)) for row in counts][: len(prompts)]
+    leaves = map(to_host, (state.passes, state.judged, state.accepted))
+    fared = [Acceptance(*map(int, row)) for row in zip(*leaves, strict=True)]
+    return engine.completions(model, state.text)[: len(prompts)], fared[: len(prompts)]
 
 
 @functools.partial(Loop, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -244,15 +216,8 @@ def _judge(
     places = text.lengths[:, None] + ahead  # of the drafted tokens, and of one more
 
     newest = jnp.take_along_axis(text.tokens, text.lengths[:, None] - 1, axis=1)
-    variables = {"params": params}
-    hidden, cache = model.apply(
-        variables,
-        jnp.concatenate([newest, proposal.tokens], axis=1),
-        _readable(places - 1, text),
-        text.cache,
-        method=Neo.hidden,
-    )
-    logits = model.apply(variables, hidden, method=Neo.unembed)
+    read = jnp.concatenate([newest, proposal.tokens], axis=1)
+    logits, cache = engine.apply(model, params, read, _readable(places - 1, text), text.cache)
     p = _distributions(logits, text, proposal, places, eos)
 
     there = proposal.there & (places < text.limits[:, None])[:, :-1]
@@ -265,9 +230,8 @@ def _judge(
     # After the last drafted token q is 0, and what is left of p is p.
     left = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
     left, whole = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (left, p))
-    left = jnp.where(
-        jnp.any(left > 0, axis=1, keepdims=True), left, whole
-    )  # p = q but for rounding
+    is_left = jnp.any(left > 0, axis=1, keepdims=True)
+    left = jnp.where(is_left, left, whole)  # p = q but for rounding
     final = _draw(left, text.settings, text.lengths + accepted, _FINAL)
     padded = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     tokens = jnp.where(ahead == accepted[:, None], final[:, None], padded)
@@ -297,7 +261,7 @@ def _judge(
 
 
 def _readable(positions: Int[Array, "B T"], text: DecodeState) -> Int[Array, "B T"]:
-    """Hides what lies beyond the room of a row, and rows that are done."""
+    """Hides what is beyond the limit of a row, and rows that are done."""
     there = (positions < text.limits[:, None]) & ~text.done[:, None]
     return jnp.where(there, positions, -1)
 

@@ -19,15 +19,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from neo_jax.decode.beam import BeamOptions
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.evaluation.loglikelihood import Continuation, score_continuations
 from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerprint
 from neo_jax.files.paths import cache_folder
-from neo_jax.text.generate import TextOptions, check_together, read_options, reseeded
 from neo_jax.text.language_model import LanguageModel, load
+from neo_jax.text.options import TextOptions, check_together, read_options, reseeded
 from neo_jax.text.score import token_logprobs
 
 _NEW_TOKENS = 256  # where a task does not say, as the harness's other models have it
@@ -278,7 +277,7 @@ def _read_options(arguments: Mapping[str, Any]) -> tuple[SamplingOptions, dict[s
         options = {n: v for n, v in options.items() if n not in (*_DRAWN, "min_p", "seed")}
         options["temperature"] = 0.0
     sampling, arguments = read_options(options)
-    text = TextOptions(max(new, 1), stop=[stop for stop in stops if stop])
+    text = TextOptions(max(new, 1), stop=tuple(stop for stop in stops if stop))
     check_together([sampling], text, arguments.get("beams", BeamOptions()), has_draft=False)
     return sampling, {**arguments, "max_new_tokens": new, "stop": text.stop}
 

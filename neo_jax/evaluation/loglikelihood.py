@@ -11,7 +11,7 @@ from typing import NamedTuple
 from neo_jax.axes import Params
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
-from neo_jax.text.score import Row, score_rows
+from neo_jax.text.score import Question, score_rows
 
 
 class Continuation(NamedTuple):
@@ -74,7 +74,9 @@ def check(model: Neo, requests: Sequence[Continuation]) -> None:
             )
 
 
-def _shared(requests: Sequence[Continuation], context: int) -> tuple[list[Row], list[list[int]]]:
+def _shared(
+    requests: Sequence[Continuation], context: int
+) -> tuple[list[Question], list[list[int]]]:
     """Returns the rows to compute, and the requests that each of them answers, in order."""
     read = [tuple((r.context + r.continuation)[-(context + 1) : -1]) for r in requests]
     rows: list[tuple[tuple[int, ...], list[int], list[int]]] = []
@@ -89,4 +91,4 @@ def _shared(requests: Sequence[Continuation], context: int) -> tuple[list[Row], 
         positions.extend(range(len(tokens) - len(new), len(tokens)))
         targets.extend(new)
         members[-1].append(i)
-    return [Row(*row) for row in rows], members
+    return [Question(*row) for row in rows], members

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from neo_jax.config import ModelConfig
-from neo_jax.decode.beam import BeamOptions
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.errors import NeoError, brief
 from neo_jax.files.json_text import read_json
-from neo_jax.text.generate import TextOptions
+from neo_jax.text.options import TextOptions, names, pick
 
 FILE = "generation_config.json"
 
 _DRAWS = ("temperature", "top_k", "top_p", "min_p")
-_BEAMS = tuple(field.name for field in dataclasses.fields(BeamOptions))
-_OPTIONS = {field.name for field in dataclasses.fields(SamplingOptions)} - {"seed"}
-_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # by transformers, unless told
+_BEAMS = names(BeamOptions)
+_KNOWN = {*names(SamplingOptions), *_BEAMS, "max_new_tokens", "stop"} - {"seed"}
+_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # by transformers, by default
 _NEUTRAL = {  # what these say is what happens anyway; elsewhere it is null, false or an empty list
     "guidance_scale": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
     "diversity_penalty": 0, "num_beam_groups": 1, "encoder_repetition_penalty": 1,
@@ -104,15 +103,14 @@ def read_defaults(folder: Path, config: ModelConfig) -> tuple[Defaults, ModelCon
 def _defaults(fields: Mapping[str, Any]) -> Defaults:
     renamed = {"stop_strings": "stop"}
     options = {renamed.get(name, name): value for name, value in fields.items()}
-    known = {*_OPTIONS, *_BEAMS, "max_new_tokens", "stop"}
     ignored = [
         name
         for name, value in options.items()
-        if name not in known | _SILENT
+        if name not in _KNOWN | _SILENT
         and not name.startswith("_")
         and value not in (False, [], {}, _NEUTRAL.get(name))
     ]
-    options = {name: value for name, value in options.items() if name in known}
+    options = {name: value for name, value in options.items() if name in _KNOWN}
     ends = options.get("forced_eos_token_id")
     if isinstance(ends, list):
         del options["forced_eos_token_id"]
@@ -120,13 +118,9 @@ def _defaults(fields: Mapping[str, Any]) -> Defaults:
             options["forced_eos_token_id"] = ends[0]
         else:
             ignored.append("forced_eos_token_id")  # one of several
-    kinds = {
-        kind: [field.name for field in dataclasses.fields(kind)]
-        for kind in (SamplingOptions, BeamOptions, TextOptions)
-    }
-    for kind, names in kinds.items():  # raises for what is out of range
-        made = kind(**{name: options[name] for name in names if name in options})
-        options |= {name: getattr(made, name) for name in names if name in options}
+    for kind in (SamplingOptions, BeamOptions, TextOptions):  # raises for what is out of range
+        made = kind(**pick(options, kind))
+        options |= {name: getattr(made, name) for name in pick(options, kind)}
     drawn = fields.get("do_sample")
     if drawn and options.get("num_beams", 1) > 1:
         ignored.append("num_beams")  # of which tokens are drawn

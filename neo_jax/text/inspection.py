@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from neo_jax.axes import Array, Float, Int, Params
-from neo_jax.decode.engine import MIN_PREFILL, bucket, check_tokens
+from neo_jax.decode.capacity import padded_length
+from neo_jax.decode.engine import check_tokens
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, checked
 from neo_jax.model.transformer import Neo, Output
@@ -60,7 +61,7 @@ def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.
 def _padded(model: Neo, ids: Sequence[int]) -> np.ndarray:
     """Returns ids as a batch of a length that rarely compiles anew, padded on the right."""
     check_tokens(model, ids)
-    width = bucket(len(ids), MIN_PREFILL, model.config.max_length)
+    width = padded_length(len(ids), model.config.max_length)
     padded = np.zeros((padded_rows(model.sharding, 1), width), np.int32)
     padded[0, : len(ids)] = ids
     return padded

@@ -1,6 +1,5 @@
 """`neo_jax.load(...)`: a model, its parameters and its tokenizer in one hand."""
 
-import dataclasses
 import math
 import os
 import warnings
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import jax
 import numpy as np
 
 from neo_jax.axes import Params
@@ -16,47 +14,26 @@ from neo_jax.checkpoints import hub, peft
 from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, load_model
 from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.config import ModelConfig
-from neo_jax.decode.beam import BeamOptions
-from neo_jax.decode.sampling import SamplingOptions
-from neo_jax.decode.speculative import NUM_DRAFTED, Draft
+from neo_jax.decode.options import BeamOptions, SamplingOptions
+from neo_jax.decode.speculative import Draft
+from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError, brief, checked
-from neo_jax.files.paths import cache_folder
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import Sharding, make_sharding
 from neo_jax.text import defaults, generate, inspection
 from neo_jax.text.defaults import Defaults, read_defaults
-from neo_jax.text.generate import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
-    Overflow,
-    Prompt,
-    Sample,
+from neo_jax.text.generate import Prompt, Sample, fit, make_strategy
+from neo_jax.text.options import (
     TextOptions,
+    check_names,
     check_together,
-    fit,
-    make_method,
+    names,
+    pick,
     read_options,
     spread,
 )
-from neo_jax.text.score import token_logprobs
+from neo_jax.text.score import Score, token_logprobs
 from neo_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How well the model predicts one text."""
-
-    ids: list[int]
-    logprobs: np.ndarray  # [len(ids) - 1], log p of each token after the first, in nats
-    loss: float  # the mean of -logprobs, nats a token
-    num_bytes: int  # UTF-8 bytes of the scored tokens; 0 without a tokenizer
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits to encode a byte of the text after its first token; NaN without a tokenizer."""
-        if not self.num_bytes:
-            return math.nan
-        return -float(self.logprobs.sum(dtype=np.float64)) / math.log(2) / self.num_bytes
 
 
 class LanguageModel:
@@ -121,21 +98,18 @@ class LanguageModel:
         Args:
           prompts: a text, or a list of texts or lists of ids.
           max_new_tokens: where to stop at the latest; None is what `defaults` say, or 64.
-          **options: the fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p,
-            min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens, seed, suppress_tokens,
-            begin_suppress_tokens, bad_words_ids, forced_bos_token_id, forced_eos_token_id; those of
-            `BeamOptions`: num_beams, length_penalty, early_stopping; and what `samples` takes:
-            stop, batch_size, on_overflow, draft, num_drafted. What is left out is what `defaults`
-            say, else what those classes do.
+          **options: fields of `SamplingOptions`, such as temperature (0 is greedy), top_p and seed;
+            of `BeamOptions`, such as num_beams; and what `samples` takes: stop, batch_size,
+            on_overflow, draft, num_drafted. What is left out is what `defaults` say, else what
+            those classes do.
 
         Raises:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else _listed(prompts)
-        new, sampling, others = self._filled(max_new_tokens, options)
-        made = self.samples(many, new, sampling=sampling, **others)
-        texts = [sample.text or "" for sample in made]
+        sampling, others = self._filled(options | {"max_new_tokens": max_new_tokens})
+        texts = [sample.text or "" for sample in self.samples(many, sampling=sampling, **others)]
         return texts[0] if isinstance(prompts, str) else texts
 
     def sample(self, *args: Any, **options: Any) -> list[Sample]:
@@ -149,13 +123,10 @@ class LanguageModel:
         num_samples: int = 1,
         sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
         *,
-        stop: str | Sequence[str] | None = None,
-        batch_size: int = BATCH_SIZE,
-        on_overflow: Overflow = "error",
         on_finish: Callable[[int, list[Sample]], None] | None = None,
         beams: BeamOptions | None = None,
         draft: "LanguageModel | str | None" = None,
-        num_drafted: int = NUM_DRAFTED,
+        **options: Any,
     ) -> Iterator[Sample]:
         """Like `generate`, with everything that is known of each completion.
 
@@ -168,77 +139,71 @@ class LanguageModel:
           max_new_tokens: where to stop at the latest; None without defaults is 64.
           num_samples: for each prompt, which is read once.
           sampling: options, for all prompts or for each.
-          stop: a text, or several, before the first of which a completion ends; () is none.
-          batch_size: completions that are written at one time; one that is done makes place for
-            the next.
-          on_overflow: "truncate" keeps the newest tokens of a prompt that leaves the context no
-            room for the new ones, "error" refuses it.
           on_finish: called with the index of each prompt and its samples as soon as these are
             there, in any order.
           beams: with more than one, the samples are the best texts that are found, best first.
           draft: a smaller model of the same tokens, or "prompt", whose proposals are judged
             together; the texts are distributed as without it.
-          num_drafted: tokens that it proposes at a time.
+          **options: other fields of `TextOptions`: stop (a text, or several, before the first of
+            which a completion ends; () is none), batch_size, on_overflow, num_drafted.
 
         Raises:
           NeoError: before anything runs, as `generate`; also of counts below 1.
         """
         prompts = _listed(prompts)
+        check_names(options, names(TextOptions))
+        options |= {"max_new_tokens": max_new_tokens}
         if sampling is None:
-            said = {"stop": stop, "draft": draft, **getattr(beams, "__dict__", {})}
-            given = {name: value for name, value in said.items() if value is not None}
-            max_new_tokens, sampling, others = self._filled(max_new_tokens, given)
-            stop, beams = others.get("stop"), others.get("beams", beams)
+            searched = vars(beams) if isinstance(beams, BeamOptions) else {}
+            sampling, options = self._filled({**options, **searched, "draft": draft})
+            beams = options.get("beams", beams)
+        options = {name: x for name, x in pick(options, TextOptions).items() if x is not None}
+        text = TextOptions(**options | {"num_samples": num_samples})
         beams = BeamOptions() if beams is None else beams
-        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        asked = TextOptions(max_new_tokens, num_samples, stop, batch_size, on_overflow, num_drafted)
         several = spread(sampling, len(prompts))
-        check_together(several, asked, beams, draft is not None)
-        if asked.stop:
+        check_together(several, text, beams, draft is not None)
+        if text.stop:
             self._tokenizer  # noqa: B018  (raises where there is none to read stops with)
         return generate.samples(
             self.model,
             self.params,
             self.tokenizer,
             prompts,
-            [fit(self.model, self.encode(prompt), asked) for prompt in prompts],
+            [fit(self.model, self.encode(prompt), text) for prompt in prompts],
             several,
-            asked,
+            text,
             on_finish,
-            make_method(
+            make_strategy(
                 beams,
                 Draft(draft.model, draft.params) if isinstance(draft, LanguageModel) else draft,
-                asked.num_drafted,
+                text.num_drafted,
             ),
         )
 
     def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
-        on_overflow: Overflow = "error",
-        **options: Any,
+        self, prompt: Prompt, max_new_tokens: int | None = None, **options: Any
     ) -> Iterator[str]:
         """Yields the new text in whole characters as it comes.
 
         It is sampled as in `generate`; where `defaults` search with beams, the text is greedy.
+
+        Args:
+          prompt: a text or ids.
+          max_new_tokens: where to stop at the latest; None is what `defaults` say, or 64.
+          **options: those of `SamplingOptions`, stop and on_overflow; see `generate`.
+
+        Raises:
+          NeoError: as `generate`.
         """
-        others = read_options(options)[1]
-        if others:
-            raise NeoError(f"a stream has no option '{next(iter(others))}'; take `generate`.")
-        given = options if stop is None else options | {"stop": stop}
-        new, sampling, others = self._filled(max_new_tokens, given | {"num_beams": 1})
-        asked = TextOptions(new, stop=others.get("stop"), on_overflow=on_overflow)
-        return generate.stream(
-            self.model,
-            self.params,
-            self._tokenizer,
-            fit(self.model, self.encode(prompt), asked),
-            sampling,
-            asked,
-        )
+        read_options(options)
+        taken = [*names(SamplingOptions), "stop", "on_overflow"]
+        if wrong := [name for name in options if name not in taken]:
+            raise NeoError(f"a stream has no option '{wrong[0]}'; take `generate`.")
+        said = options | {"max_new_tokens": max_new_tokens, "num_beams": 1}
+        sampling, others = self._filled(said)
+        text = TextOptions(**pick(others, TextOptions))
+        ids = fit(self.model, self.encode(prompt), text)
+        return generate.stream(self.model, self.params, self._tokenizer, ids, sampling, text)
 
     def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
         """Returns how well each text is predicted; texts may be longer than the context.
@@ -284,17 +249,14 @@ class LanguageModel:
         """
         return inspection.attention(self.model, self.params, self.encode(text), layer)
 
-    def _filled(
-        self, max_new_tokens: int | None, options: dict[str, Any]
-    ) -> tuple[int, SamplingOptions, dict[str, Any]]:
-        """Returns what a caller says, and what `defaults` say of the rest, sorted by kind."""
+    def _filled(self, options: dict[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
+        """Returns what a caller says, and what `defaults` say of the rest; see `read_options`."""
         if self.defaults.ignored:
-            names = ", ".join(self.defaults.ignored)
-            warnings.warn(f"{defaults.FILE} has {names}, which is not followed.", stacklevel=3)
-        said = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
-        filled = self.defaults.fill(said)
-        new = filled.pop("max_new_tokens", MAX_NEW_TOKENS)
-        return new, *read_options(filled)
+            ignored = ", ".join(self.defaults.ignored)
+            warnings.warn(f"{defaults.FILE} has {ignored}, which is not followed.", stacklevel=3)
+        unsaid = [n for n in ("max_new_tokens", "stop", "draft") if options.get(n, 0) is None]
+        said = {name: value for name, value in options.items() if name not in unsaid}
+        return read_options(self.defaults.fill(said))
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -363,23 +325,6 @@ def load(
     tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
     model = Neo(config, compute, chosen.kernel, sharding, cache_dtype=cached)
     return LanguageModel(model, params, tokenizer, folder, said)
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, if it can be written.
-
-    Where JAX was told another folder, or to keep none, that counts.
-    """
-    chosen = jax.config.values
-    if not chosen["jax_compilation_cache_dir"] and chosen["jax_enable_compilation_cache"]:
-        folder = cache_folder() / "xla"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return
-        if os.access(folder, os.W_OK):  # where not, JAX would warn of every program
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _listed(prompts: Any) -> list[Prompt]:

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens: rows of any lengths in batches, and texts of any length.
 
-A `Row` says which tokens a model reads, and of which tokens the probability is asked where.
+A `Question` says which tokens a model reads, and of which tokens the probability is wanted where.
 Only there are logits computed, for the output head is a third of a small model's work; and where
 these are few, the last layer too. Rows of like length share a batch; a width has one of few values,
 so that few programs are compiled.
@@ -11,7 +11,9 @@ yet, so each of these sees at least `max_length - stride` tokens before the one 
 Every token but the first is scored exactly once.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
-from neo_jax.decode.engine import bucket
+from neo_jax.decode.capacity import round_up, scored_length
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.devices.memory import check_batch
 from neo_jax.devices.processes import to_host
@@ -29,34 +31,50 @@ from neo_jax.model.transformer import Neo
 from neo_jax.ops import tuning
 from neo_jax.sharding.rules import padded_rows, pick
 
-_STEP = 16  # widths are multiples of this, and of an eighth of the next power of two
 _LOGITS = 1024  # positions whose logits exist at one time
 
 
-class Row(NamedTuple):
-    """What a model reads at once, and what is asked of it."""
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well the model predicts one text."""
+
+    ids: list[int]
+    logprobs: np.ndarray  # [len(ids) - 1], log p of each token after the first, in nats
+    loss: float  # the mean of -logprobs, nats a token
+    num_bytes: int  # UTF-8 bytes of the scored tokens; 0 without a tokenizer
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode a byte of the text after its first token; NaN without a tokenizer."""
+        if not self.num_bytes:
+            return math.nan
+        return -float(self.logprobs.sum(dtype=np.float64)) / math.log(2) / self.num_bytes
+
+
+class Question(NamedTuple):
+    """A row of a batch: what a model reads, and of which tokens the probability is wanted."""
 
     tokens: Sequence[int]  # at most as many as the context
     positions: Sequence[int]  # [K]: behind which of the tokens
-    targets: Sequence[int]  # [K]: the next token, of which the probability is asked
+    targets: Sequence[int]  # [K]: the next token of each
 
 
 class Answer(NamedTuple):
-    """What a row was asked for."""
+    """What the model says to a question."""
 
     logprobs: np.ndarray  # float32 [K], log p of each target, in nats
     greedy: np.ndarray  # bool [K], whether no token is likelier
 
 
 def score_rows(
-    model: Neo, params: Params, rows: Sequence[Row], batch_size: int = 0
+    model: Neo, params: Params, rows: Sequence[Question], batch_size: int = 0
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the index of each row and its answer, batch by batch, the longest rows first.
 
     Args:
       model: the model.
       params: its parameters.
-      rows: what to read and to ask.
+      rows: what to read and what is wanted.
       batch_size: rows of a forward pass; 0 is as many as have some thousand tokens together.
 
     Raises:
@@ -65,15 +83,15 @@ def score_rows(
     context = model.config.max_length
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     while order:
-        width = width_of(len(rows[order[0]].tokens), context)
+        width = scored_length(len(rows[order[0]].tokens), context)
         most = batch_size or max(tuning.forward_tokens(model.sharding) // width, 1)
         batch, order = order[:most], order[most:]
-        size = padded_rows(model.sharding, bucket(len(batch), 1, most))
+        size = padded_rows(model.sharding, round_up(len(batch), most))
         num_devices = model.sharding.mesh.size if model.sharding else 1
         check_batch(size, width, 4 * width * model.config.embed_dim, num_devices)
-        asked = bucket(max(len(rows[i].targets) for i in batch), 1, 1 << 30)
+        most_targets = round_up(max(len(rows[i].targets) for i in batch))
         tokens = np.zeros((size, width), np.int32)
-        positions, targets = np.zeros((2, size, asked), np.int32)
+        positions, targets = np.zeros((2, size, most_targets), np.int32)
         for line, i in enumerate(batch):
             row = rows[i]
             tokens[line, : len(row.tokens)] = row.tokens
@@ -81,14 +99,8 @@ def score_rows(
             targets[line, : len(row.targets)] = row.targets
         logprobs, greedy = map(to_host, _forward(model, params, tokens, positions, targets))
         for line, i in enumerate(batch):
-            asked_here = len(rows[i].targets)
-            yield i, Answer(logprobs[line, :asked_here], greedy[line, :asked_here])
-
-
-def width_of(length: int, context: int) -> int:
-    """Returns the width of a batch whose longest row has so many tokens."""
-    step = max(_STEP, (1 << (length - 1).bit_length()) // 8)
-    return min(-(-length // step) * step, context)
+            wanted = slice(len(rows[i].targets))
+            yield i, Answer(logprobs[line, wanted], greedy[line, wanted])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,13 +136,6 @@ def judge(
     return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
 
 
-class _Window(NamedTuple):
-    text: int
-    first: int  # the token that the window begins with
-    scored: int  # the first token that it scores
-    stop: int
-
-
 def token_logprobs(
     model: Neo,
     params: Params,
@@ -155,53 +160,45 @@ def token_logprobs(
     Raises:
       NeoError: a text of no tokens, an id outside the vocabulary, or a stride beyond the context.
     """
-    context = model.config.max_length
+    context, vocab = model.config.max_length, model.config.vocab_size
     stride = checked("stride", stride, int) or context // 2
     if not 0 < stride <= context:
         raise NeoError(f"the stride must lie between 1 and {context}, not {stride}.")
-    _check(texts, model.config.vocab_size)
-    for group in _groups(texts):
-        windows = [w for i in group for w in _windows(i, len(texts[i]), context, stride)]
-        results = {i: np.empty(len(texts[i]) - 1, np.float32) for i in group}
-        rows = [_row(texts[w.text], w) for w in windows]
-        for i, answer in score_rows(model, params, rows, batch_size):
-            w = windows[i]
-            results[w.text][w.scored - 1 : w.stop - 1] = answer.logprobs
-        yield from (results[i] for i in group)
-
-
-def _check(texts: Sequence[Sequence[int]], vocab: int) -> None:
-    for i, ids in enumerate(texts):
+    for i, ids in enumerate(texts, 1):
         if not len(ids):
-            raise NeoError(f"text {i + 1} is empty; there is nothing to score.")
+            raise NeoError(f"text {i} is empty; there is nothing to score.")
         if min(ids) < 0 or max(ids) >= vocab:
-            raise NeoError(f"text {i + 1} has a token id outside the vocabulary, 0 to {vocab - 1}.")
+            raise NeoError(f"text {i} has a token id outside the vocabulary, 0 to {vocab - 1}.")
+    for group in _groups(texts):
+        rows, places = [], []
+        for i in group:
+            for first, scored, stop in _windows(len(texts[i]), context, stride):
+                positions = range(scored - 1 - first, stop - 1 - first)
+                rows.append(Question(texts[i][first : stop - 1], positions, texts[i][scored:stop]))
+                places.append((i, slice(scored - 1, stop - 1)))
+        results = {i: np.empty(len(texts[i]) - 1, np.float32) for i in group}
+        for row, answer in score_rows(model, params, rows, batch_size):
+            i, place = places[row]
+            results[i][place] = answer.logprobs
+        yield from results.values()
 
 
-def _windows(text: int, length: int, context: int, stride: int) -> Iterator[_Window]:
-    """The last token of a window is only predicted: it holds one more than the context."""
-    if length == 1:
-        return
-    stop = min(length, context + 1)
-    yield _Window(text, 0, 1, stop)
-    while stop < length:
+def _windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yields where each window of a text begins, where what it scores begins, and where both end.
+
+    The last token of a window is only predicted: it holds one more than the context.
+    """
+    scored, stop = 1, min(length, context + 1)
+    while scored < length:
+        yield max(stop - context - 1, 0), scored, stop
         scored, stop = stop, min(stop + stride, length)
-        yield _Window(text, max(stop - context - 1, 0), scored, stop)
-
-
-def _row(ids: Sequence[int], window: _Window) -> Row:
-    asked = range(window.scored - 1 - window.first, window.stop - 1 - window.first)
-    targets = ids[window.scored : window.stop]
-    return Row(ids[window.first : window.stop - 1], asked, targets)
 
 
 def _groups(texts: Sequence[Sequence[int]]) -> Iterator[range]:
     """Runs of texts that fill some batches: results flow while later texts wait."""
     first = tokens = 0
-    for i, ids in enumerate(texts):
+    for i, ids in enumerate(texts, 1):
         tokens += len(ids)
-        if tokens >= 8 * tuning.FORWARD_TOKENS:
-            yield range(first, i + 1)
-            first, tokens = i + 1, 0
-    if first < len(texts):
-        yield range(first, len(texts))
+        if tokens >= 8 * tuning.FORWARD_TOKENS or i == len(texts):
+            yield range(first, i)
+            first, tokens = i, 0

@@ -24,7 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", *_BYTE_PAIR_FILES)
 class Tokenizer(Protocol):
     """What the package asks of a tokenizer.
 
-    No method truncates or pads, and unless told `encode` adds nothing to the ids of the text.
+    No method truncates or pads, and by default `encode` adds nothing to the ids of the text.
     Special tokens such as the end of text have no text of their own: `decode` leaves them out, and
     ids outside the vocabulary too (a model's vocabulary may be padded beyond its tokenizer's).
     """

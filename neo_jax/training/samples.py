@@ -2,7 +2,7 @@
 
 from neo_jax.axes import Params
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.scan import unstack
 from neo_jax.model.transformer import Neo
 from neo_jax.text.tokenizer import StreamDecoder, Tokenizer

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from neo_jax.checkpoints.open_model import read_config
 from neo_jax.config import PRESETS, preset
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.model.transformer import Neo, init_params
 

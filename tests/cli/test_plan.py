@@ -10,7 +10,7 @@ import neo_jax
 from neo_jax.cli import main
 from neo_jax.cli.plan import ConfigOptions, PlanOptions, _with_model
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.tpu_compiler

@@ -12,8 +12,7 @@ from transformers import GPTNeoForCausalLM
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import beam, engine
-from neo_jax.decode.beam import BeamOptions
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import BeamOptions, SamplingOptions, make_settings
 from neo_jax.errors import NeoError
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params

@@ -13,7 +13,8 @@ import pytest
 
 import neo_jax
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, logprobs_of, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.decode.sampling import logprobs_of
 from neo_jax.model.cache import SLACK, num_bytes, num_slots
 from neo_jax.model.transformer import Neo
 from neo_jax.text.language_model import cached_dtype

@@ -12,7 +12,7 @@ from jax.experimental.layout import Format, Layout
 
 from neo_jax.config import preset
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.ops.tuning import tpu_layout
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.topology import find_topology

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import GPTNeoForCausalLM
 
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
-from neo_jax.decode.engine import MIN_ROOM, bucket, room_for
-from neo_jax.decode.sampling import SamplingOptions, make_settings, stack_settings
+from neo_jax.decode.options import SamplingOptions, make_settings, stack_settings
 from neo_jax.errors import NeoError
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params
@@ -268,8 +265,8 @@ def test_state_counts_tokens_and_keeps_the_prompts(params, greedy):
     state = engine.run(model, params, state, 2)
     assert state.lengths.tolist() == [4, 9, 20, 27]
     assert state.done.tolist() == [True, False, False, False]
-    blank = engine.blank(model, 2, state).settings  # nothing that a step would have to do
-    jax.tree.map(np.testing.assert_array_equal, blank, settings_of(GREEDY, 2))
+    empty = engine.empty_state(model, 2, state).settings  # nothing that a step would have to do
+    jax.tree.map(np.testing.assert_array_equal, empty, settings_of(GREEDY, 2))
     for row, prompt, completion in zip(state.tokens, PROMPTS, greedy, strict=True):
         length = 3 if prompt is PROMPTS[0] else 4
         expected = prompt + completion.ids[:length]
@@ -318,34 +315,6 @@ def test_prompts_of_one_bucket_share_their_programs(params, compilations):
             assert len(generate(params, [prompt], settings, max_new_tokens=new)[0].ids) == new
     assert counted == []
     assert (engine.prefill._cache_size(), engine.run.on(MODEL)._cache_size()) == programs
-
-
-sizes = st.integers(1, 5000)
-
-
-@given(size=sizes, smallest=sizes, extra=st.integers(0, 5000))
-def test_a_bucket_holds_its_size_and_little_more(size, smallest, extra):
-    largest = max(size, smallest) + extra
-    found = bucket(size, smallest, largest)
-    assert size <= found <= largest
-    assert found < 2 * size or found == smallest
-    assert found in (smallest, largest) or found & (found - 1) == 0
-    assert bucket(found, smallest, largest) == found or found == smallest
-    assert found <= bucket(size + 1, smallest, largest + 1)
-
-
-@given(length=sizes, extra=st.integers(0, 5000))
-def test_a_text_has_a_room_of_which_at_most_a_third_stays_empty(length, extra):
-    context = length + extra
-    room = room_for(length, context)
-    assert length <= room <= context
-    assert 2 * room < 3 * length or room == min(MIN_ROOM, context) or room == context
-    assert room_for(room, context) == room
-
-
-def test_there_are_few_rooms():
-    rooms = {room_for(length, 2048) for length in range(1, 2049)}
-    assert sorted(rooms) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
 
 
 # Meshes.

@@ -8,7 +8,7 @@ import pytest
 from decode_model import CONFIG, MODEL
 
 from neo_jax.decode import engine, prefill
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.transformer import Neo, init_params
 
 LENGTHS = [0, 1, 23, 24, 25, 72, 100, 130]

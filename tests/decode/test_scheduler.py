@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 from decode_model import CONFIG, MODEL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from neo_jax.decode import engine, scheduler
-from neo_jax.decode.sampling import SamplingOptions, stack_settings
-from neo_jax.decode.scheduler import Request, complete, in_order
+from neo_jax.decode.options import SamplingOptions, size_of_bans, stack_settings
+from neo_jax.decode.scheduler import Request, Scheduler, complete, in_order
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
@@ -57,9 +59,9 @@ def requests():
 @pytest.fixture(scope="module")
 def alone(params, requests):
     """What one plain batch gives for them, cut to what each asked for."""
-    settings = stack_settings([request.options[0] for request in requests])
+    rows = stack_settings([request.options[0] for request in requests])
     prompts = [request.ids for request in requests]
-    texts = engine.generate(MODEL, params, prompts, 40, settings)
+    texts = engine.generate(MODEL, params, prompts, 40, rows)
     return [text.ids[:new] for text, new in zip(texts, NEW, strict=True)]
 
 
@@ -87,10 +89,10 @@ def test_an_order_changes_no_text(params, requests):
 
 
 def test_fifty_prompts_compile_few_programs(params):
-    """At most as many as the module says, with 5 buckets of prompts and 3 of room."""
+    """At most as many as the module says, with 6 lengths of prompts and 4 capacities."""
     run = engine.run.on(Neo(CONFIG))
     programs = {
-        engine.prefill: 5, engine.insert: 15, run: 3, engine.resize: 6, engine.blank: 5,
+        engine.prefill: 6, engine.insert: 24, run: 4, engine.resize: 24, engine.empty_state: 6,
     }  # fmt: skip
     for program in programs:
         program.clear_cache()
@@ -117,26 +119,25 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(params, monkeypatch):
     )
     assert [length for length in read if length > 1] == [9, 12]
     assert len({tuple(text.ids) for text in samples}) == 5
-    settings = stack_settings(drawn)
-    expected = engine.generate(MODEL, params, [prompt] * 5, 30, settings)
+    expected = engine.generate(MODEL, params, [prompt] * 5, 30, stack_settings(drawn))
     assert [text.ids for text in samples] == [text.ids for text in expected]
     assert len(one) == 1
 
 
-def test_a_watch_stops_its_text_alone(params, requests):
+def test_a_stop_check_stops_its_text_alone(params, requests):
     expected = texts_of(params, requests[:4])
-    told = []
+    seen = []
 
-    def watch(ids):
-        told.extend(ids)
-        return 11 if len(told) >= 11 else None
+    def check(ids):
+        seen.extend(ids)
+        return 11 if len(seen) >= 11 else None
 
-    watched = [dataclasses.replace(requests[0], watches=[watch]), *requests[1:4]]
-    (first,), *others = texts_of(params, watched)
+    checked = [dataclasses.replace(requests[0], stop_checks=[check]), *requests[1:4]]
+    (first,), *others = texts_of(params, checked)
     assert (first.ids, first.finish_reason) == (expected[0][0].ids[:11], "stop")
     assert first.logprobs == pytest.approx(expected[0][0].logprobs[:11], abs=1e-5)
-    assert told == expected[0][0].ids[: len(told)]
-    assert len(told) <= 11 + scheduler.WATCHED_STEPS
+    assert seen == expected[0][0].ids[: len(seen)]
+    assert len(seen) <= 11 + scheduler.CHECKED_STEPS
     assert [text.ids for (text,) in others] == [text.ids for (text,) in expected[1:]]
 
 
@@ -174,8 +175,143 @@ def test_prompts_are_taken_by_length_within_a_window():
     assert list(scheduler._turns(requests, 99)) == [3, 1, 4, 0, 2]
 
 
-def test_nothing_is_asked_and_nothing_can_be_done(params):
+def test_no_requests_and_one_that_cannot_be_met(params):
     assert list(complete(MODEL, params, [], 3)) == []
     bad = [Request([1], 5, [OPTIONS[0]]), Request([1] * 158, 5, [OPTIONS[0]])]
     with pytest.raises(NeoError, match="a prompt of 158 tokens and 5 new ones exceed"):
         complete(MODEL, {}, bad, 3)
+
+
+# Requests that come and go.
+
+ROWS = 3
+POOL = make_requests([3, 40, 17, 1, 70, 9], [9, 4, 1, 12, 6, 20], seed=5)
+POOL[2] = dataclasses.replace(POOL[2], options=[OPTIONS[1], OPTIONS[3], OPTIONS[0]])
+STOPPED = 5  # of these, by a check
+KEPT = 7
+
+
+@pytest.fixture(scope="module")
+def each_alone(params):
+    """What each request of the pool gets when it is the only one, sample by sample."""
+    texts = [
+        [
+            engine.generate(MODEL, params, [each.ids], each.max_new_tokens, stack_settings([one]))[
+                0
+            ]
+            for one in each.options
+        ]
+        for each in POOL
+    ]
+    whole = texts[STOPPED][0]
+    texts[STOPPED] = [engine.Completion(whole.ids[:KEPT], whole.logprobs[:KEPT], "stop")]
+    return texts
+
+
+def check_after(count):
+    """A stop check that stops a text which has so many tokens, of which it keeps seven."""
+    seen = []
+
+    def check(ids):
+        seen.extend(ids)
+        return KEPT if len(seen) >= count else None
+
+    return check
+
+
+def submit(scheduler, i, stream):
+    checks = [check_after(KEPT + 2)] if i == STOPPED else []
+    return scheduler.submit(dataclasses.replace(POOL[i], stop_checks=checks, stream=stream))
+
+
+actions = st.one_of(
+    st.tuples(st.just("submit"), st.integers(0, len(POOL) - 1)),
+    st.tuples(st.just("step"), st.just(0)),
+    st.tuples(st.just("cancel"), st.integers(0, 99)),
+)
+
+
+@settings(max_examples=30)
+@given(actions=st.lists(actions, min_size=1, max_size=24), stream=st.booleans())
+def test_a_request_gets_the_text_that_it_gets_alone(params, each_alone, actions, stream):
+    """Greedy and drawn, whatever comes before it, with it or after it, and whatever is dropped."""
+    scheduler = Scheduler(MODEL, params, ROWS)
+    wanted = {}  # the texts of each request that is there: what events have reported of each
+    dropped = []
+    actions = [*actions, *[("step", 0)] * 999]
+    for action, number in actions:
+        if action == "submit":
+            texts = {sample: [] for sample in range(len(POOL[number].options))}
+            wanted[submit(scheduler, number, stream)] = (number, texts)
+        elif action == "cancel" and wanted:
+            id = sorted(wanted)[number % len(wanted)]
+            scheduler.cancel(id)
+            dropped.append(wanted.pop(id))
+        elif action == "step":
+            assert scheduler.busy == bool(wanted)
+            if not wanted:
+                break
+            there = sum(len(texts) for _, texts in wanted.values())
+            events = scheduler.step()
+            # A row that is free is taken in the same step, so all rows have a text while there are.
+            assert not stream or len(events) == min(ROWS, there)
+            for event in events:
+                number, texts = wanted[event.request]  # no event of what is finished or dropped
+                texts[event.sample] += event.ids
+                expected = each_alone[number][event.sample]
+                if event.completion is None:
+                    continue
+                found = event.completion
+                assert (found.ids, found.finish_reason) == (expected.ids, expected.finish_reason)
+                np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+                assert texts.pop(event.sample)[: len(found.ids)] == found.ids
+                if not texts:
+                    del wanted[event.request]
+    assert not wanted
+    assert not scheduler.busy
+    assert scheduler.step() == []
+    for number, texts in dropped:
+        for sample, ids in texts.items():
+            expected = each_alone[number][sample].ids
+            assert ids[: len(expected)] == expected[: len(ids)]
+
+
+def test_a_row_is_free_in_the_step_in_which_its_owner_leaves(params):
+    scheduler = Scheduler(MODEL, params, ROWS)
+    first, *others, last = [submit(scheduler, i, True) for i in (3, 1, 4, 0)]
+    assert [event.request for event in scheduler.step()] == [first, *others]
+    scheduler.cancel(others[0])
+    assert sorted(event.request for event in scheduler.step()) == sorted([first, others[1], last])
+    scheduler.cancel(first)
+    scheduler.cancel(99)  # whatever is not there
+    assert sorted(event.request for event in scheduler.step()) == sorted([others[1], last])
+    assert scheduler._state.done.tolist() == [True, False, False]
+
+
+def test_a_request_compiles_nothing(params, compilations):
+    """Neither its settings nor its bans are part of a program."""
+    scheduler = Scheduler(MODEL, params, ROWS)
+    with compilations() as counted:
+        jax.jit(lambda x: x + 2)(np.ones(3)).block_until_ready()
+    assert counted  # the count counts
+
+    def run(options):
+        scheduler.submit(Request([5, 6, 7], 4, [options]))
+        while scheduler.busy:
+            scheduler.step()
+
+    run(OPTIONS[0])
+    with compilations() as counted:
+        for options in OPTIONS:
+            run(dataclasses.replace(options, suppress_tokens=[1, 2], bad_words_ids=[[3, 4]]))
+    assert counted == []
+
+
+def test_a_request_that_bans_more_than_there_is_room_for_is_refused(params):
+    many = SamplingOptions(suppress_tokens=range(17))
+    with pytest.raises(NeoError, match="more than 16 tokens or words, or a word of more than 4"):
+        Scheduler(MODEL, params, ROWS).submit(Request([1], 2, [many]))
+    request = Request([1], 2, [many])
+    scheduler = Scheduler(MODEL, params, ROWS, size_of_bans([many]))
+    scheduler.submit(request)
+    assert not set(scheduler.step()[0].completion.ids) & set(range(17))

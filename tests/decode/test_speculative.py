@@ -12,13 +12,9 @@ import scipy.stats
 
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine, speculative
-from neo_jax.decode.sampling import (
-    History,
-    SamplingOptions,
-    make_settings,
-    processed,
-    stack_settings,
-)
+from neo_jax.decode.options import SamplingOptions, make_settings, stack_settings
+from neo_jax.decode.processors import History
+from neo_jax.decode.sampling import processed
 from neo_jax.decode.speculative import Acceptance, Draft
 from neo_jax.errors import NeoError
 from neo_jax.model.cache import SLACK

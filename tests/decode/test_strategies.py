@@ -8,8 +8,7 @@ import pytest
 import neo_jax
 from neo_jax.cli import main
 from neo_jax.decode import beam
-from neo_jax.decode.beam import BeamOptions
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import BeamOptions, SamplingOptions, make_settings
 from neo_jax.errors import NeoError
 
 PROMPTS = ["The fox", "Call me", "never mind how long"]

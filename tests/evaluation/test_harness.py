@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import neo_jax
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.evaluation import harness
 from neo_jax.evaluation import tasks as running

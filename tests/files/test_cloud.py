@@ -19,10 +19,10 @@ from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.packing import TokenDataset
 from neo_jax.data.prepare import prepare
 from neo_jax.data.tokenizer_training import train_sentencepiece
+from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError
 from neo_jax.files import paths
 from neo_jax.model.scan import unstack
-from neo_jax.text.language_model import enable_compilation_cache
 from neo_jax.text.tokenizer import has_tokenizer, load_tokenizer
 from neo_jax.training import snapshot
 from neo_jax.training.config import OptimizerConfig, TrainConfig

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 from neo_jax.checkpoints.peft import load_adapter, save_adapter
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.model.flops import flops_per_token
 from neo_jax.model.scan import stack, unstack
 from neo_jax.model.transformer import Neo, init_params

@@ -13,7 +13,7 @@ from mesh_triples import Triple, compare
 
 from neo_jax.config import ModelConfig, preset
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.scan import stack, stacked_axes
 from neo_jax.model.tensor_table import KERNELS

@@ -10,11 +10,11 @@ from transformers import GPTNeoForCausalLM
 import neo_jax
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.text.defaults import Defaults, read_defaults
-from neo_jax.text.generate import allowed
+from neo_jax.text.options import allowed
 
 CONFIG = ModelConfig(
     num_layers=1,

@@ -1,12 +1,11 @@
 """text/generate.py: where texts end, and which prompts fit."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import neo_jax
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.text.generate import StopText
 from neo_jax.text.tokenizer import load_tokenizer
@@ -96,15 +95,6 @@ def test_stops_of_samples_and_streams(lm):
     assert found[0].text == plain[0].text[:9] or stops[1] in plain[0].text[:11]
 
 
-def test_each_prompt_may_have_its_own_options(lm):
-    options = [SamplingOptions(temperature=0.0), SamplingOptions(temperature=1.3, seed=8)]
-    both = lm.sample(["The fox", "Call me"], NEW, sampling=options)
-    for prompt, option, sample in zip(["The fox", "Call me"], options, both, strict=True):
-        assert lm.sample([prompt], NEW, sampling=option)[0].ids == sample.ids
-    with pytest.raises(NeoError, match="1 sampling options do not match 2 prompts"):
-        lm.sample(["a", "b"], NEW, sampling=options[:1])
-
-
 def test_a_prompt_beyond_the_context_is_cut_to_its_newest_tokens(lm):
     ids = lm.encode("The quick brown fox jumps over the lazy dog, and the dog does not mind" * 2)
     room = lm.config.max_length - NEW
@@ -118,35 +108,6 @@ def test_a_prompt_beyond_the_context_is_cut_to_its_newest_tokens(lm):
     assert "".join(lm.stream(ids, NEW, on_overflow="truncate")) == whole[0].text
     with pytest.raises(NeoError, match="exceed the context of 64"):
         lm.sample([ids], 64, on_overflow="truncate")  # there is no room at all
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"stop": ["x", ""]}, "a stop string is empty"),
-        ({"stop": [1]}, r"stop must be a text or a list of texts, not \[1\]"),
-        ({"stop": 1}, "stop must be a text or a list of texts, not 1"),
-        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
-        ({"num_samples": 10**9}, "1000000000 samples of a prompt, .* may take .* GB of this mach"),
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"batch_size": "a"}, "batch_size must be a whole number, not 'a'"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
-        ({"on_overflow": "trunc"}, "on_overflow must be 'error' or 'truncate', not 'trunc'"),
-        ({"sampling": {"seed": 1}}, "sampling must be SamplingOptions, or a list, not {'seed': 1}"),
-        ({"sampling": [1]}, r"sampling must be SamplingOptions, or a list, not \[1\]"),
-        ({"beams": 4}, "beams must be BeamOptions, not 4"),
-    ],
-)
-def test_requests_that_cannot_be_met(lm, options, message):
-    with pytest.raises(NeoError, match=message):
-        lm.sample(["The fox"], **{"max_new_tokens": NEW, **options})
-
-
-def test_numbers_of_numpy_and_no_stop_are_fine(lm):
-    plain = lm.generate("The fox", NEW, seed=3, temperature=0.5)
-    same = {"seed": np.uint32(3), "temperature": np.float32(0.5), "stop": None}
-    assert lm.generate("The fox", np.int64(NEW), **same) == plain
-    assert "".join(lm.stream("The fox", NEW, **same)) == plain
 
 
 def test_stops_need_a_tokenizer(checkpoints):

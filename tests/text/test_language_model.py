@@ -16,10 +16,9 @@ from transformers import GPTNeoForCausalLM
 
 import neo_jax
 from neo_jax.checkpoints import load
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.text import language_model
 from neo_jax.text.score import token_logprobs
 from neo_jax.text.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 
@@ -409,50 +408,6 @@ def test_prompts_that_are_none(lm):
 def test_more_than_the_context_holds(lm):
     assert "4 new ones exceed the context of 64" in refused(lm.generate, [[1] * 61], 4)
     assert len(lm.sample([[1] * 61], 3)[0].ids) <= 3
-
-
-# Compiled programs.
-
-
-@pytest.fixture
-def cache_settings():
-    """Puts JAX's settings back."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_enable_compilation_cache",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    before = {name: jax.config.values[name] for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-def cache_folder():
-    return jax.config.values["jax_compilation_cache_dir"]
-
-
-@pytest.mark.usefixtures("cache_settings")
-def test_compiled_programs_are_kept_unless_jax_was_told_otherwise(monkeypatch, tmp_path):
-    jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    language_model.enable_compilation_cache()
-    assert cache_folder() == str(tmp_path / "neo_jax" / "xla")
-
-    jax.config.update("jax_compilation_cache_dir", "/somewhere")
-    language_model.enable_compilation_cache()
-    assert cache_folder() == "/somewhere"
-
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", False)
-    language_model.enable_compilation_cache()
-    assert cache_folder() is None
-
-    jax.config.update("jax_enable_compilation_cache", True)
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    language_model.enable_compilation_cache()
-    assert cache_folder() == str(tmp_path / "home" / ".cache" / "neo_jax" / "xla")
 
 
 def test_names_of_the_package():

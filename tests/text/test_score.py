@@ -11,7 +11,7 @@ from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import tuning
 from neo_jax.text import score as scoring
-from neo_jax.text.score import Row, score_rows, token_logprobs
+from neo_jax.text.score import Question, score_rows, token_logprobs
 
 CONTEXT = 64
 LENGTHS = [17, 1, 64, 2, 16, 33, 63, 5, 40]
@@ -183,7 +183,7 @@ def test_rows_are_asked_where_they_say(wide):
     for ids, positions in zip(texts, asked, strict=True):
         logits = np.asarray(forward(np.array([ids + [0] * (CONTEXT - len(ids))])))[0, positions]
         targets = [int(row.argmax()) if i % 2 == 0 else i for i, row in enumerate(logits)]
-        rows.append(Row(ids, positions, targets))
+        rows.append(Question(ids, positions, targets))
         logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(targets)), targets]
         expected.append((logprobs, [i % 2 == 0 for i in range(len(targets))]))
     for batch_size in (0, 1, 2):

@@ -5,7 +5,7 @@ import pytest
 
 from neo_jax.config import ModelConfig
 from neo_jax.data.prepare import prepare
-from neo_jax.text.language_model import enable_compilation_cache
+from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.training import snapshot
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.errors import NeoError
 from neo_jax.model.low_rank import LowRank
 from neo_jax.model.scan import embed, hidden, stack, stacked_axes, unstack

@@ -21,7 +21,7 @@ import neo_jax
 from neo_jax.checkpoints.open_model import read_config
 from neo_jax.checkpoints.save import save_int8, save_pretrained
 from neo_jax.cli import main
-from neo_jax.decode.sampling import SamplingOptions
+from neo_jax.decode.options import SamplingOptions
 from neo_jax.model.tensor_table import tensors
 from neo_jax.ops.int8 import Int8
 from neo_jax.sharding.rules import make_sharding

@@ -13,7 +13,7 @@ import numpy as np
 
 from neo_jax.axes import Params
 from neo_jax.decode import engine
-from neo_jax.decode.sampling import SamplingOptions, make_settings
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.memory import device_memory, tree_bytes
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
