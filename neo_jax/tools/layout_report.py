@@ -25,50 +25,58 @@ class Part:
     """Arrays of one name and shape, one a layer."""
 
     name: str  # of a parameter, h_* standing for every layer; or of a cache leaf
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
     count: int
-    split: tuple[tuple[str, ...], ...]  # the mesh axes that split each axis
+    axes: list[str]
+    shape: list[int]
+    split: list[list[str]]  # the mesh axes that split each axis
+    bytes_per_device: int  # of all these arrays
 
-    def size_per_device(self, sharding: Sharding) -> int:
-        """Elements that a device holds of all these arrays."""
-        shards = math.prod(sharding.mesh.shape[name] for names in self.split for name in names)
-        return self.count * math.prod(self.shape) // shards
+
+def _part(
+    sharding: Sharding,
+    name: str,
+    axes: Sequence[str],
+    shape: Sequence[int],
+    count: int = 1,
+    itemsize: int = 4,
+    constraint: Sequence[str | None] = (),
+) -> Part:
+    """Returns a part that is split by its axes, or by those of a constraint."""
+    named = constraint or axes
+    sharding.spec(named, tuple(shape), name.replace("*", "0"))
+    split = [list(sharding.mesh_axes(axis)) if axis else [] for axis in named]
+    shards = math.prod(sharding.mesh.shape[name] for names in split for name in names)
+    size = itemsize * (count * math.prod(shape) // shards)
+    return Part(name, count, list(axes), list(shape), split, size)
 
 
 def parameters(config: ModelConfig, sharding: Sharding) -> list[Part]:
-    """Returns what a device holds of the parameters; optimizer slots are laid out as they are.
+    """Returns what a device holds of the parameters, float32; optimizer slots have their layout.
 
     Raises:
       NeoError: the strategy cannot split this model; see `Sharding.spec`.
     """
-    counts = collections.Counter[str]()
-    parts = {}
-    for tensor in tensors(config):
-        path = "/".join(tensor.path)
-        sharding.spec(tensor.axes, tensor.shape, path)
-        name = re.sub(r"^h_\d+", "h_*", path)
-        counts[name] += 1
-        parts[name] = (tensor.axes, tensor.shape)
-    return [_part(sharding, name, *part, counts[name]) for name, part in parts.items()]
+    found = collections.Counter(
+        (re.sub(r"^h_\d+", "h_*", "/".join(tensor.path)), tensor.axes, tensor.shape)
+        for tensor in tensors(config)
+    )
+    return [_part(sharding, *tensor, count) for tensor, count in found.items()]
 
 
 def cache_leaves(config: ModelConfig, sharding: Sharding) -> list[Part]:
-    """Returns what a device holds of a cache for whole contexts, one row for every batch shard."""
+    """Returns what a device holds of a bfloat16 cache for whole contexts, a row a batch shard."""
     parts = []
     for kind, count in collections.Counter(config.layer_types).items():
         slots = cache.num_slots(config, config.layer_types.index(kind), config.max_length)
         sizes = _sizes(config, sharding) | {axes.KV_LENGTH: slots}
-        for leaf, leaf_axes in cache.LOGICAL_AXES.items():
-            shape = tuple(sizes[axis] for axis in leaf_axes)
-            name = f"{kind} cache/{leaf}"
-            sharding.spec(leaf_axes, shape, name)
-            parts.append(_part(sharding, name, leaf_axes, shape, count))
+        for leaf, names in cache.LOGICAL_AXES.items():
+            shape, itemsize = [sizes[axis] for axis in names], 4 if leaf == "positions" else 2
+            parts.append(_part(sharding, f"{kind} cache/{leaf}", names, shape, count, itemsize))
     return parts
 
 
 def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
-    """Returns what a device holds of the activations of one block and of the head.
+    """Returns what a device holds of the activations of one block and of the head, float32.
 
     For whole contexts, one row for every batch shard. What the compiler places counts as whole.
     """
@@ -80,11 +88,9 @@ def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
         ("MLP hidden", transformer.MLP_HIDDEN, (axes.BATCH, axes.LENGTH, axes.MLP)),
         ("logits", transformer.LOGITS, (axes.BATCH, axes.LENGTH, axes.VOCAB)),
     ):
-        shape = tuple(sizes[axis] for axis in logical)
         named = [axis if isinstance(axis, str) else None for axis in constraint]
-        sharding.spec(named, shape, name)
-        split = tuple(sharding.mesh_axes(axis) if axis else () for axis in named)
-        parts.append(Part(name, logical, shape, 1, split))
+        shape = [sizes[axis] for axis in logical]
+        parts.append(_part(sharding, name, logical, shape, constraint=named))
     return parts
 
 
@@ -100,78 +106,59 @@ def _sizes(config: ModelConfig, sharding: Sharding) -> dict[str, int]:
     }
 
 
-def _part(
-    sharding: Sharding, name: str, axes: tuple[str, ...], shape: tuple[int, ...], count: int
-) -> Part:
-    return Part(name, axes, shape, count, tuple(map(sharding.mesh_axes, axes)))
-
-
 def describe(config: ModelConfig, sharding: Sharding) -> dict[str, Any]:
     """Returns a strategy's mesh, rules and arrays, sizes in bytes a device, for JSON."""
     weights, leaves = parameters(config, sharding), cache_leaves(config, sharding)
-    num_weights = sum(part.size_per_device(sharding) for part in weights)
-    cached = [
-        _fields(part, sharding, 4 if part.name.endswith("positions") else 2) for part in leaves
-    ]
+    of_weights = sum(part.bytes_per_device for part in weights)
     return {
         "mesh": dict(sharding.mesh.shape),
         "rules": {axis: list(names) for axis, names in sharding.rules},
-        "parameters": [_fields(part, sharding, 4) for part in weights],
-        "activations": [_fields(part, sharding, 4) for part in activations(config, sharding)],
-        "cache": cached,
+        "parameters": list(map(dataclasses.asdict, weights)),
+        "activations": list(map(dataclasses.asdict, activations(config, sharding))),
+        "cache": list(map(dataclasses.asdict, leaves)),
         "bytes_per_device": {
-            "parameters_float32": 4 * num_weights,
-            "optimizer_adamw_float32": 8 * num_weights,
-            "parameters_bfloat16": 2 * num_weights,
-            "cache_bfloat16": sum(fields["bytes_per_device"] for fields in cached),
+            "parameters_float32": of_weights,
+            "optimizer_adamw_float32": 2 * of_weights,
+            "parameters_bfloat16": of_weights // 2,
+            "cache_bfloat16": sum(part.bytes_per_device for part in leaves),
         },
-    }
-
-
-def _fields(part: Part, sharding: Sharding, itemsize: int) -> dict[str, Any]:
-    return {
-        "name": part.name,
-        "count": part.count,
-        "axes": list(part.axes),
-        "shape": list(part.shape),
-        "split": [list(names) for names in part.split],
-        "bytes_per_device": itemsize * part.size_per_device(sharding),
     }
 
 
 def lines(config: ModelConfig, sharding: Sharding) -> Iterator[str]:
     """Yields the table and the drawings, line by line."""
     fields = describe(config, sharding)
+    weights, leaves = parameters(config, sharding), cache_leaves(config, sharding)
     yield "mesh   " + ", ".join(f"{name}={size}" for name, size in fields["mesh"].items())
     yield "rules  " + ", ".join(f"{axis}:{'+'.join(n)}" for axis, n in fields["rules"].items())
     yield ""
     rows = [("array", "axes, and what splits them", "a device")]
-    for kind in ("parameters", "activations", "cache"):
-        rows += [_row(part) for part in fields[kind]]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    rows += map(_row, [*weights, *activations(config, sharding), *leaves])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, cut, size in rows:
         yield f"{name:<{widths[0]}}  {cut:<{widths[1]}}  {size:>{widths[2]}}"
     yield ""
     yield "AdamW keeps two arrays for each parameter, which are laid out as it is."
     for name, size in fields["bytes_per_device"].items():
         yield f"{name.replace('_', ' '):<{widths[0]}}  {_bytes(size)} a device"
-    by_cut: dict[tuple, list[Part]] = {}
-    for part in parameters(config, sharding) + cache_leaves(config, sharding):
-        split = zip(part.axes, part.split, strict=True)
-        by_cut.setdefault(tuple(each for each in split if each[1]), []).append(part)
-    for cuts, parts in by_cut.items():
+    by_cut: dict[tuple, list[str]] = {}
+    for part in weights + leaves:
+        split = zip(part.axes, map(tuple, part.split), strict=True)
+        cuts = tuple((axis, names) for axis, names in split if names)
+        by_cut.setdefault(cuts, []).append(part.name)
+    for cuts, names in by_cut.items():
         yield ""
-        yield from textwrap.wrap(", ".join(part.name for part in parts), 100)
+        yield from textwrap.wrap(", ".join(names), 100)
         yield from draw(cuts, sharding) if cuts else ["  whole on every device"]
 
 
-def _row(part: dict[str, Any]) -> tuple[str, str, str]:
+def _row(part: Part) -> tuple[str, str, str]:
     cut = " x ".join(
         f"{axis} {size}" + (f"/{'+'.join(names)}" if names else "")
-        for axis, size, names in zip(part["axes"], part["shape"], part["split"], strict=True)
+        for axis, size, names in zip(part.axes, part.shape, part.split, strict=True)
     )
-    times = f"{part['count']} x " if part["count"] > 1 else ""
-    return part["name"], f"{times}{cut}", _bytes(part["bytes_per_device"])
+    times = f"{part.count} x " if part.count > 1 else ""
+    return part.name, f"{times}{cut}", _bytes(part.bytes_per_device)
 
 
 def _bytes(size: float) -> str:
@@ -221,11 +208,9 @@ def _cells(sharding: Sharding, down: Sequence[str], across: Sequence[str]) -> li
     shape = sharding.mesh.shape
     names = list(shape)
     numbers = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
-    rest = [name for name in names if name not in (*down, *across)]
-    order = [names.index(name) for name in (*down, *across, *rest)]
-    rows = math.prod(shape[name] for name in down)
-    columns = math.prod(shape[name] for name in across)
-    return numbers.transpose(order).reshape(rows, columns, -1).tolist()
+    order = [*down, *across, *(name for name in names if name not in (*down, *across))]
+    rows, columns = (math.prod(shape[name] for name in side) for side in (down, across))
+    return numbers.transpose(list(map(names.index, order))).reshape(rows, columns, -1).tolist()
 
 
 def _shortened(items: list) -> list:
