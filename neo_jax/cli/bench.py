@@ -48,10 +48,10 @@ def main(args: Sequence[str]) -> None:
     check_output(options.picture)
     if not options.batch or min(options.batch) < 1 or not options.steps or options.seconds < 0:
         raise UsageError("--batch takes numbers of at least 1, --steps names, --seconds 0 or more.")
-    request = _request(options)
     from neo_jax.tools.benchmark import report, roofline
     from neo_jax.tools.benchmark.run import bench
 
+    request = _request(options)
     print("measuring the devices", file=sys.stderr, flush=True)
     result = bench(request, _tell)
     if options.json:

@@ -1,9 +1,9 @@
 """neo-jax train: train by a config."""
 
 import dataclasses
-import importlib.util
 import os
 import re
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,15 +74,10 @@ def load_config(name: str) -> TrainConfig:
             raise NeoError(f"no config is called '{name}'.{suggest(name, _names())}")
     if not path.is_file():
         raise NeoError(f"{path} does not exist; name a .py file that defines `config`.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # it is a program: anything may go wrong
         raise NeoError(f"{path}: {_reason(error)}") from error
-    config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise NeoError(f"{path} does not define a TrainConfig called `config`.")
     return config

@@ -51,21 +51,17 @@ def rows(results: Mapping[str, Any], published: str) -> list[Row]:
     found = []
     for measure, number in zip(MEASURES, numbers, strict=True):
         task = BENCHMARKS[measure.benchmark].task
-        values = results["results"].get(task)
-        if not values:
-            found.append(Row(measure, published=number))
-            continue
-        scale = 100 if measure.is_accuracy else 1
-        error = values.get(f"{measure.metric}_stderr,none")
-        found.append(
-            Row(
-                measure,
-                results["n-samples"][task]["effective"],
-                scale * values[f"{measure.metric},none"],
-                scale * error if isinstance(error, float) else None,
-                number,
+        row = Row(measure, published=number)
+        if values := results["results"].get(task):
+            scale = 100 if measure.is_accuracy else 1
+            error = values.get(f"{measure.metric}_stderr,none")
+            row = dataclasses.replace(
+                row,
+                examples=results["n-samples"][task]["effective"],
+                value=scale * values[f"{measure.metric},none"],
+                error=scale * error if isinstance(error, float) else None,
             )
-        )
+        found.append(row)
     return found
 
 

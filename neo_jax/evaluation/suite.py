@@ -63,16 +63,13 @@ def load_tasks(
     Raises:
       NeoError: a file that cannot be read, or has other lines than the task needs; no data at all.
     """
-    loaded: dict[str, Task] = {}
+    loaded = {name: _load_file(manager, name, file) for name, file in files.items()}
     left_out: dict[str, str] = {}
-    for name, file in files.items():
-        loaded[name] = _load_file(manager, name, file)
     for name, benchmark in BENCHMARKS.items():
         if name in files or name == "pile":
             continue
-        task = benchmark.task
         try:
-            loaded[name] = manager.load([task])["tasks"][task]
+            loaded[name] = manager.load([benchmark.task])["tasks"][benchmark.task]
         except NeoError as error:
             left_out[name] = f"{reason(error.__cause__ or error).rstrip('.')}; {_advice(name)}"
     if not loaded:
@@ -89,10 +86,9 @@ def _load_file(manager: TaskManager, name: str, file: str) -> Task:
     """The harness's own task, with a file's examples as its test split."""
     read_examples(name, file)  # what is wrong with it is reported before the harness sees it
     task = BENCHMARKS[name].task
-    config: dict[str, Any] = dict(_PILE)
-    if name != "pile":
-        config = {"include": str(manager.task_index[task].yaml_path)}
-    config |= {
+    known = _PILE if name == "pile" else {"include": str(manager.task_index[task].yaml_path)}
+    config = {
+        **known,
         "task": task,
         "dataset_path": file,
         "dataset_name": None,

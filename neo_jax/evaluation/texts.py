@@ -41,17 +41,14 @@ def read_documents(paths: Sequence[str], is_wikitext: bool = False) -> Iterator[
     Raises:
       NeoError: what cannot be read, or holds no text.
     """
-    some = False
-    pages = (
-        ((path, page, wikitext.detokenize(page)) for path in paths for page in read_pages(path))
-        if is_wikitext
-        else ((subset, text, text) for subset, text in _texts(paths))
-    )
-    for subset, counted, text in pages:
-        if text:
-            some = True
+    empty = True
+    pages = ((path, page) for path in paths for page in read_pages(path))
+    for subset, counted in pages if is_wikitext else _texts(paths):
+        if counted:
+            empty = False
+            text = wikitext.detokenize(counted) if is_wikitext else counted
             yield Document(text, subset, count_words(counted), len(counted.encode()))
-    if not some:
+    if empty:
         raise NeoError(f"{', '.join(paths)}: no text to evaluate; every document is empty.")
 
 

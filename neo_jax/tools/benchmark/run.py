@@ -89,41 +89,34 @@ def bench(request: Request, tell: Callable[[Measurement], None]) -> Result:
 def _decoding(request: Request, budget: Budget) -> Iterator[Measurement]:
     makers: dict[Kind, Callable[..., timed_steps.Work]]
     makers = {"prefill": timed_steps.prefill_work, "decode": timed_steps.decode_work}
-    kinds = [kind for kind in makers if kind in request.kinds]
-    if not kinds:
-        return
-    params = request.load_params()
+    params = request.load_params() if {*makers} & {*request.kinds} else {}
     # Without an end of text no row ends before its time.
     config = dataclasses.replace(request.model.config, eos_token_id=-1)
     model = request.model.clone(config=config)
-    for kind in kinds:
-        for length, batch in _sizes(request, model.sharding):
-            make = functools.partial(makers[kind], model, params, batch, length, budget)
-            yield timed_steps.measure(kind, batch, length, make, budget)
+    for kind, make in makers.items():
+        for length, batch in _sizes(request, model.sharding, kind):
+            prepare = functools.partial(make, model, params, batch, length, budget)
+            yield timed_steps.measure(kind, batch, length, prepare, budget)
 
 
 def _training(request: Request, budget: Budget) -> Iterator[Measurement]:
     """Yields figures of the step that `train` runs by default, with AdamW; it draws its weights."""
     model = request.model.clone(sharding=request.train_sharding)
-    for length, batch in _sizes(request, model.sharding) if "train" in request.kinds else ():
+    dtype = jnp.dtype(model.dtype).name
+    for length, batch in _sizes(request, model.sharding, "train"):
         config = TrainConfig(
-            data="",
-            output="",
-            steps=1000,
-            batch_size=batch,
-            model=model.config,
-            length=length,
-            dtype=jnp.dtype(model.dtype).name,
-            remat=request.remat,
+            "", "", 1000, batch, model=model.config, length=length, dtype=dtype, remat=request.remat
         )
-        make = functools.partial(timed_steps.train_work, model, config, budget)
-        yield timed_steps.measure("train", batch, length, make, budget)
+        prepare = functools.partial(timed_steps.train_work, model, config, budget)
+        yield timed_steps.measure("train", batch, length, prepare, budget)
 
 
-def _sizes(request: Request, sharding: Sharding | None) -> list[tuple[int, int]]:
-    """Returns lengths and batches, the smallest first."""
+def _sizes(request: Request, sharding: Sharding | None, kind: Kind) -> list[tuple[int, int]]:
+    """Returns the lengths and batches of a kind of step, the smallest first."""
+    if kind not in request.kinds:
+        return []
     batches = {padded_rows(sharding, batch) for batch in request.batches}
-    return [(length, batch) for length in sorted(set(request.lengths)) for batch in sorted(batches)]
+    return list(itertools.product(sorted(set(request.lengths)), sorted(batches)))
 
 
 def random_params(model: Neo) -> Params:
