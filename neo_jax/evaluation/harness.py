@@ -6,7 +6,7 @@ takes the harness's own arguments. `--model_args` are the options of `neo_jax.lo
 several axes is written as JSON: '{"pretrained": "gpt-neo-1.3b", "mesh": "data=2,model=4"}'.
 """
 
-import inspect
+import dataclasses
 import os
 import sys
 from collections import Counter, defaultdict
@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, brief, checked, suggest
@@ -62,9 +63,9 @@ class NeoLM(TemplateLM):
     ) -> None:
         """Loads the model."""
         super().__init__()
-        known = {*inspect.signature(load).parameters, "pretrained", "cache", "batch_size"}
+        known = {field.name for field in dataclasses.fields(LoadOptions)} - {"model"}
         for name in options:
-            if name not in known - {"model"}:
+            if name not in known:
                 raise NeoError(f"the model has no option '{name}'.{suggest(name, known)}")
         self.batch_size = batch_size
         self._rows = 0 if str(batch_size).startswith("auto") else _whole(batch_size)
