@@ -30,7 +30,7 @@ from neo_jax.training.objectives import Objective
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run, check_size
 from neo_jax.training.report import Evaluation, Report
-from neo_jax.training.samples import Sampler
+from neo_jax.training.samples import make_sampler
 from neo_jax.training.snapshot import base_of
 from neo_jax.training.step import (
     TrainState,
@@ -40,7 +40,7 @@ from neo_jax.training.step import (
     make_step,
     merge_trainable,
 )
-from neo_jax.training.trace import Trace
+from neo_jax.training.trace import tracing
 from neo_jax.transforms.lora import merge
 
 
@@ -84,7 +84,7 @@ def _train(config: TrainConfig) -> TrainState:
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, objective, place)
     abstract = abstract_state(model, optimizer, config.lora, objective)
-    sample = Sampler(config, model, tokenizer)
+    sample = make_sampler(config, model, tokenizer)
     check_run(config, model, train_step, abstract, batch, needed)
     frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
     base, output = base_of(frozen) if frozen else {}, make_path(config.output)
@@ -100,11 +100,11 @@ def _train(config: TrainConfig) -> TrainState:
         feed = batches(dataset, batch_size=size, seed=seed, start_step=start, rows=place.rows)
         num_devices = sharding.mesh.size if sharding else 1
         numbers = Report(config, start, dataset.bytes_per_token, num_devices, checkpoints.changes)
-        with numbers as report, Trace(config, start) as trace:
+        with numbers as report, tracing(config, start) as trace:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)), frozen)
                 report.step(step, metrics)
-                trace.step(step, metrics)
+                trace(step, metrics)
                 last, stop, loss = step == config.steps, interrupt.requested(), math.nan
                 if config.eval_every and (last or step % config.eval_every == 0):
                     if evaluate:

@@ -28,9 +28,22 @@ def check_run(
       NeoError: parts of a batch do not divide over the mesh, the strategy contradicts itself at
         some activation, or the state is larger than the memory of its devices.
     """
-    _check_parts(config, model)
+    shards = model.sharding.num_shards(BATCH) if model.sharding else 1
+    if config.batch_size % (config.accumulation * shards):
+        raise NeoError(
+            f"a batch of {config.batch_size} in accumulation {config.accumulation} parts does not "
+            f"divide over {shards} devices; make batch_size a multiple of "
+            f"{config.accumulation * shards}, or accumulation smaller."
+        )
     jax.eval_shape(step, state, batch, frozen)
-    _check_memory(state, frozen)
+    # What every step holds at once, whatever its activations, gradients included.
+    needed, memory = tree_bytes((state, state.params, frozen)), device_memory()
+    if needed > memory:
+        raise NeoError(
+            f"weights, gradients and optimizer take {needed / 1e9:.3g} GB of each device, which "
+            f"has {memory / 1e9:.3g} GB; split them over more devices along fsdp (--mesh fsdp=-1), "
+            "or choose --optimizer.name adafactor, or adapters (--lora.rank 8)."
+        )
 
 
 def check_size(config: TrainConfig, model: Neo) -> None:
@@ -43,25 +56,3 @@ def check_size(config: TrainConfig, model: Neo) -> None:
     num_devices = model.sharding.mesh.size if model.sharding else 1
     stream = 4 * length * config.model.embed_dim
     check_batch(config.batch_size // config.accumulation, length, stream, num_devices)
-
-
-def _check_parts(config: TrainConfig, model: Neo) -> None:
-    shards = model.sharding.num_shards(BATCH) if model.sharding else 1
-    if config.batch_size % (config.accumulation * shards):
-        raise NeoError(
-            f"a batch of {config.batch_size} in accumulation {config.accumulation} parts does not "
-            f"divide over {shards} devices; make batch_size a multiple of "
-            f"{config.accumulation * shards}, or accumulation smaller."
-        )
-
-
-def _check_memory(state: TrainState, frozen: Params | None) -> None:
-    """Compares what every step holds at once, whatever its activations, with what a device has."""
-    needed = tree_bytes((state, state.params, frozen))  # and gradients
-    memory = device_memory()
-    if needed > memory:
-        raise NeoError(
-            f"weights, gradients and optimizer take {needed / 1e9:.3g} GB of each device, which "
-            f"has {memory / 1e9:.3g} GB; split them over more devices along fsdp (--mesh fsdp=-1), "
-            "or choose --optimizer.name adafactor, or adapters (--lora.rank 8)."
-        )

@@ -1,6 +1,7 @@
 """A trace of a few steps for TensorBoard's profiler, XProf or Perfetto."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -12,29 +13,22 @@ from neo_jax.training.step import Metrics
 _WARM_UP = 2  # steps: the first compiles, the second may still fill queues
 
 
-class Trace:
+@contextlib.contextmanager
+def tracing(config: TrainConfig, start_step: int) -> Iterator[Callable[[int, Metrics], None]]:
     """Traces `config.profile` steps from the third on, into output/profile, on process 0.
 
-    A context manager: leaving it ends a trace that is still running.
+    What it yields takes the metrics of each step as it was started, and waits for them where the
+    trace begins and ends.
     """
+    folder, before = make_path(config.output) / "profile", start_step + _WARM_UP
+    last = before + config.profile
+    with contextlib.ExitStack() as trace:
 
-    def __init__(self, config: TrainConfig, start_step: int):
-        """Plans which steps to trace."""
-        self._folder = make_path(config.output) / "profile"
-        self._before = start_step + _WARM_UP if config.profile and is_leader() else -1
-        self._last = self._before + config.profile
-        self._trace = contextlib.ExitStack()
+        def take(step: int, metrics: Metrics) -> None:
+            if config.profile and is_leader() and step in (before, last):
+                jax.block_until_ready(metrics)
+                trace.close()
+                if step == before:
+                    trace.enter_context(jax.profiler.trace(str(folder)))
 
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._trace.close()
-
-    def step(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was started; waits for them where the trace begins."""
-        if step in (self._before, self._last):
-            jax.block_until_ready(metrics)
-            self._trace.close()
-        if step == self._before:
-            self._trace.enter_context(jax.profiler.trace(str(self._folder)))
+        yield take
