@@ -23,7 +23,7 @@ _OURS, _INK, _FAINT = "#d9480f", "#222222", "#8a8a8a"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Entry:
     """A measure of a model, next to the published one; accuracies in %."""
 
     measure: Measure
@@ -40,7 +40,7 @@ class Row:
         return self.value - self.published
 
 
-def rows(results: Mapping[str, Any], published: str) -> list[Row]:
+def rows(results: Mapping[str, Any], published: str) -> list[Entry]:
     """Returns all measures, of what the harness found.
 
     Args:
@@ -51,7 +51,7 @@ def rows(results: Mapping[str, Any], published: str) -> list[Row]:
     found = []
     for measure, number in zip(MEASURES, numbers, strict=True):
         task = BENCHMARKS[measure.benchmark].task
-        row = Row(measure, published=number)
+        row = Entry(measure, published=number)
         if values := results["results"].get(task):
             scale = 100 if measure.is_accuracy else 1
             error = values.get(f"{measure.metric}_stderr,none")
@@ -65,7 +65,7 @@ def rows(results: Mapping[str, Any], published: str) -> list[Row]:
     return found
 
 
-def describe(card: Sequence[Row], published: str, left_out: Mapping[str, str]) -> dict[str, Any]:
+def describe(card: Sequence[Entry], published: str, left_out: Mapping[str, str]) -> dict[str, Any]:
     """Returns a card as fields for JSON, and why some benchmarks are left out."""
     return {
         "published": _NAMES.get(published),
@@ -87,7 +87,7 @@ def describe(card: Sequence[Row], published: str, left_out: Mapping[str, str]) -
     }
 
 
-def table(card: Sequence[Row], published: str) -> list[list[str]]:
+def table(card: Sequence[Entry], published: str) -> list[list[str]]:
     """Returns a card as cells of text, the head first; what was not measured is left out."""
     head = ["", "unit", "examples", "here", "±", "published", "difference"]
     cells = [
@@ -121,7 +121,7 @@ def _number(number: float | None, measure: Measure, sign: str = "") -> str:
     return f"{number:{sign},.{digits}f}"
 
 
-def draw(card: Sequence[Row], published: str, model: str) -> bytes:
+def draw(card: Sequence[Entry], published: str, model: str) -> bytes:
     """Returns a PNG: of each measure the model's value, among those of all published models."""
     measured = [(i, row) for i, row in enumerate(card) if row.value is not None]
     parts = [
@@ -145,7 +145,7 @@ def draw(card: Sequence[Row], published: str, model: str) -> bytes:
     return as_png(figure)
 
 
-def _draw_part(axes: Any, part: Sequence[tuple[int, Row]], published: str) -> None:
+def _draw_part(axes: Any, part: Sequence[tuple[int, Entry]], published: str) -> None:
     """Accuracies, or what is less where the model is better: a line for each measure."""
     accuracy = part[0][1].measure.is_accuracy
     for y, (i, row) in enumerate(part):
