@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import Array, Float
-from neo_jax.errors import NeoError
 from neo_jax.ops.attention.dense import HIDDEN
 from neo_jax.ops.attention.mask import Mask
 from neo_jax.ops.matmul import product
@@ -29,15 +28,7 @@ def blocked(
     mask: Mask,
     block_size: int = BLOCK_SIZE,
 ) -> Float[Array, "B N T H"]:
-    """Equals `dense` for a sequence that attends to itself; any length T.
-
-    Raises:
-      NeoError: queries and keys are not the same tokens; take kernel "dense" for a cache.
-    """
-    if not mask.aligned:
-        raise NeoError(
-            "the 'blocked' kernel serves a sequence that attends to itself; use 'dense'."
-        )
+    """Equals `dense` for a sequence of any length that attends to itself; the mask is aligned."""
     # Without a barrier XLA folds transpositions into products, and its CPU backend cannot run every
     # bfloat16 product that results.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
