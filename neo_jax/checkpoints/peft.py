@@ -20,7 +20,7 @@ from neo_jax.config import ModelConfig
 from neo_jax.devices.processes import is_leader, to_host
 from neo_jax.errors import NeoError, brief, checked, reason
 from neo_jax.files.json_text import read_json
-from neo_jax.files.paths import is_file, make_path
+from neo_jax.files.paths import is_file, make_path, write_whole
 from neo_jax.model.low_rank import LowRank
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.transforms.lora import LoraConfig, add_adapters, merge
@@ -96,8 +96,8 @@ def save_adapter(
         place.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save(place)
-        _write(place / WEIGHTS, save(arrays, {"format": "pt"}))
-        _write(place / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
+        write_whole(place / WEIGHTS, save(arrays, {"format": "pt"}))
+        write_whole(place / CONFIG, json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
 
@@ -303,10 +303,3 @@ def _read(
             f"{list(shape)}; is the adapter for this model?"
         )
     return copy(stored.view(), np.dtype(np.float32), shape, f"{folder / WEIGHTS}: {name}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes aside and renames: what has the name is whole."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_bytes(data)
-    aside.replace(path)

@@ -201,17 +201,14 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
       NeoError: it holds something, which nobody wants to lose, or cannot be written.
     """
     folder = make_path(output)
+    taken = NeoError(f"{output} is there already; choose a new folder, or remove that one.")
     if folder.exists() and not folder.is_dir():
-        raise _taken(output)
+        raise taken
     with locked(folder, inside=True):
         remove_leftovers(folder)
         if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-            raise _taken(output)
+            raise taken
         yield folder
-
-
-def _taken(output: str | os.PathLike[str]) -> NeoError:
-    return NeoError(f"{output} is there already; choose a new folder, or remove that one.")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -312,8 +309,7 @@ def _write_weights(path: Path, rows: Sequence[Row]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for row in rows:
-            data = np.ascontiguousarray(row.read())
-            file.write(data.reshape(-1).view(np.uint8).data)
+            file.write(np.ascontiguousarray(row.read()).reshape(-1).view(np.uint8).data)
         if not is_remote(path):
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before what it renames

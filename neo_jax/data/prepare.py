@@ -83,7 +83,12 @@ def prepare(
         text, an input that cannot be read or holds no text, pairs together with plain text, a split
         without documents, or an output that is there already or being written.
     """
-    _check_options(tokenizer, train_tokenizer, held_out)
+    if (tokenizer is None) == (train_tokenizer == 0):
+        raise NeoError("prepare needs either a tokenizer or the size of one to train, not both.")
+    if train_tokenizer < 0:
+        raise NeoError(f"a tokenizer of {train_tokenizer} pieces cannot be trained; try 4096.")
+    if not 0 <= held_out < 1:
+        raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
     with staging(absolute(make_path(output))) as folder:
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(tokenizer)
@@ -92,9 +97,12 @@ def prepare(
         copy = folder / "tokenizer"
         if tokenizer is None:
             mark = digests([*settings, train_tokenizer, tokenizer_kind], sources)[-1]
-            if not _is_marked(folder / TRAINED, mark):
-                _train(tokenizer_kind, train_tokenizer, sources, held_out, copy, progress)
-                (folder / TRAINED).write_text(mark)
+            trained = folder / TRAINED
+            if not trained.is_file() or trained.read_text() != mark:
+                with progress_bar("reading", progress) as advance:
+                    texts = _not_held_out(sources, held_out, advance)
+                    _TRAINERS[tokenizer_kind](texts, train_tokenizer, _emptied(copy))
+                trained.write_text(mark)
             tokenizer = load_tokenizer(copy)
         else:
             tokenizer.save(_emptied(copy))
@@ -109,32 +117,11 @@ def prepare(
         return _finish(folder / DATA, tokenizer, extents, pairs)
 
 
-def _check_options(tokenizer: object, train_tokenizer: int, held_out: float) -> None:
-    if (tokenizer is None) == (train_tokenizer == 0):
-        raise NeoError("prepare needs either a tokenizer or the size of one to train, not both.")
-    if train_tokenizer < 0:
-        raise NeoError(f"a tokenizer of {train_tokenizer} pieces cannot be trained; try 4096.")
-    if not 0 <= held_out < 1:
-        raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
-
-
 def _are_pairs(sources: Sequence[Source]) -> bool:
     """Returns what the first document is; the others must be of its kind."""
     documents = (document for source in sources for document in source.documents())
     with contextlib.closing(documents):
         return isinstance(next(documents, None), Pair)
-
-
-def _train(
-    kind: TokenizerKind,
-    size: int,
-    sources: Sequence[Source],
-    held_out: float,
-    folder: Path,
-    progress: bool | None,
-) -> None:
-    with progress_bar("reading", progress) as advance:
-        _TRAINERS[kind](_not_held_out(sources, held_out, advance), size, _emptied(folder))
 
 
 def _with_new_tokens(folder: Path, new_tokens: Sequence[str]) -> Tokenizer:
@@ -168,26 +155,26 @@ def _finish(
     folder: Path, tokenizer: Tokenizer, extents: dict[str, Extent], pairs: bool
 ) -> dict[str, Any]:
     """Writes all but the splits; returns the content of dataset.json."""
+    splits = {
+        name: {
+            **extent._asdict(),
+            "tokens_per_byte": round(extent.tokens / max(extent.bytes, 1), 6),
+            "lengths": length_statistics(folder / name / OFFSETS_FILE),
+        }
+        for name, extent in extents.items()
+    }
     fields = {
         "version": VERSION,
         "dtype": token_dtype(tokenizer).name,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "pairs": pairs,
-        "splits": {name: _statistics(extent, folder / name) for name, extent in extents.items()},
+        "splits": splits,
     }
     tokenizer.save(folder)
     text = json.dumps(fields, indent=2) + "\n"
     (folder / DATASET_FILE).write_text(text, encoding="utf-8")
     return fields
-
-
-def _statistics(extent: Extent, folder: Path) -> dict[str, Any]:
-    return {
-        **extent._asdict(),
-        "tokens_per_byte": round(extent.tokens / max(extent.bytes, 1), 6),
-        "lengths": length_statistics(folder / OFFSETS_FILE),
-    }
 
 
 def _check_splits(folder: Path, extents: dict[str, Extent], held_out: float) -> None:
@@ -202,10 +189,6 @@ def _check_splits(folder: Path, extents: dict[str, Extent], held_out: float) -> 
         f"with held_out {held_out} none of the {total} documents is left for the split '{name}'; "
         f"choose {mend} share, or give more documents."
     )
-
-
-def _is_marked(path: Path, mark: str) -> bool:
-    return path.is_file() and path.read_text() == mark
 
 
 def _emptied(folder: Path) -> Path:
