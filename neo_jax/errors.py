@@ -85,6 +85,6 @@ def reason(error: BaseException) -> str:
     """Returns in one line why something failed: what the system says, or else the exception."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, FileNotFoundError):  # a cloud's says the address that it asked
+    if isinstance(error, FileNotFoundError):  # a cloud's says the address that it requested
         return "No such file, folder or bucket"
     return " ".join(str(error).split()) or type(error).__name__

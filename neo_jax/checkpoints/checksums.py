@@ -1,4 +1,4 @@
-"""Checksums of arrays, wherever they lie: what tells weights from others, and from damaged ones."""
+"""Checksums of arrays, wherever they are: they tell weights from others, and from damaged ones."""
 
 import functools
 from typing import Any

@@ -22,7 +22,7 @@ PUBLISHED = {
 """Short names of models, and theirs on the hub."""
 
 BUNDLED = "bundled"
-"""The name of the model that comes with the package, where one is asked for."""
+"""The name of the model that comes with the package, where one is requested."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = (
@@ -129,11 +129,11 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            mend = "HF_HUB_OFFLINE is set: unset it to download, or name a folder"
+            fix = "HF_HUB_OFFLINE is set: unset it to download, or name a folder"
         else:
-            mend = "the hub does not answer: check the connection, or name a folder"
+            fix = "the hub does not answer: check the connection, or name a folder"
         raise NeoError(
-            f"'{name}' is no folder, no whole copy of it is in the hub's cache, and {mend}."
+            f"'{name}' is no folder, no whole copy of it is in the hub's cache, and {fix}."
         ) from error
     except (OSError, errors.HTTPError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -102,7 +102,7 @@ def load_params(
 
     Raises:
       NeoError: files are missing or damaged, or hold other tensors than `config` describes, or
-        numbers that are not finite; the message names the file, the tensor and the mend.
+        numbers that are not finite; the message names the file, the tensor and the fix.
     """
     cast_to = None if dtype is None else float_dtype(dtype)
     placement = {} if shardings is None else flatten_dict(shardings)

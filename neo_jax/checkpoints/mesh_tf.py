@@ -25,7 +25,7 @@ def model_config(fields: dict[str, Any], source: str) -> ModelConfig:
 
 
 def model_fields(fields: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Returns the fields of a `ModelConfig`; what has no counterpart is told in `notes`.
+    """Returns the fields of a `ModelConfig`; what has no counterpart is reported in `notes`.
 
     Raises:
       NeoError: it is another model.

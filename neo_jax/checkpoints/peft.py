@@ -28,7 +28,7 @@ from neo_jax.transforms.lora import LoraConfig, add_adapters, merge
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# Fields that do not change what an adapter computes, or that the tensors tell again.
+# Fields that do not change what an adapter computes, or that the tensors say again.
 _NEUTRAL = frozenset(
     """
     peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r
@@ -54,7 +54,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapters of a model so that this package and PEFT read them.
 
-    Where `params` lie on several processes, all of them call this, and the first writes.
+    Where `params` are on several processes, all of them call this, and the first writes.
 
     Args:
       folder: made where it does not exist.
@@ -237,7 +237,7 @@ def _sizes(row: Tensor) -> tuple[int, int]:
 def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndarray]:
     """Returns PEFT's tensors of a kernel whose parts may have adapters of their own.
 
-    These stand beside each other, [A_q; A_v] and [B_q 0; 0 0; 0 B_v]: their ranks add up.
+    These are joined: [A_q; A_v] and [B_q 0; 0 0; 0 B_v]: their ranks add up.
     """
     inputs, outputs = _sizes(parts[0][0])
     a = np.zeros((rank, inputs), np.float32)

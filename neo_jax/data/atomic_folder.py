@@ -96,12 +96,12 @@ def _check_new(target: Path) -> None:
     """
     if not target.exists():
         return
-    mend = "choose another output, or remove it first."
+    fix = "choose another output, or remove it first."
     if not target.is_dir():
-        raise NeoError(f"{target} is a file; {mend}")
+        raise NeoError(f"{target} is a file; {fix}")
     inside = {path.name for path in target.iterdir()}
     if DATASET_FILE in inside:
-        raise NeoError(f"{target} holds a data set already; {mend}")
+        raise NeoError(f"{target} holds a data set already; {fix}")
     other = sorted(inside - {TRAIN, HELD_OUT, *TOKENIZER_FILES} if is_remote(target) else inside)
     if other:
-        raise NeoError(f"{target} holds '{other[0]}' already; {mend}")
+        raise NeoError(f"{target} holds '{other[0]}' already; {fix}")

@@ -90,7 +90,7 @@ def evaluation_batches(
 
     The tokens at the end of a stream that fill no sequence come as a last, padded one, so the
     losses add up to that of the whole split. The last batch is filled with padding: zeros of weight
-    0. There are as many batches whichever `rows` of the global batch are asked for.
+    0. There are as many batches whichever `rows` of the global batch are requested.
     """
     rows = range(batch_size) if rows is None else rows
     padding = {name: np.zeros_like(array) for name, array in dataset.sequence(0).items()}

@@ -137,7 +137,7 @@ _KINDS = {
 
 
 def _loop(path: Path) -> Path | None:
-    """Returns the first link on a path that leads to a folder in which it lies, as ** follows."""
+    """Returns the first link on a path that leads to a folder that holds it, as ** follows."""
     downwards = () if is_remote(path) else reversed([path, *path.parents])
     links = (each for each in downwards if each.is_symlink())
     return next((x for x in links if x.parent.resolve().is_relative_to(x.resolve())), None)

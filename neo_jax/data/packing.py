@@ -105,9 +105,9 @@ class TokenDataset:
         )
         name, pairs = f"split '{split}' of {folder}", fields.get("pairs", False)
         if num_tokens < (2 if pairs else length + 1):
-            mend = f"choose a length below {num_tokens}, or " if num_tokens > 1 else ""
+            fix = f"choose a length below {num_tokens}, or " if num_tokens > 1 else ""
             raise NeoError(
-                f"{name} has {num_tokens} tokens, too few for a sequence of {length}; {mend}"
+                f"{name} has {num_tokens} tokens, too few for a sequence of {length}; {fix}"
                 "prepare more text."
             )
         dataset = cls(
@@ -220,7 +220,7 @@ class PairDataset(TokenDataset):
 def _pairs(
     dataset: TokenDataset, offsets: np.ndarray, prompts: np.ndarray, name: str
 ) -> PairDataset:
-    """Returns a data set of pairs, and tells how many are left out."""
+    """Returns a data set of pairs, and reports how many are left out."""
     lengths = np.diff(offsets)
     bounds = _whole_documents(offsets, dataset.length + 1)
     if not bounds:

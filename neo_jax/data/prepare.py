@@ -55,7 +55,7 @@ def prepare(
     or a record, which is read whole, and for tokenizers whose texts cannot be cut to the same ids
     (SentencePiece), which is reported.
 
-    What was interrupted, even by SIGKILL, goes on where it was when the same is asked for again:
+    What was interrupted, even by SIGKILL, goes on where it was when the same is requested again:
     same output, tokenizer and options, and inputs that have not changed as far as they were read.
     The ids of TFRecords are taken as they are, and need the tokenizer that made them.
 
@@ -76,7 +76,7 @@ def prepare(
       The content of dataset.json: "version", "dtype", "vocab_size", "eos_id", "pairs" (whether
       documents are pairs), and "splits", which gives for "train" and, if documents are held out,
       "held_out": "documents", "bytes" (of the text in UTF-8), "tokens" (ends of text included),
-      "tokens_per_byte", and "lengths", of which `statistics.length_statistics` tells.
+      "tokens_per_byte", and "lengths", see `statistics.length_statistics`.
 
     Raises:
       NeoError: no tokenizer or two, one that takes no new tokens, a tokenizer without an end of
@@ -184,10 +184,10 @@ def _check_splits(folder: Path, extents: dict[str, Extent], held_out: float) -> 
     total = sum(extent.documents for extent in extents.values())
     if not total:
         raise NeoError("the input holds no text; are the files empty?")
-    name, mend = (TRAIN, "a smaller") if not extents[TRAIN].documents else (HELD_OUT, "a larger")
+    name, fix = (TRAIN, "a smaller") if not extents[TRAIN].documents else (HELD_OUT, "a larger")
     raise NeoError(
         f"with held_out {held_out} none of the {total} documents is left for the split '{name}'; "
-        f"choose {mend} share, or give more documents."
+        f"choose {fix} share, or give more documents."
     )
 
 

@@ -49,7 +49,7 @@ def tokenize(
       end: the end of text.
       held_out: the share of documents to hold out.
       pairs: whether the documents are pairs.
-      settings: what decides the result beside the inputs; others than last time start over.
+      settings: what decides the result in addition to the inputs; others than last time start over.
       progress: show what happens on stderr; None shows a bar where that is a terminal.
 
     Raises:

@@ -25,7 +25,7 @@ def locked(output: Path, inside: bool = False) -> Iterator[None]:
     Args:
       output: a local path, or one on gs://.
       inside: it is a folder, which is made where it does not exist (and removed if it stays
-        empty), and its lock lies in it; otherwise the lock lies next to it, as .NAME.lock.
+        empty), and its lock is in it; otherwise the lock is next to it, as .NAME.lock.
 
     Raises:
       NeoError: another process holds it, or it cannot be written.

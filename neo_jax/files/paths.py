@@ -24,7 +24,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a path lies in the cloud."""
+    """Returns whether a path is in the cloud."""
     return os.fspath(path).startswith("gs://")
 
 

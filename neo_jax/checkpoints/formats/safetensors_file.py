@@ -24,7 +24,7 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
     """Opens a safetensors file and returns its tensors by name.
 
     The safetensors library judges a file on disk; the header is then read once more, since the
-    library gives copies of tensors but not where they lie.
+    library gives copies of tensors but not where they are.
 
     Raises:
       NeoError: it is missing or damaged.

@@ -37,7 +37,7 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
     torch before 1.6, which is no archive.
 
     Raises:
-      NeoError: torch is not installed, or the file is damaged, lies in the cloud, holds more than
+      NeoError: torch is not installed, or the file is damaged, is in the cloud, holds more than
         tensors, or would take far more memory than its size.
     """
     del files  # torch closes what it maps with the last tensor
