@@ -1,6 +1,5 @@
 """The errors a user can cause. The command line prints them as one line, without a traceback."""
 
-import dataclasses
 import difflib
 import operator
 import reprlib
@@ -51,19 +50,6 @@ def checked(name: str, value: Any, kind: type) -> Any:
     except (TypeError, AttributeError, OverflowError):
         pass
     raise NeoError(f"{name} must be {words}, not {brief(value)}.")
-
-
-def check_numbers(options: Any) -> None:
-    """Makes the fields of a dataclass whose defaults are numbers numbers of the same kinds.
-
-    Raises:
-      NeoError: one is something else; the message names it.
-    """
-    for field in dataclasses.fields(options):
-        kind = type(field.default)
-        if kind in _KINDS:
-            value = checked(field.name, getattr(options, field.name), kind)
-            object.__setattr__(options, field.name, value)  # it may be frozen
 
 
 def brief(value: object) -> str:
