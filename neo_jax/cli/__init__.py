@@ -104,5 +104,5 @@ def _usage() -> str:
     return (
         "usage: neo-jax VERB [OPTIONS]\n\n"
         f"{verbs}\n\n"
-        "neo-jax VERB --help tells the options of a verb; neo-jax --version the version."
+        "neo-jax VERB --help lists the options of a verb; neo-jax --version prints the version."
     )

@@ -15,7 +15,7 @@ from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
 
 if TYPE_CHECKING:
-    from neo_jax.tools.benchmark.run import Request
+    from neo_jax.tools.benchmark.run import Setup
     from neo_jax.tools.benchmark.timed_steps import Measurement
 
 _LENGTH = 256  # of short texts
@@ -51,9 +51,9 @@ def main(args: Sequence[str]) -> None:
     from neo_jax.tools.benchmark import report, roofline
     from neo_jax.tools.benchmark.run import bench
 
-    request = _request(options)
+    setup = _setup(options)
     print("measuring the devices", file=sys.stderr, flush=True)
-    result = bench(request, _tell)
+    result = bench(setup, _report)
     if options.json:
         print_json(report.describe(result))
     else:
@@ -62,13 +62,13 @@ def main(args: Sequence[str]) -> None:
         write_picture(options.picture, roofline.draw(result))
 
 
-def _request(options: Options) -> "Request":
+def _setup(options: Options) -> "Setup":
     from neo_jax.checkpoints.load import compute_dtype
     from neo_jax.devices.compilation_cache import enable_compilation_cache
     from neo_jax.devices.memory import check_batch
     from neo_jax.model.transformer import Neo
     from neo_jax.sharding.rules import make_sharding
-    from neo_jax.tools.benchmark.run import Request, random_params
+    from neo_jax.tools.benchmark.run import Setup, random_params
     from neo_jax.tools.benchmark.timed_steps import MIN_LENGTH
 
     chosen = options.model
@@ -84,7 +84,7 @@ def _request(options: Options) -> "Request":
     enable_compilation_cache()
     sharding = make_sharding(chosen.mesh, chosen.rules, default="decode")
     model = Neo(config, compute_dtype(chosen.dtype), chosen.kernel, sharding)
-    return Request(
+    return Setup(
         f"{chosen.model}, random weights" if drawn else chosen.model or "the bundled model",
         model,
         functools.partial(random_params, model) if drawn else lambda: chosen.load().params,
@@ -107,6 +107,6 @@ def _config(chosen: ModelOptions) -> tuple[ModelConfig, bool]:
     return open_model.read_config(peft.base_folder(folder)), False
 
 
-def _tell(step: "Measurement") -> None:
+def _report(step: "Measurement") -> None:
     what = step.note or f"{step.tokens_per_second:,.1f} tokens/s"
     print(f"{step.kind} {step.batch} x {step.length}: {what}", file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> None:
     else:
         folder = hub.resolve(name or None, revision=options.revision or None)
         if is_adapter(folder):
-            _tell_adapter(folder, options)
+            _print_adapter(folder, options)
             return
         config, is_int8 = _of_a_run(folder) or open_model.open_model(folder)
     fields = _describe(config, folder, name, is_int8)
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
     print(*placement, sep="\n", end="\n" if placement else "")
 
 
-def _tell_adapter(folder: Path, options: Options) -> None:
+def _print_adapter(folder: Path, options: Options) -> None:
     fields = describe_adapter(folder)
     if options.mesh or options.rules:
         raise UsageError(

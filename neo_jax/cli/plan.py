@@ -27,7 +27,7 @@ _COMPILED = 3  # meshes of a search
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """For which devices, and how to tell."""
+    """For which devices, and how to report."""
 
     topology: str = "v5e:4x4"  # a TPU and its shape in chips, as in 2*v5e:16x16 (slices), or cpu:8
     search: bool = False  # rank every mesh that divides, and compile the best three
@@ -101,7 +101,7 @@ def _start_jax(topology: str) -> None:
     """Lets JAX start with as many CPU devices as are requested, and without what else is here."""
     import jax
 
-    with contextlib.suppress(RuntimeError):  # it has started: `find_topology` tells
+    with contextlib.suppress(RuntimeError):  # it has started: `find_topology` says so
         jax.config.update("jax_platforms", "cpu")
         wanted = re.fullmatch(r"cpu:(\d+)", topology)
         if wanted:

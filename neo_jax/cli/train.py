@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> None:
                 "usage: neo-jax train CONFIG [OPTIONS]\n\n"
                 f"CONFIG is a .py file that defines `config`, or one of: {', '.join(_names())}\n"
                 "A .py file is a program that runs: take it from people you trust.\n"
-                "neo-jax train CONFIG --help tells every field and its value."
+                "neo-jax train CONFIG --help lists every field and its value."
             )
             return
         raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")

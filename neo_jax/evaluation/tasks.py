@@ -133,10 +133,8 @@ def run(
 
 def table(results: dict[str, Any]) -> str:
     """Returns results as the harness prints them."""
-    parts = [make_table(results)]
-    if results.get("groups"):
-        parts.append(make_table(results, "groups"))
-    return "\n".join(parts)
+    groups = [make_table(results, "groups")] if results.get("groups") else []
+    return "\n".join([make_table(results), *groups])
 
 
 def _why(error: Exception) -> str:

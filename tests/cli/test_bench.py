@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from neo_jax.cli.bench import Options, _request
+from neo_jax.cli.bench import Options, _setup
 from neo_jax.cli.options import ModelOptions
 from neo_jax.tools.benchmark import limits
 
@@ -45,11 +45,11 @@ def test_json_on_a_mesh(succeed, checkpoints):
 
 
 def test_presets_are_drawn():
-    request = _request(Options(model=ModelOptions(model="gpt-neo-125m"), quick=True))
-    assert request.name == "gpt-neo-125m, random weights"
-    assert request.lengths == (256,)
-    assert request.seconds == 60
-    assert _request(Options(model=ModelOptions("gpt-neo-1.3b"))).lengths == (256, 2048)
+    setup = _setup(Options(model=ModelOptions(model="gpt-neo-125m"), quick=True))
+    assert setup.name == "gpt-neo-125m, random weights"
+    assert setup.lengths == (256,)
+    assert setup.seconds == 60
+    assert _setup(Options(model=ModelOptions("gpt-neo-1.3b"))).lengths == (256, 2048)
 
 
 def test_errors_are_one_line(fail, checkpoints, tmp_path):

@@ -14,12 +14,12 @@ _WIDTHS = (-8, 5, 7, 11, 12, 14, 9, 11, 9, 8)
 
 def describe(result: Result) -> dict[str, Any]:
     """Returns fields for JSON; figures are of all devices together, None is unknown."""
-    request, limits, chip = result.request, result.limits, result.published
-    model, sharding, number = request.model, request.model.sharding, len(request.devices)
+    setup, limits, chip = result.setup, result.limits, result.published
+    model, sharding, number = setup.model, setup.model.sharding, len(setup.devices)
     return {
-        "model": request.name,
+        "model": setup.name,
         "parameters": model.config.num_params,
-        "device_kind": request.devices[0].device_kind,
+        "device_kind": setup.devices[0].device_kind,
         "devices": number,
         "mesh": dict(sharding.mesh.shape) if sharding else {},
         "dtype": jnp.dtype(model.dtype).name,
@@ -63,11 +63,11 @@ def _known(value: float) -> float | None:
 
 def lines(result: Result) -> Iterator[str]:
     """Yields a table, line by line."""
-    request, limits = result.request, result.limits
-    model, sharding, number = request.model, request.model.sharding, len(request.devices)
-    yield f"model      {request.name}, {model.config.num_params:,} parameters"
+    setup, limits = result.setup, result.limits
+    model, sharding, number = setup.model, setup.model.sharding, len(setup.devices)
+    yield f"model      {setup.name}, {model.config.num_params:,} parameters"
     mesh = sharding.mesh.shape if sharding else {}
-    devices = [f"{number} x {request.devices[0].device_kind}"]
+    devices = [f"{number} x {setup.devices[0].device_kind}"]
     yield "devices    " + ", ".join(devices + [f"{name}={size}" for name, size in mesh.items()])
     yield f"dtype      {jnp.dtype(model.dtype).name}"
     rates = ", ".join(f"{rate_text(v, 'FLOP/s')} in {k}" for k, v in limits.products.items())

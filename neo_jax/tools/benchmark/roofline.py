@@ -36,10 +36,10 @@ def draw(result: Result) -> bytes:
             axes.scatter(across, up, s=55, label=kind, edgecolor="white", **style)
     figure.draw_without_rendering()
     _draw_labels(axes, [(s.intensity, s.flops_per_second, s) for s in steps])
-    request = result.request
-    where = f"{len(request.devices)} x {request.devices[0].device_kind}"
-    dtype = jnp.dtype(request.model.dtype).name
-    axes.set_title(f"{request.name}, {dtype}, {where}", loc="left", fontsize=12, color=_INK)
+    setup = result.setup
+    where = f"{len(setup.devices)} x {setup.devices[0].device_kind}"
+    dtype = jnp.dtype(setup.model.dtype).name
+    axes.set_title(f"{setup.name}, {dtype}, {where}", loc="left", fontsize=12, color=_INK)
     axes.set(xlabel="FLOPs for each byte that must move", ylabel="FLOP/s")
     axes.grid(which="major", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -52,7 +52,7 @@ def draw(result: Result) -> bytes:
 
 def _draw_roofs(axes: Any, result: Result, left: float, right: float) -> None:
     bandwidth = result.limits.bandwidth
-    own = jnp.dtype(result.request.model.dtype).name
+    own = jnp.dtype(result.setup.model.dtype).name
     for dtype, rate in result.limits.products.items():
         color, width = (_INK, 2.0) if dtype == own else (_FAINT, 1.2)
         ridge = rate / bandwidth

@@ -22,7 +22,7 @@ from neo_jax.tools.benchmark.timed_steps import Budget, Kind, Measurement
 from neo_jax.training.config import TrainConfig
 
 
-class Request(NamedTuple):
+class Setup(NamedTuple):
     """What to measure."""
 
     name: str  # of the model, as it is reported
@@ -45,19 +45,19 @@ class Request(NamedTuple):
 class Result(NamedTuple):
     """What was measured."""
 
-    request: Request
+    setup: Setup
     limits: Limits
     measurements: list[Measurement]
 
     @property
     def published(self) -> Chip:
         """What is published of each device."""
-        return chip(self.request.devices[0].device_kind)
+        return chip(self.setup.devices[0].device_kind)
 
     @property
     def rate(self) -> float:
         """The measured rate of products in the model's dtype, FLOP/s."""
-        return self.limits.products[jnp.dtype(self.request.model.dtype).name]
+        return self.limits.products[jnp.dtype(self.setup.model.dtype).name]
 
     def share_of_products(self, step: Measurement) -> float:
         """Returns a step's rate of products as a share of that measured."""
@@ -72,51 +72,51 @@ class Result(NamedTuple):
 
         Chowdhery et al., "PaLM", 2022, appendix B.
         """
-        peak = self.published.peak_flops * len(self.request.devices)
+        peak = self.published.peak_flops * len(self.setup.devices)
         return step.flops_per_second / peak
 
 
-def bench(request: Request, tell: Callable[[Measurement], None]) -> Result:
-    """Measures devices, and a model on them; `tell` gets each figure as it is there."""
-    result = Result(request, measure_limits(request.devices), [])
-    budget = Budget(time.perf_counter() + request.seconds, result.rate)
-    for measurement in itertools.chain(_decoding(request, budget), _training(request, budget)):
-        tell(measurement)
+def bench(setup: Setup, report: Callable[[Measurement], None]) -> Result:
+    """Measures devices, and a model on them; `report` gets each figure as it is there."""
+    result = Result(setup, measure_limits(setup.devices), [])
+    budget = Budget(time.perf_counter() + setup.seconds, result.rate)
+    for measurement in itertools.chain(_decoding(setup, budget), _training(setup, budget)):
+        report(measurement)
         result.measurements.append(measurement)
     return result
 
 
-def _decoding(request: Request, budget: Budget) -> Iterator[Measurement]:
-    makers: dict[Kind, Callable[..., timed_steps.Work]]
-    makers = {"prefill": timed_steps.prefill_work, "decode": timed_steps.decode_work}
-    params = request.load_params() if {*makers} & {*request.kinds} else {}
+def _decoding(setup: Setup, budget: Budget) -> Iterator[Measurement]:
+    makers: dict[Kind, Callable[..., timed_steps.PreparedStep]]
+    makers = {"prefill": timed_steps.prepare_prefill, "decode": timed_steps.prepare_decode}
+    params = setup.load_params() if {*makers} & {*setup.kinds} else {}
     # Without an end of text no row ends before its time.
-    config = dataclasses.replace(request.model.config, eos_token_id=-1)
-    model = request.model.clone(config=config)
+    config = dataclasses.replace(setup.model.config, eos_token_id=-1)
+    model = setup.model.clone(config=config)
     for kind, make in makers.items():
-        for length, batch in _sizes(request, model.sharding, kind):
+        for length, batch in _sizes(setup, model.sharding, kind):
             prepare = functools.partial(make, model, params, batch, length, budget)
             yield timed_steps.measure(kind, batch, length, prepare, budget)
 
 
-def _training(request: Request, budget: Budget) -> Iterator[Measurement]:
+def _training(setup: Setup, budget: Budget) -> Iterator[Measurement]:
     """Yields figures of the step that `train` runs by default, with AdamW; it draws its weights."""
-    model = request.model.clone(sharding=request.train_sharding)
+    model = setup.model.clone(sharding=setup.train_sharding)
     dtype = jnp.dtype(model.dtype).name
-    for length, batch in _sizes(request, model.sharding, "train"):
+    for length, batch in _sizes(setup, model.sharding, "train"):
         config = TrainConfig(
-            "", "", 1000, batch, model=model.config, length=length, dtype=dtype, remat=request.remat
+            "", "", 1000, batch, model=model.config, length=length, dtype=dtype, remat=setup.remat
         )
-        prepare = functools.partial(timed_steps.train_work, model, config, budget)
+        prepare = functools.partial(timed_steps.prepare_train, model, config, budget)
         yield timed_steps.measure("train", batch, length, prepare, budget)
 
 
-def _sizes(request: Request, sharding: Sharding | None, kind: Kind) -> list[tuple[int, int]]:
+def _sizes(setup: Setup, sharding: Sharding | None, kind: Kind) -> list[tuple[int, int]]:
     """Returns the lengths and batches of a kind of step, the smallest first."""
-    if kind not in request.kinds:
+    if kind not in setup.kinds:
         return []
-    batches = {padded_rows(sharding, batch) for batch in request.batches}
-    return list(itertools.product(sorted(set(request.lengths)), sorted(batches)))
+    batches = {padded_rows(sharding, batch) for batch in setup.batches}
+    return list(itertools.product(sorted(set(setup.lengths)), sorted(batches)))
 
 
 def random_params(model: Neo) -> Params:

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,13 +18,12 @@ from neo_jax.devices.memory import device_memory, tree_bytes
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.tools.plan.flops import traced_flops
+from neo_jax.tools.plan.steps import Kind
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run
 from neo_jax.training.step import abstract_inputs, abstract_state, init_state, make_step
-
-Kind = Literal["prefill", "decode", "train"]
 
 MIN_LENGTH = 16
 """Tokens of the shortest texts: decoding appends half of them, some at a time."""
@@ -42,7 +41,7 @@ class Measurement:
     batch: int  # sequences
     length: int  # tokens of each; of decoding, for how many the cache has room
     flops: float = math.nan  # of the step's products as traced, without what is computed again
-    traffic: float = math.nan  # bytes that must move at least, see `Work`
+    traffic: float = math.nan  # bytes that must move at least, see `PreparedStep`
     seconds: float = math.nan  # of a step, the median of repeats
     repeats: int = 0
     note: str = ""  # why it did not run
@@ -73,7 +72,7 @@ class Measurement:
         return self.flops / self.traffic
 
 
-class Work(NamedTuple):
+class PreparedStep(NamedTuple):
     """A step that has been compiled and has run once.
 
     Its traffic is what no implementation can do without: reading every weight and every slot of the
@@ -107,14 +106,14 @@ class Budget:
 
 
 def measure(
-    kind: Kind, batch: int, length: int, make: Callable[[], Work], budget: Budget
+    kind: Kind, batch: int, length: int, make: Callable[[], PreparedStep], budget: Budget
 ) -> Measurement:
     """Times a step that `make` prepares; why one cannot run is noted."""
     try:
-        work = make()
+        prepared = make()
         times: list[float] = []
         while not times or (len(times) < _REPEATS and time.perf_counter() < budget.deadline):
-            times.append(work.seconds())
+            times.append(prepared.seconds())
     except CannotRunError as error:
         return Measurement(kind, batch, length, note=str(error))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -122,11 +121,13 @@ def measure(
             raise
         return Measurement(kind, batch, length, note="out of memory")
     return Measurement(
-        kind, batch, length, work.flops, work.traffic, statistics.median(times), len(times)
+        kind, batch, length, prepared.flops, prepared.traffic, statistics.median(times), len(times)
     )
 
 
-def prefill_work(model: Neo, params: Params, batch: int, length: int, budget: Budget) -> Work:
+def prepare_prefill(
+    model: Neo, params: Params, batch: int, length: int, budget: Budget
+) -> PreparedStep:
     """Prepares reading `batch` prompts of `length` tokens, with room for no more.
 
     Raises:
@@ -136,13 +137,16 @@ def prefill_work(model: Neo, params: Params, batch: int, length: int, budget: Bu
     flops = _compile(model, engine.prefill.trace(model, length, *arguments), budget, 2)
     prefill = functools.partial(engine.prefill, model, length, *arguments)
     traffic = _traffic(model, _without(params, "wte", "wpe"), prefill().cache)
-    return Work(flops, traffic, lambda: _seconds(prefill))
+    return PreparedStep(flops, traffic, lambda: _seconds(prefill))
 
 
-def decode_work(model: Neo, params: Params, batch: int, length: int, budget: Budget) -> Work:
-    """Prepares appending tokens to `batch` texts, the second half of `length`; as `prefill_work`.
+def prepare_decode(
+    model: Neo, params: Params, batch: int, length: int, budget: Budget
+) -> PreparedStep:
+    """Prepares appending tokens to `batch` texts, the second half of `length`.
 
-    The model's vocabulary must hold no end of text, so that nothing stops early.
+    The model's vocabulary must hold no end of text, so that nothing stops early. Raises as
+    `prepare_prefill`.
     """
     arguments = _prompts(model, params, batch, length, length // 2)
     _compile(model, engine.prefill.trace(model, length, *arguments), budget, 1)
@@ -159,11 +163,11 @@ def decode_work(model: Neo, params: Params, batch: int, length: int, budget: Bud
     _seconds(append, 1)
     once = _seconds(append, 1)
     steps = max(1, min(int(_LONG_ENOUGH / once), (length - length // 2 - 2) // _REPEATS))
-    return Work(flops, traffic, lambda: _seconds(append, steps) / steps)
+    return PreparedStep(flops, traffic, lambda: _seconds(append, steps) / steps)
 
 
-def train_work(model: Neo, config: TrainConfig, budget: Budget) -> Work:
-    """Prepares the training step of a config, on weights that are drawn; as `prefill_work`."""
+def prepare_train(model: Neo, config: TrainConfig, budget: Budget) -> PreparedStep:
+    """Prepares the training step of a config, on weights that are drawn; as `prepare_prefill`."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_step(model, optimizer, config)
     try:
@@ -188,7 +192,7 @@ def train_work(model: Neo, config: TrainConfig, budget: Budget) -> Work:
         return state, metrics
 
     advance()
-    return Work(flops, traffic, lambda: _seconds(advance))
+    return PreparedStep(flops, traffic, lambda: _seconds(advance))
 
 
 def _prompts(model: Neo, params: Params, batch: int, length: int, prompt: int) -> tuple[Any, ...]:

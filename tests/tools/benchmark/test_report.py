@@ -13,7 +13,7 @@ from PIL import Image
 from neo_jax.devices.chips import Chip
 from neo_jax.tools.benchmark import report, roofline
 from neo_jax.tools.benchmark.limits import Limits
-from neo_jax.tools.benchmark.run import Request, Result
+from neo_jax.tools.benchmark.run import Result, Setup
 from neo_jax.tools.benchmark.timed_steps import Measurement
 
 STEPS = [
@@ -26,9 +26,9 @@ STEPS = [
 @pytest.fixture
 def result(tiny):
     model, _ = tiny
-    request = Request("tiny", model, dict, None, (), (), (), "none", 1.0)
+    setup = Setup("tiny", model, dict, None, (), (), (), "none", 1.0)
     limits = Limits({"float32": 1e11, "bfloat16": 3e11}, {}, 2e10, "sums of 3 x 4")
-    return Result(request, limits, STEPS)
+    return Result(setup, limits, STEPS)
 
 
 def test_the_table(result):
@@ -93,4 +93,4 @@ def test_labels_do_not_cover_each_other(result):
 def test_nothing_that_ran_is_drawn_too(result):
     assert roofline.draw(result._replace(measurements=STEPS[2:])).startswith(b"\x89PNG")
     assert math.isnan(STEPS[2].intensity)
-    assert jax.devices()[0] in result.request.devices
+    assert jax.devices()[0] in result.setup.devices

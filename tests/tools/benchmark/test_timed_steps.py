@@ -12,8 +12,14 @@ from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.benchmark import run, timed_steps
 from neo_jax.tools.benchmark.limits import Limits
-from neo_jax.tools.benchmark.run import Request, bench, random_params
-from neo_jax.tools.benchmark.timed_steps import Budget, CannotRunError, Measurement, Work, measure
+from neo_jax.tools.benchmark.run import Setup, bench, random_params
+from neo_jax.tools.benchmark.timed_steps import (
+    Budget,
+    CannotRunError,
+    Measurement,
+    PreparedStep,
+    measure,
+)
 
 BATCH, LENGTH = 2, 32
 LIMITS = Limits({"float32": 1e11, "bfloat16": 2e11}, {}, 1e10, "")
@@ -39,12 +45,12 @@ def figures(small):
         model = small.clone(sharding=sharding)
         load = functools.partial(random_params, model)
         sizes = (batches, (LENGTH,))
-        request = Request("small", model, load, None, kinds, *sizes, "none", 600)
+        setup = Setup("small", model, load, None, kinds, *sizes, "none", 600)
         told = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "measure_limits", lambda devices: LIMITS)
             patch.setattr(timed_steps, "_LONG_ENOUGH", 1e-6)
-            result = bench(request, told.append)
+            result = bench(setup, told.append)
         assert told == result.measurements
         return {step.kind: step for step in result.measurements}
 
@@ -100,7 +106,7 @@ def test_what_would_take_too_long_is_left_out(tiny):
     model, params = tiny
     over = Budget(time.perf_counter() - 1, 1e11)
     step = measure(
-        "prefill", 1, 16, lambda: timed_steps.prefill_work(model, params, 1, 16, over), over
+        "prefill", 1, 16, lambda: timed_steps.prepare_prefill(model, params, 1, 16, over), over
     )
     assert "0 s are left of --seconds" in step.note
     assert math.isnan(step.tokens_per_second)
@@ -109,7 +115,7 @@ def test_what_would_take_too_long_is_left_out(tiny):
 
 def test_time_that_is_over_ends_repeats():
     over = Budget(time.perf_counter() - 1, 1e11)
-    step = measure("decode", 2, 16, lambda: Work(1.0, 1.0, lambda: 0.5), over)
+    step = measure("decode", 2, 16, lambda: PreparedStep(1.0, 1.0, lambda: 0.5), over)
     assert step == Measurement("decode", 2, 16, 1.0, 1.0, 0.5, 1)
     assert step.tokens_per_second == 4
 
@@ -127,6 +133,6 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(budget):
 def test_a_program_larger_than_the_memory_is_not_run(tiny, budget, monkeypatch):
     model, params = tiny
     monkeypatch.setattr(timed_steps, "device_memory", lambda devices: 1e3)
-    for work in (timed_steps.prefill_work, timed_steps.decode_work):
+    for work in (timed_steps.prepare_prefill, timed_steps.prepare_decode):
         with pytest.raises(CannotRunError, match=r"out of memory: .* GB of 0.0 GB a device"):
             work(model, params, 1, 16, budget)
