@@ -15,8 +15,8 @@ from neo_jax.sharding.rules import make_sharding
 def test_rows_and_their_gradients(mesh, rules, cut, rng):
     sharding = make_sharding(mesh, rules)
     layout = FsdpLayout.of(sharding, ("vocab", "embed"))
-    table = rng.standard_normal((24, 16), np.float32)
-    ids = rng.integers(-2, 27, (8, 4), np.int32)  # some outside of the table
+    table = jnp.asarray(rng.standard_normal((24, 16), np.float32))
+    ids = jnp.asarray(rng.integers(-2, 27, (8, 4), np.int32))  # some outside of the table
 
     def value(table, ids, layout):
         return jnp.sum(jnp.sin(embedding_lookup(layout, table, ids)))
@@ -42,6 +42,6 @@ def test_few_tokens_are_not_split(rng):
     layout = FsdpLayout.of(
         make_sharding("fsdp=4,context=2", "embed:fsdp,length:context"), ["vocab", "embed"]
     )
-    table = rng.standard_normal((24, 16), np.float32)
-    ids = rng.integers(0, 24, (8, 1), np.int32)
+    table = jnp.asarray(rng.standard_normal((24, 16), np.float32))
+    ids = jnp.asarray(rng.integers(0, 24, (8, 1), np.int32))
     np.testing.assert_array_equal(embedding_lookup(layout, table, ids), table[ids])
