@@ -522,6 +522,20 @@ def test_weights_that_are_not_finite(tmp_path, dtype, number):
         leaves["h_1", "mlp", "c_fc", "kernel"].read()
 
 
+def test_weights_that_are_not_finite_on_one_device_of_a_mesh(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    arrays["transformer.h.1.mlp.c_fc.weight"][-1, -1] = np.nan
+    mesh = Mesh(np.asarray(jax.devices()), ("model",))
+    rules = {"mlp": "model"}
+    shardings = {
+        row.path: NamedSharding(mesh, PartitionSpec(*map(rules.get, row.axes)))
+        for row in tensors(CONFIG)
+    }
+    folder = write(tmp_path / "model", arrays)
+    with pytest.raises(NeoError, match=r"c_fc\.weight holds NaN or infinite numbers, as float32"):
+        load_params(folder, CONFIG, shardings=unflatten_dict(shardings))
+
+
 def test_weights_that_a_narrow_dtype_cannot_hold(tmp_path):
     """float16 ends at 65504: a greater weight became infinite."""
     arrays = hf_tensors(CONFIG)
@@ -566,6 +580,20 @@ def test_an_output_head_of_its_own_counts(hf_model, tmp_path, form, own):
     with torch.no_grad():
         logits = theirs(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-3 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_output_head_next_to_a_bare_model(tmp_path, own):
+    """Its tensors are named without "transformer."."""
+    arrays = {n.removeprefix("transformer."): a for n, a in hf_tensors(CONFIG).items()}
+    table = arrays["wte.weight"]
+    arrays["lm_head.weight"] = table[::-1].copy() if own else table.copy()
+    folder = write(tmp_path / "model", arrays)
+    config = read_config(folder)
+    assert config.tied_head != own
+    params = load_params(folder, config)
+    head = params["lm_head" if own else "wte"]["embedding"][: CONFIG.vocab_size]
+    np.testing.assert_array_equal(np.asarray(head), arrays["lm_head.weight"])
 
 
 def test_one_parameter_under_two_names(tmp_path):

@@ -1,5 +1,6 @@
 """decode/beam.py: the beams of transformers, their order and their scores."""
 
+import dataclasses
 import itertools
 import math
 
@@ -170,6 +171,26 @@ def test_penalties_act_on_beams_as_in_transformers(params, reference):
     )
     assert_same(beams, *expected)
     assert beams != search(params, BeamOptions(4))
+
+
+def test_several_tokens_that_end_a_text(params, reference, found):
+    """More of the likeliest texts end than there are beams, and K others still go on."""
+    first = [one.ids[0] for beams in found[4, 1.0, False] for one in beams if one.ids]
+    ends = tuple(dict.fromkeys([0, *first]))[:5]  # of which 8 beams have enough candidates
+    assert len(ends) > 3
+    model = Neo(dataclasses.replace(CONFIG, eos_token_id=ends))
+    for options in (BeamOptions(4), BeamOptions(8, 2.0, "never")):
+        beams = search(params, options, model=model)
+        texts, scores = theirs(
+            reference,
+            num_return=3,
+            num_beams=options.num_beams,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
+            eos_token_id=list(ends),
+        )
+        texts = [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in texts]
+        assert_same(beams, texts, scores)
 
 
 def test_fewer_returned_are_the_first_and_lengths_share_a_program(params, found):

@@ -23,6 +23,7 @@ from neo_jax.errors import NeoError
 from neo_jax.evaluation import harness
 from neo_jax.evaluation import tasks as running
 from neo_jax.evaluation.harness import NeoLM
+from neo_jax.evaluation.response_cache import Answers
 
 pytestmark = pytest.mark.optimized
 
@@ -352,6 +353,24 @@ def test_damaged_answers_are_computed_again(lm, tmp_path, capsys):
         found = NeoLM(lm, cache=str(cache)).loglikelihood(requests, disable_tqdm=True)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("kind", "requests", "poison"),
+    [
+        ("loglikelihood", [Asked("the dog", " a")], [0.0, "yes"]),
+        ("loglikelihood_rolling", [Asked("the dog")], "nothing"),
+        ("generate_until", [Asked("the dog", {"max_gen_toks": 3})], [0.0, True]),
+    ],
+)
+def test_answers_of_another_kind(lm, tmp_path, monkeypatch, kind, requests, poison):
+    """As in a file that was made to deceive, with its checksums: they are computed again."""
+    cache, add = str(tmp_path / "answers"), Answers.add
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "add", lambda self, request, _: add(self, request, poison))
+        expected = getattr(NeoLM(lm, cache=cache), kind)(requests, disable_tqdm=True)
+    for _ in range(2):
+        assert getattr(NeoLM(lm, cache=cache), kind)(requests, disable_tqdm=True) == expected
 
 
 def test_a_task_that_fails(lm, tasks, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
 import neo_jax
 from neo_jax.checkpoints.open_model import read_config
@@ -197,6 +198,18 @@ def test_the_command_and_its_several_files(stored, tmp_path, capsys, checkpoints
     )
     assert main(["info", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "int8"
+
+
+@pytest.mark.parametrize("mesh", ["", "fsdp=8"])
+@pytest.mark.parametrize("name", ["h_1.mlp.c_fc.kernel_scale", "ln_f.bias"])
+def test_floats_of_it_that_are_not_finite(stored, tmp_path, name, mesh):
+    shutil.copytree(stored[0], tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    arrays = load_file(file)
+    arrays[name].flat[-1] = np.nan
+    save_file(arrays, file)
+    with pytest.raises(neo_jax.NeoError, match=f"{name} holds NaN or infinite numbers"):
+        neo_jax.load(tmp_path / "damaged", mesh=mesh)
 
 
 def test_what_wants_floats_refuses_it(stored, tmp_path):

@@ -46,6 +46,34 @@ def test_small_objects_do_not_fill_the_memory(tmp_path, monkeypatch, content):
     tracemalloc.stop()
 
 
+def test_an_array_holds_no_objects(tmp_path):
+    path = tmp_path / "flax_model.msgpack"
+    inner = b"\xdd" + MILLION + b"\x80" * 1_000_000
+    path.write_bytes(msgpack.packb({"a": msgpack.ExtType(1, inner)}))
+    tracemalloc.start()
+    assert "more objects than any model has" in refusal(path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("level", [b"\x91", b"\x81\xa1a", b"\xdd\0\0\0\1"])
+def test_objects_in_objects_do_not_fill_the_stack(tmp_path, level):
+    path = tmp_path / "flax_model.msgpack"
+    path.write_bytes(level * 100_000 + b"\x80")
+    assert "damaged or cut short (too deep)" in refusal(path)
+
+
+def test_every_byte_counts(tmp_path):
+    """What is cut short anywhere is refused, and so is what goes on."""
+    path = tmp_path / "flax_model.msgpack"
+    whole = msgpack.packb({"params": {"a": array([2], b"\0" * 8), "b": array([0], b"")}})
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert "damaged or cut short" in refusal(path)
+    path.write_bytes(whole + b"\x80")
+    assert "bytes follow its end" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
