@@ -6,6 +6,8 @@ those of transformers 5; a folder is refused where its files contradict each oth
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +57,19 @@ def library(words: str) -> Iterator[None]:
         raise NeoError(words.replace("{}", reason(error))) from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what the library prints to stderr: of a panic, before it can be caught."""
+    with tempfile.TemporaryFile() as printed:
+        stderr = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def build(folder: Path, file: Path | None) -> Built:
     """Returns the tokenizer of a folder.
 
@@ -69,10 +84,11 @@ def build(folder: Path, file: Path | None) -> Built:
     kind = _kind(folder, config)
     document = read_json(file) if file else {}
     if file:
-        with library(f"{file} is not a tokenizer.json ({{}}); is it whole?"):
+        with _quiet(), library(f"{file} is not a tokenizer.json ({{}}); is it whole?"):
             tokenizer = _from_json(document, kind, config)
     else:
-        with library(f"cannot read {folder / 'vocab.json'} and merges.txt ({{}}); are they whole?"):
+        files = f"{folder / 'vocab.json'} and merges.txt"
+        with _quiet(), library(f"cannot read {files} ({{}}); are they whole?"):
             tokenizer = _from_vocab_and_merges(folder, config)
     if not tokenizer.get_vocab_size():
         raise NeoError(f"{folder}: the tokenizer's vocabulary is empty; is it whole?")

@@ -1,5 +1,6 @@
 """text/byte_pair.py: the ids of transformers' AutoTokenizer, or a folder is refused."""
 
+import contextlib
 import itertools
 import json
 
@@ -214,6 +215,18 @@ def test_a_panic_of_the_library_is_an_error_of_one_line(tmp_path, bpe, part):
         use()
     assert "\n" not in str(error.value)
     assert type(error.value.__cause__).__name__ == "PanicException"
+
+
+def test_a_panic_while_loading_prints_nothing(tmp_path, bpe, capfd):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("a b\n")  # and no "ab"
+    with pytest.raises(NeoError, match=r"and merges\.txt \(.*\); are they whole\?$"):
+        load_tokenizer(tmp_path)
+    panic = json.loads(bpe) | {"normalizer": PANICS["normalizer"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(panic))
+    with contextlib.suppress(NeoError):
+        load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
