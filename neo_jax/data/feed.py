@@ -78,11 +78,6 @@ def _shuffled_batches(
     yield from places.map(element).batch(len(rows)).to_iter_dataset(options)
 
 
-def num_batches_per_epoch(dataset: TokenDataset, batch_size: int) -> int:
-    """Returns the number of global batches after which every sequence was seen at least once."""
-    return -(-len(dataset) // batch_size)
-
-
 def evaluation_batches(
     dataset: TokenDataset, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[HostBatch]:

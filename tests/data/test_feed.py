@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neo_jax.data.feed import batches, evaluation_batches, num_batches_per_epoch
+from neo_jax.data.feed import batches, evaluation_batches
 from neo_jax.data.mixture import Mixture, parse_data
 from neo_jax.data.packing import PairDataset, TokenDataset
 from neo_jax.errors import NeoError
@@ -180,7 +180,7 @@ def test_processes_share_the_batch(dataset, shares, step):
 @given(datasets, shares())
 def test_processes_read_every_sequence_of_an_epoch_once(dataset, shares):
     batch_size, rows = shares
-    steps = num_batches_per_epoch(dataset, batch_size)
+    steps = -(-len(dataset) // batch_size)
     parts = [take(dataset, steps, batch_size=batch_size, seed=5, rows=share) for share in rows]
     order = []
     for batch in zip(*parts, strict=True):
@@ -209,7 +209,7 @@ def test_a_process_reads_its_rows_and_no_others():
 @given(datasets, st.integers(1, 7), st.integers(0, 100))
 def test_every_epoch_has_every_sequence_once(dataset, batch_size, seed):
     size = len(dataset)
-    steps = num_batches_per_epoch(dataset, batch_size)
+    steps = -(-len(dataset) // batch_size)
     assert (steps - 1) * batch_size < size <= steps * batch_size
     stream = take(dataset, 2 * steps, batch_size=batch_size, seed=seed)
     order = np.concatenate([batch["tokens"][:, 0] for batch in stream]) // dataset.length
