@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -97,7 +98,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     program = parse(text)
     done = work(program, config, OPEN_TRIPS)
     sent = traffic(program, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = arguments + temporaries + new + stats.generated_code_size_in_bytes

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.model import scan
@@ -36,12 +37,12 @@ class NextToken:
 
     def batch_spec(self, rows: int, length: int, has_segment_starts: bool) -> Batch:
         """Returns the shapes of a batch."""
-        starts = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        return Batch(
-            jax.ShapeDtypeStruct((rows, length + 1), jnp.int32),
-            jax.ShapeDtypeStruct((rows, length), jnp.float32),
-            starts if has_segment_starts else None,
-        )
+
+        def shape(width: int, dtype: DTypeLike) -> Any:
+            return jax.ShapeDtypeStruct((rows, width), dtype)
+
+        starts = shape(length, jnp.int32) if has_segment_starts else None
+        return Batch(shape(length + 1, jnp.int32), shape(length, jnp.float32), starts)
 
     def embed(
         self, model: Neo, params: Params, batch: Batch, key: Array | None = None
