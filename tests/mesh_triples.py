@@ -20,7 +20,13 @@ from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run
-from neo_jax.training.step import abstract_state, make_step, state_of, state_shardings
+from neo_jax.training.step import (
+    abstract_inputs,
+    abstract_state,
+    make_step,
+    state_of,
+    state_shardings,
+)
 
 STEPS, ROWS, LENGTH = 3, 48, 24
 # With the usual epsilon Adam would make whole steps of gradients that are nothing but rounding.
@@ -130,7 +136,8 @@ class Run:
     def check(self):
         """Raises a NeoError where the triple is refused."""
         abstract = abstract_state(self.model, self.optimizer)
-        check_run(self.config, self.model, self.step, abstract, self.has_segment_starts)
+        batch, frozen = abstract_inputs(self.config, self.model, self.has_segment_starts)
+        check_run(self.config, self.model, self.step, abstract, batch, frozen)
         jax.eval_shape(self._decode, self.params())
 
     def params(self, width=0.02):

@@ -20,7 +20,7 @@ from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective
-from neo_jax.training.step import TrainState, init_state, state_of, state_shardings
+from neo_jax.training.step import TrainState, init_state, make_objective, state_of, state_shardings
 
 
 def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
@@ -59,9 +59,10 @@ def first_state(
     model: Neo,
     optimizer: optax.GradientTransformation,
     folder: Path | None,
-    objective: Objective,
+    objective: Objective | None = None,
 ) -> TrainState:
     """Returns the state before the first step; `folder` is what `find_pretrained` found."""
+    objective = objective or make_objective(config)
     if folder is None or config.lora.rank:
         return init_state(model, optimizer, config.seed, config.lora, objective)
     start = functools.partial(state_of, optimizer=optimizer)
