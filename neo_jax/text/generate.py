@@ -134,16 +134,9 @@ def samples(
 ) -> Iterator[Sample]:
     """Yields the samples of each prompt, in the order of the prompts.
 
-    Args:
-      model: the model.
-      params: its parameters.
-      tokenizer: decodes ids; None yields samples without text.
-      prompts: as they were given.
-      ids: of each prompt, as the model will read it.
-      sampling: options for each prompt; each of its samples has a seed of its own.
-      options: where texts end and how many there are; strings to stop at need a tokenizer.
-      on_finish: called with the index of each prompt and its samples as soon as all are there.
-      strategy: how ids are continued.
+    Prompts are as they were given, `ids` what the model will read. Without a tokenizer samples have
+    no text, and there are no strings to stop at. Each sample of a prompt has a seed of its own.
+    `on_finish` is called with the index of each prompt and its samples as soon as all are there.
     """
     count = range(options.num_samples)
     texts: list[list[StopText]] = [

@@ -71,11 +71,7 @@ def score_rows(
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the index of each row and its answer, batch by batch, the longest rows first.
 
-    Args:
-      model: the model.
-      params: its parameters.
-      rows: what to read and what is wanted.
-      batch_size: rows of a forward pass; 0 is as many as have some thousand tokens together.
+    A forward pass has `batch_size` rows; 0 is as many as have some thousand tokens together.
 
     Raises:
       NeoError: see `check_batch`.
