@@ -201,9 +201,9 @@ class LanguageModel:
             raise NeoError(f"a stream has no option '{wrong[0]}'; take `generate`.")
         said = options | {"max_new_tokens": max_new_tokens, "num_beams": 1}
         sampling, others = self._filled(said)
-        text = TextOptions(**pick(others, TextOptions))
+        text, tokenizer = TextOptions(**pick(others, TextOptions)), self._tokenizer
         ids = fit(self.model, self.encode(prompt), text)
-        return generate.stream(self.model, self.params, self._tokenizer, ids, sampling, text)
+        return generate.stream(self.model, self.params, tokenizer, ids, sampling, text)
 
     def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
         """Returns how well each text is predicted; texts may be longer than the context.
@@ -216,7 +216,7 @@ class LanguageModel:
 
     def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
         """Like `score`, one at a time as they are computed."""
-        texts = _listed(texts)
+        texts, stride = _listed(texts), checked("stride", stride, int)
         many = [self.encode(text) for text in texts]
         for text, ids, logprobs in zip(
             texts, many, token_logprobs(self.model, self.params, many, stride), strict=True

@@ -26,7 +26,7 @@ from neo_jax.decode.capacity import round_up, scored_length
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.devices.memory import check_batch
 from neo_jax.devices.processes import to_host
-from neo_jax.errors import NeoError, checked
+from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.ops import tuning
 from neo_jax.sharding.rules import padded_rows, pick
@@ -157,7 +157,7 @@ def token_logprobs(
       NeoError: a text of no tokens, an id outside the vocabulary, or a stride beyond the context.
     """
     context, vocab = model.config.max_length, model.config.vocab_size
-    stride = checked("stride", stride, int) or context // 2
+    stride = stride or context // 2
     if not 0 < stride <= context:
         raise NeoError(f"the stride must lie between 1 and {context}, not {stride}.")
     for i, ids in enumerate(texts, 1):
