@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
     read: Callable[[], np.ndarray]  # returns it in the canonical form, padded or not
 
 
-class Row(NamedTuple):
+class FileTensor(NamedTuple):
     """A tensor on its way to a file."""
 
     name: str
@@ -64,7 +64,7 @@ class Row(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _alignment(row: Row) -> int:
+def _alignment(row: FileTensor) -> int:
     """Sorts wider types first, so that all are aligned."""
     return -row.dtype.itemsize
 
@@ -141,7 +141,7 @@ def save_int8(
             arrays[f"{name}_scale"], leaf = leaf.scale, leaf.values
         arrays[name] = leaf
     rows = [
-        Row(name, np.dtype(array.dtype), array.shape, functools.partial(to_host, array))
+        FileTensor(name, np.dtype(array.dtype), array.shape, functools.partial(to_host, array))
         for name, array in arrays.items()
     ]
     rows.sort(key=_alignment)
@@ -165,7 +165,7 @@ def write_model(
 
 
 def _save(
-    params: Params, folder: Path, fields: dict[str, Any], rows: list[Row], *rest: Any
+    params: Params, folder: Path, fields: dict[str, Any], rows: list[FileTensor], *rest: Any
 ) -> None:
     """Writes a folder with `_write` in the first of the processes that hold a part of `params`."""
     arrays = jax.tree.leaves(params)
@@ -236,7 +236,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         staging.rmtree(missing_ok=True)
 
 
-def _hf_rows(config: ModelConfig, leaves: Mapping[tuple[str, ...], Leaf]) -> list[Row]:
+def _hf_rows(config: ModelConfig, leaves: Mapping[tuple[str, ...], Leaf]) -> list[FileTensor]:
     """Returns Hugging Face's tensors, of one parameter or of several that are its parts."""
     parts: dict[str, list[tuple[Tensor, Leaf]]] = {}
     for tensor in tensors(config):
@@ -245,7 +245,7 @@ def _hf_rows(config: ModelConfig, leaves: Mapping[tuple[str, ...], Leaf]) -> lis
     for name, several in parts.items():
         dtype = max((leaf.dtype for _, leaf in several), key=lambda kind: kind.itemsize)
         shape = several[0][0].places["hf"].whole
-        rows.append(Row(name, dtype, shape, functools.partial(_joined, several, dtype)))
+        rows.append(FileTensor(name, dtype, shape, functools.partial(_joined, several, dtype)))
     return sorted(rows, key=_alignment)
 
 
@@ -261,7 +261,7 @@ def _joined(parts: Sequence[tuple[Tensor, Leaf]], dtype: np.dtype) -> np.ndarray
 def _write(
     folder: Path,
     fields: dict[str, Any],
-    rows: Sequence[Row],
+    rows: Sequence[FileTensor],
     tokenizer: Any,
     max_shard_bytes: int,
 ) -> None:
@@ -292,7 +292,7 @@ def _write(
         raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
 
 
-def _write_weights(path: Path, rows: Sequence[Row]) -> None:
+def _write_weights(path: Path, rows: Sequence[FileTensor]) -> None:
     """Writes one safetensors file, a tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -315,7 +315,7 @@ def _write_weights(path: Path, rows: Sequence[Row]) -> None:
             os.fsync(file.fileno())  # a rename may reach the disk before what it renames
 
 
-def _index(shards: Sequence[Sequence[Row]], names: Sequence[str]) -> dict[str, Any]:
+def _index(shards: Sequence[Sequence[FileTensor]], names: Sequence[str]) -> dict[str, Any]:
     rows = [row for group in shards for row in group]
     return {
         "metadata": {
