@@ -15,7 +15,7 @@ from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.scan import stack
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.sharding.rules import make_sharding, tree_shardings
-from neo_jax.text.score import token_logprobs
+from neo_jax.text.score import score_ids
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer
@@ -188,7 +188,7 @@ class Run:
     def scores(self):
         """Returns the log-probabilities of the longer prompts."""
         params = self._placed()
-        return np.concatenate(list(token_logprobs(self.model, params, PROMPTS[1:])))
+        return np.concatenate(list(score_ids(self.model, params, PROMPTS[1:])))
 
     def _placed(self):
         params = self.params(width=0.1)

@@ -28,7 +28,7 @@ from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerpri
 from neo_jax.files.paths import cache_folder
 from neo_jax.text.language_model import LanguageModel, load
 from neo_jax.text.options import TextOptions, check_together, read_options, reseeded
-from neo_jax.text.score import token_logprobs
+from neo_jax.text.score import score_ids
 
 _NEW_TOKENS = 256  # where a task does not say, as the harness's other models have it
 _GENERATED_TOGETHER = 16
@@ -166,9 +166,7 @@ class NeoLM(TemplateLM):
         texts = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
 
         def compute(missing: list[list[int]]) -> Iterator[tuple[int, float]]:
-            scores = token_logprobs(
-                self.lm.model, self.lm.params, missing, self.max_length, self._rows
-            )
+            scores = score_ids(self.lm.model, self.lm.params, missing, self.max_length, self._rows)
             return ((i, float(row.sum(dtype="float64"))) for i, row in enumerate(scores))
 
         keys = [("loglikelihood_rolling", ids) for ids in texts]

@@ -17,7 +17,7 @@ from neo_jax.evaluation import wikitext
 from neo_jax.files.compression import open_unpacked, unpacked_name
 from neo_jax.files.paths import make_path
 from neo_jax.text.language_model import LanguageModel
-from neo_jax.text.score import token_logprobs
+from neo_jax.text.score import score_ids
 
 _TOGETHER = 1 << 16  # bytes of text that are tokenized and scored together, at least
 
@@ -131,7 +131,7 @@ def measure(
     Args:
       lm: the model.
       documents: what to predict.
-      stride: see `neo_jax.text.score.token_logprobs`.
+      stride: see `neo_jax.text.score.score_ids`.
       batch_size: see `neo_jax.text.score.score_rows`.
 
     Raises:
@@ -139,7 +139,7 @@ def measure(
     """
     for some in _batches(documents):
         ids = [[*start_of_text(lm), *lm.encode(document.text, False)] for document in some]
-        scores = token_logprobs(lm.model, lm.params, ids, stride, batch_size)
+        scores = score_ids(lm.model, lm.params, ids, stride, batch_size)
         for document, logprobs in zip(some, scores, strict=True):
             nats = -float(logprobs.sum(dtype="float64"))
             yield (

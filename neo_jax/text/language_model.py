@@ -32,7 +32,7 @@ from neo_jax.text.options import (
     read_options,
     spread,
 )
-from neo_jax.text.score import Score, token_logprobs
+from neo_jax.text.score import Score, score_ids
 from neo_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 
@@ -219,7 +219,7 @@ class LanguageModel:
         texts, stride = _listed(texts), checked("stride", stride, int)
         many = [self.encode(text) for text in texts]
         for text, ids, logprobs in zip(
-            texts, many, token_logprobs(self.model, self.params, many, stride), strict=True
+            texts, many, score_ids(self.model, self.params, many, stride), strict=True
         ):
             loss = -float(logprobs.mean(dtype=np.float64)) if len(logprobs) else math.nan
             yield Score(ids, logprobs, loss, self._num_bytes(text, ids))

@@ -132,7 +132,7 @@ def judge(
     return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
 
 
-def token_logprobs(
+def score_ids(
     model: Neo,
     params: Params,
     texts: Sequence[Sequence[int]],

@@ -161,7 +161,7 @@ def test_killed_and_begun_again(ours, lm, manager, tasks, tmp_path, monkeypatch)
     before = kept(cache)
     assert len(before) == 9
     computed = []
-    score, read = harness.score_continuations, harness.token_logprobs
+    score, read = harness.score_continuations, harness.score_ids
 
     def counted_score(model, params, requests, *args):
         computed.extend(requests)
@@ -172,7 +172,7 @@ def test_killed_and_begun_again(ours, lm, manager, tasks, tmp_path, monkeypatch)
         return read(model, params, texts, *args)
 
     monkeypatch.setattr(harness, "score_continuations", counted_score)
-    monkeypatch.setattr(harness, "token_logprobs", counted_read)
+    monkeypatch.setattr(harness, "score_ids", counted_read)
 
     def run():
         return running.run(NeoLM(lm, cache=str(cache)), names, manager)

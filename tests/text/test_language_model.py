@@ -19,7 +19,7 @@ from neo_jax.checkpoints import load
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.text.score import token_logprobs
+from neo_jax.text.score import score_ids
 from neo_jax.text.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 
 PROMPTS = ["The quick brown", "Call me", "naïve café in 日"]
@@ -140,7 +140,7 @@ def test_scores_are_token_logprobs_and_their_sums(lm, text):
     line = text.splitlines()[0]
     ids = lm.encode(line)
     score, again = lm.score([line, ids])
-    expected = next(token_logprobs(lm.model, lm.params, [ids, ids]))
+    expected = next(score_ids(lm.model, lm.params, [ids, ids]))
     np.testing.assert_array_equal(score.logprobs, expected)
     assert score.ids == again.ids == ids
     assert score.loss == pytest.approx(-expected.astype(float).mean(), rel=1e-6)
@@ -179,7 +179,7 @@ def test_scores_come_one_at_a_time_and_take_a_stride(lm, text):
     long = lm.encode(text)
     assert len(long) > lm.config.max_length
     near, far = (next(lm.scores([long], stride)).logprobs for stride in (8, 60))
-    expected = next(token_logprobs(lm.model, lm.params, [long], 8))
+    expected = next(score_ids(lm.model, lm.params, [long], 8))
     np.testing.assert_allclose(near, expected, rtol=0, atol=1e-5)
     assert np.abs(near - far).max() > 0.1
 

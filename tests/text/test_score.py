@@ -11,7 +11,7 @@ from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import tuning
 from neo_jax.text import score as scoring
-from neo_jax.text.score import Question, score_rows, token_logprobs
+from neo_jax.text.score import Question, score_ids, score_rows
 
 CONTEXT = 64
 LENGTHS = [17, 1, 64, 2, 16, 33, 63, 5, 40]
@@ -23,7 +23,7 @@ def random_texts(lengths, vocab=96):
 
 
 def score(model, params, texts, stride=0):
-    return list(token_logprobs(model, params, texts, stride))
+    return list(score_ids(model, params, texts, stride))
 
 
 def assert_close(scores, expected):
@@ -133,7 +133,7 @@ def test_results_flow_before_all_is_computed(wide, monkeypatch):
         return forward(*args)
 
     monkeypatch.setattr(scoring, "_forward", counted)
-    scores = token_logprobs(model, params, random_texts([40] * 6))
+    scores = score_ids(model, params, random_texts([40] * 6))
     next(scores)
     first = len(calls)
     assert 0 < first < 6
