@@ -5,11 +5,14 @@ it is its help on the command line.
 """
 
 import dataclasses
+import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from neo_jax.errors import NeoError, brief, checked
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _RULE = "neo_jax.fields"  # of a field's metadata: makes of its name and a value what it holds
 
@@ -96,3 +99,28 @@ def check(options: Any, prefix: str = "") -> None:
         if _RULE in field.metadata:
             value = field.metadata[_RULE](name, value)
         object.__setattr__(options, field.name, value)
+
+
+def takes(*kinds: type) -> Callable[[Function], Function]:
+    """Gives a function with `**options` a signature that names the fields of dataclasses.
+
+    Tab completion, `help` and documentation show them; the function itself stays as it is.
+    """
+
+    def with_signature(function: Function) -> Function:
+        signature = inspect.signature(function)
+        *named, options = signature.parameters.values()
+        fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+        shown = [
+            inspect.Parameter(
+                field.name, options.KEYWORD_ONLY, default=field.default, annotation=field.type
+            )
+            for field in fields
+            if field.name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*named, *shown]
+        )
+        return function
+
+    return with_signature

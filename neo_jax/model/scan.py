@@ -46,7 +46,7 @@ def stacked_axes(model: Neo) -> Params:
 
 
 def abstract_params(model: Neo, dtype: DTypeLike = jnp.float32) -> Params:
-    """Returns the shape, dtype and place of every stacked parameter, as `ShapeDtypeStruct`s."""
+    """Returns the shape, dtype and place of every stacked parameter, each a `ShapeDtypeStruct`."""
     shapes = jax.eval_shape(
         lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
     )

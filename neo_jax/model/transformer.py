@@ -164,7 +164,7 @@ class Block(nn.Module):
 class Neo(nn.Module):
     """The language model. Holds no state: `Neo(config).apply({"params": params}, tokens)`.
 
-    Fields:
+    Attributes:
       config: the shape.
       dtype: operands of products. The residual stream, LayerNorm, softmax and logits are float32
         whatever it is.

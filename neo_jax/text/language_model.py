@@ -18,6 +18,7 @@ from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.decode.speculative import Draft
 from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError, brief, checked
+from neo_jax.fields import takes
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import Sharding, make_sharding
 from neo_jax.text import defaults, generate, inspection
@@ -90,6 +91,7 @@ class LanguageModel:
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int | None = ..., **options: Any
     ) -> list[str]: ...
+    @takes(SamplingOptions, BeamOptions, TextOptions)
     def generate(
         self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
     ) -> str | list[str]:
@@ -116,6 +118,7 @@ class LanguageModel:
         """Returns all of `samples`."""
         return list(self.samples(*args, **options))
 
+    @takes(TextOptions)
     def samples(
         self,
         prompts: Sequence[Prompt],
@@ -180,6 +183,7 @@ class LanguageModel:
             ),
         )
 
+    @takes(SamplingOptions)
     def stream(
         self, prompt: Prompt, max_new_tokens: int | None = None, **options: Any
     ) -> Iterator[str]:
@@ -276,6 +280,7 @@ class LanguageModel:
         return len(whole.encode()) - len(first.encode())
 
 
+@takes(LoadOptions)
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
@@ -295,21 +300,22 @@ def load(
       revision: of the hub repository: a branch, tag or commit.
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
       sharding: a strategy in the place of mesh and rules.
-      **options: the other fields of `neo_jax.checkpoints.options.LoadOptions`.
-        dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
-        mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
-        rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
-          `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.
-        kernel: the attention implementation: "auto", "dense" or "blocked".
-        quantize: "int8" rounds kernels and the table of tokens to whole numbers of eight bits, one
-          after another as they are read; an adapter is merged first, for which the whole model is
-          held as it is stored.
-        cache_dtype: of the keys and values of a sequence being generated: "float32", "bfloat16",
-          "int8", or "auto" for `dtype`, on CPUs for float32, in which they compute with it.
+      dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
+      quantize: "int8" rounds kernels and the table of tokens to 8-bit integers, one after another
+        as they are read; an adapter is merged first, for which the whole model is held as it is
+        stored.
+      cache_dtype: of the keys and values of a sequence being generated: "float32", "bfloat16",
+        "int8", or "auto" for `dtype`, on CPUs for float32, in which they compute with it.
+      kernel: the attention implementation: "auto", "dense" or "blocked".
+      mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
+      rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
+        `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.
+      **options: these six; `neo_jax.checkpoints.options.LoadOptions` declares them.
 
     Raises:
       NeoError: whatever is wrong with the name, the files or the mesh, in one line.
     """
+    check_names(options, names(LoadOptions))
     enable_compilation_cache()
     if not isinstance(sharding, Sharding | None):
         raise NeoError(f"sharding is what `make_sharding` returns, not {brief(sharding)}.")

@@ -58,7 +58,7 @@ def abstract_state(
     lora: LoraConfig = _ALL_WEIGHTS,
     objective: Objective = _LANGUAGE,
 ) -> TrainState:
-    """Returns the shape, dtype and place of every leaf of a state, as `ShapeDtypeStruct`s."""
+    """Returns the shape, dtype and place of every leaf of a state, each a `ShapeDtypeStruct`."""
     init = functools.partial(_init, model, optimizer, lora, objective)
     shapes = jax.eval_shape(init, jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -84,7 +84,7 @@ def abstract_inputs(
 ) -> tuple[Any, Params | None]:
     """Returns a batch, and where adapters are trained the frozen parameters, else None.
 
-    Both as `ShapeDtypeStruct`s with their place; `has_segment_starts` says whether batches say
+    Each leaf is a `ShapeDtypeStruct` with its place; `has_segment_starts` says whether batches say
     where documents begin.
     """
 

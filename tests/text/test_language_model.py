@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -418,3 +419,17 @@ def test_names_of_the_package():
     assert all(getattr(neo_jax, name) for name in neo_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         neo_jax.laod  # noqa: B018
+
+
+def test_options_are_seen_from_outside():
+    """By tab completion, `help` and the documentation, though each is declared elsewhere."""
+    shown = {
+        function: list(inspect.signature(function).parameters)
+        for function in (neo_jax.load, neo_jax.LanguageModel.generate, neo_jax.LanguageModel.stream)
+    }
+    assert {"mesh", "rules", "dtype", "quantize"} < set(shown[neo_jax.load])
+    assert {"temperature", "num_beams", "stop"} < set(shown[neo_jax.LanguageModel.generate])
+    assert "top_p" in shown[neo_jax.LanguageModel.stream]
+    assert all(names.count("model") <= 1 and "options" not in names for names in shown.values())
+    with pytest.raises(NeoError, match=r"unknown option 'mesg'\. Did you mean 'mesh'\?"):
+        neo_jax.load(mesg="fsdp=2")

@@ -36,7 +36,7 @@ class Step:
     model: Neo
     rows: int  # sequences that are worked on at a time, on all devices
     length: int  # of each
-    parts: dict[str, Any]  # its arguments by what they are: trees of `ShapeDtypeStruct`s
+    parts: dict[str, Any]  # its arguments by what they are: each leaf a `ShapeDtypeStruct`
     tokens: int  # that go through the model in a step
     trace: Callable[[], jax.stages.Traced]
     trace_useful: Callable[[], jax.stages.Traced]  # the same without computing anything again

@@ -29,7 +29,7 @@ class Objective(Protocol):
         """
 
     def batch_spec(self, rows: int, length: int, has_segment_starts: bool) -> Any:
-        """Returns a batch as a NamedTuple of `ShapeDtypeStruct`s, with the names of the feed.
+        """Returns a NamedTuple with the names of the feed, each leaf a `ShapeDtypeStruct`.
 
         Sequences have `length` tokens. Where `has_segment_starts` is false, such a field is None.
         """
