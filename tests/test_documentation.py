@@ -1,5 +1,6 @@
 """README.md and docs/: every command is understood, every program runs, no path is stale."""
 
+import importlib
 import inspect
 import re
 import shlex
@@ -120,6 +121,19 @@ def test_paths_and_links_lead_somewhere(name):
         assert (ROOT / path).is_file(), path
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (folder / link).exists(), link
+
+
+def test_names_of_the_api_are_where_their_module_defines_them():
+    named = [pair for text in TEXTS.values() for pair in re.findall(_DIRECTIVE, text, re.MULTILINE)]
+    assert len(named) > 20
+    for kind, name in named:
+        place = name if kind == "module" else name.rpartition(".")[0]
+        module = importlib.import_module(place)
+        if kind != "module":
+            assert getattr(module, name.rpartition(".")[2]).__module__ == place, name
+
+
+_DIRECTIVE = r"^\.\. auto(module|class|function|exception):: ([\w.]+)$"
 
 
 def test_the_readme_is_short():
