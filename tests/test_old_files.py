@@ -96,3 +96,14 @@ def test_the_answers_of_an_evaluation():
         assert answers.find(request) == answer
         assert answers.find([*request, [0]]) is None
         answers.close()
+
+
+def test_a_config_with_adapters_finds_its_names(tmp_path):
+    """What configs imported in 0.1.0 is still there."""
+    (tmp_path / "config.py").write_text(
+        "from neo_jax.config import ModelConfig, preset\n"
+        "from neo_jax.lora import LoraConfig\n"
+        "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
+        "config = TrainConfig('data', 'run', 10, 2, lora=LoraConfig(rank=4))\n"
+    )
+    assert load_config(str(tmp_path / "config.py")).lora.rank == 4

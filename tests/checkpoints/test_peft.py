@@ -76,6 +76,11 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def noise(found, exact):
+    """The root of the mean square: the largest error alone is a matter of the CPU's kernels."""
+    return np.sqrt(np.mean((found - exact) ** 2))
+
+
 def test_peft_reads_ours(base, ours):
     folder, expected, _ = ours
     model = GPTNeoForCausalLM.from_pretrained(base, attn_implementation="eager")
@@ -83,8 +88,8 @@ def test_peft_reads_ours(base, ours):
     with warnings.catch_warnings(action="error", category=UserWarning):  # of missing keys
         model = peft.PeftModel.from_pretrained(model, folder)
     theirs, exact = torch_logits(model), torch_logits(model.double())
-    noise = np.abs(theirs - exact).max()
-    assert np.abs(expected - exact).max() <= 2 * noise
+    assert noise(expected, exact) <= 2 * noise(theirs, exact)
+    assert_close(expected, exact)
     assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
     assert model.peft_config["default"].target_modules == set(LORA.targets)
 
@@ -103,8 +108,7 @@ def test_we_read_ours(ours):
 def test_we_read_what_peft_wrote(theirs, mesh):
     folder, single, double = theirs
     lm = neo_jax.load(folder, mesh=mesh)
-    noise = np.abs(single - double).max()
-    assert np.abs(logits(lm, lm.params) - double).max() <= 2 * noise
+    assert noise(logits(lm, lm.params), double) <= 2 * noise(single, double)
     if mesh:
         kernel = lm.params["h_0"]["mlp"]["c_proj"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (8, 64)
