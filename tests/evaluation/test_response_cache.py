@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from neo_jax.errors import NeoError
+from neo_jax.evaluation import response_cache
 from neo_jax.evaluation.response_cache import Answers, fingerprint
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
@@ -192,3 +193,12 @@ def test_every_weight_counts_and_where_it_lies_does_not(tiny):
     split = jax.tree.map(lambda x: jax.device_put(x, where) if x.shape[0] % 4 == 0 else x, params)
     assert fingerprint(model, split) == original
     assert fingerprint(Neo(model.config, jnp.bfloat16), params) != original
+
+
+def test_an_answer_that_nests_too_deeply_is_damaged(path):
+    """One whose checksum is right, as somebody who knows the format can write it."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        key = database.execute("SELECT key FROM answers").fetchone()[0]
+    said = b"[" * 100_000
+    rewrite(path, (response_cache._check(key, said) + said).decode())
+    assert_damaged(path)
