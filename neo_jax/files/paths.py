@@ -139,7 +139,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
       OSError: it cannot be written, and is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
-    if is_remote(path):  # an object is there when all of it is
+    # An object is there when all of it is; a pipe or a device stays what it is.
+    if is_remote(path) or (path.exists() and not path.is_file()):
         path.write_bytes(data)
         return
     aside = path.with_name(f".{path.name}")
