@@ -8,7 +8,7 @@ from neo_jax.fields import check, choice
 Dtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantize = Literal["none", "int8"]
-Kernel = Literal["auto", "dense", "blocked"]
+Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)

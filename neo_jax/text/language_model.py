@@ -306,7 +306,7 @@ def load(
         stored.
       cache_dtype: of the keys and values of a sequence being generated: "float32", "bfloat16",
         "int8", or "auto" for `dtype`, on CPUs for float32, in which they compute with it.
-      kernel: the attention implementation: "auto", "dense" or "blocked".
+      kernel: the attention implementation: "auto", "dense", "blocked", "splash" (TPUs) or "cudnn".
       mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
       rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
         `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.

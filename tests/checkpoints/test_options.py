@@ -27,7 +27,10 @@ def test_the_verbs_declare_no_option_again():
         ({"dtype": "half"}, "dtype must be 'auto', 'float32' or 'bfloat16', not 'half'."),
         ({"quantize": "int4"}, "quantize must be 'none' or 'int8', not 'int4'."),
         ({"cache_dtype": None}, "cache_dtype must be 'auto', 'float32', 'bfloat16' or 'int8', not"),
-        ({"kernel": "fast"}, "kernel must be 'auto', 'dense' or 'blocked', not 'fast'."),
+        (
+            {"kernel": "fast"},
+            "kernel must be 'auto', 'dense', 'blocked', 'splash' or 'cudnn', not 'fast'.",
+        ),
     ],
 )
 def test_values_that_no_option_takes(options, message):

@@ -80,7 +80,10 @@ def test_the_parts_are_there(checkpoints, models):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "fast"}, "kernel must be 'auto', 'dense' or 'blocked', not 'fast'"),
+        (
+            {"kernel": "fast"},
+            "kernel must be 'auto', 'dense', 'blocked', 'splash' or 'cudnn', not 'fast'",
+        ),
         ({"quantize": None}, "quantize must be 'none' or 'int8', not None"),
         ({"cache_dtype": 4}, "cache_dtype must be 'auto', 'float32', 'bfloat16' or 'int8', not 4"),
         ({"dtype": "half"}, "dtype must be 'auto', 'float32' or 'bfloat16', not 'half'"),
