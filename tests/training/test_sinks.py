@@ -140,7 +140,7 @@ def test_wandb_that_does_not_let_us_in(config, output, service):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"wandb": "neo"}, r"for wandb, which is not installed; pip install 'neo_jax\[wandb\]'"),
+        ({"wandb": "neo"}, r"wandb, which is not installed; pip install 'neo_jax\[wandb\]'"),
         ({"tensorboard": True}, r"tensorboardX, .*; pip install 'neo_jax\[tensorboard\]'"),
     ],
 )
