@@ -180,16 +180,16 @@ class _Row(NamedTuple):
 def _read(rows: Iterable[_Row]) -> Iterator[Array]:
     """Yields arrays in order, some at a time; numbers that are not finite are refused."""
     for batch in groups(rows, lambda row: row.stored.num_bytes, _BATCH_BYTES):
-        arrays: list[Any] = []
+        arrays: list[Array] = []
         for stored, of, like in batch:
             finite = "" if like.dtype == np.int8 else f"{stored.path}: {stored.name}"
             view = of(stored.view())
             if like.sharding is None:
-                arrays.append(copy(view, like.dtype, like.shape, finite))
+                arrays.append(jax.device_put(copy(view, like.dtype, like.shape, finite)))
             else:
                 arrays.append(shard(view, like.dtype, like.shape, like.sharding, finite))
         # Transfers are asynchronous: without a wait, copies of the whole model could queue up.
-        yield from jax.block_until_ready(jax.device_put(arrays))
+        yield from jax.block_until_ready(arrays)
 
 
 def lay_out(config: ModelConfig, params: Params) -> Params:
