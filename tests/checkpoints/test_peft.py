@@ -89,7 +89,7 @@ def test_peft_reads_ours(base, ours):
         model = peft.PeftModel.from_pretrained(model, folder)
     theirs, exact = torch_logits(model), torch_logits(model.double())
     assert noise(expected, exact) <= 2 * noise(theirs, exact)
-    assert_close(expected, exact)
+    assert np.abs(expected - exact).max() <= 2.5 * np.abs(theirs - exact).max()
     assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
     assert model.peft_config["default"].target_modules == set(LORA.targets)
 
@@ -108,7 +108,9 @@ def test_we_read_ours(ours):
 def test_we_read_what_peft_wrote(theirs, mesh):
     folder, single, double = theirs
     lm = neo_jax.load(folder, mesh=mesh)
-    assert noise(logits(lm, lm.params), double) <= 2 * noise(single, double)
+    found = logits(lm, lm.params)
+    assert noise(found, double) <= 2 * noise(single, double)
+    assert np.abs(found - double).max() <= 2 * np.abs(single - double).max()
     if mesh:
         kernel = lm.params["h_0"]["mlp"]["c_proj"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (8, 64)

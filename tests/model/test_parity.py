@@ -133,15 +133,15 @@ def apply(model, params, tokens, positions=None):
 def assert_parity(ours, single, exact, where=slice(None)):
     """No further from the exact result than twice the reference's float32, or 2e-6 of the std.
 
-    By the root of the mean square: the largest error alone depends on which kernels a CPU has, and
-    is held to 2e-5 of the std.
+    By the root of the mean square. The largest error alone depends on which kernels a CPU has: it
+    is allowed 4e-6 of the std.
     """
     assert len(ours) == len(exact)
     for mine, theirs, truth in zip(ours, single, exact, strict=True):
         assert mine.shape == truth.shape
         error, noise, spread = (mine - truth)[where], (theirs - truth)[where], truth[where].std()
         assert rms(error) <= 2 * rms(noise) + 2e-6 * spread
-        assert np.abs(error).max() <= 2 * np.abs(noise).max() + 2e-5 * spread
+        assert np.abs(error).max() <= 2 * np.abs(noise).max() + 4e-6 * spread
 
 
 def rms(x):
