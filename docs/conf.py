@@ -16,7 +16,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["notebooks/README.md"]
 html_theme = "sphinx_book_theme"
 html_title = "neo_jax"
 html_theme_options = {
@@ -34,7 +33,5 @@ default_role = "code"  # `names` in docstrings
 napoleon_use_ivar = True  # attributes of a class are no members of their own
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_type_aliases = {"Array": "Array", "Params": "Params"}
 add_module_names = False
 copybutton_exclude = ".linenos, .gp, .go"
-suppress_warnings = ["myst.xref_missing"]

@@ -9,6 +9,7 @@ from neo_jax.families import FAMILIES, GPT2, GPT_NEO, HF_IGNORED, SAME_ACTIVATIO
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu"]
+Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]  # of attention, see `ops.attention`
 
 VOCAB_MULTIPLE = 128
 

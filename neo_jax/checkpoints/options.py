@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Literal, get_args
 
+from neo_jax.config import Kernel
 from neo_jax.fields import check, choice
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
 Quantize = Literal["none", "int8"]
-Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,3 +129,12 @@ def _power_of_two(size: int) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def bytes_text(size: float, digits: int = 2) -> str:
+    """Returns bytes in words, with so many digits after the point: "1.23 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.{digits}f} {unit}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from neo_jax import axes
 from neo_jax.config import ModelConfig
+from neo_jax.devices.memory import bytes_text
 from neo_jax.model import cache, transformer
 from neo_jax.model.tensor_table import tensors
 from neo_jax.sharding.rules import Sharding
@@ -140,7 +141,7 @@ def lines(config: ModelConfig, sharding: Sharding) -> Iterator[str]:
     yield ""
     yield "AdamW keeps two arrays for each parameter, which are laid out as it is."
     for name, size in fields["bytes_per_device"].items():
-        yield f"{name.replace('_', ' '):<{widths[0]}}  {_bytes(size)} a device"
+        yield f"{name.replace('_', ' '):<{widths[0]}}  {bytes_text(size, 1)} a device"
     by_cut: dict[tuple, list[str]] = {}
     for part in weights + leaves:
         split = zip(part.axes, map(tuple, part.split), strict=True)
@@ -158,15 +159,7 @@ def _row(part: Part) -> tuple[str, str, str]:
         for axis, size, names in zip(part.axes, part.shape, part.split, strict=True)
     )
     times = f"{part.count} x " if part.count > 1 else ""
-    return part.name, f"{times}{cut}", _bytes(part.bytes_per_device)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    return part.name, f"{times}{cut}", bytes_text(part.bytes_per_device, 1)
 
 
 def draw(cuts: Sequence[tuple[str, tuple[str, ...]]], sharding: Sharding) -> Iterator[str]:

@@ -9,12 +9,13 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import BATCH, HEADS, Array, Float
+from neo_jax.config import Kernel
 from neo_jax.errors import NeoError, suggest
 from neo_jax.ops.attention.blocked import blocked
 from neo_jax.ops.attention.cudnn import cudnn
@@ -24,7 +25,6 @@ from neo_jax.ops.attention.splash import splash
 from neo_jax.ops.int8 import Int8
 from neo_jax.sharding.rules import Sharding, device_of
 
-Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 KERNELS: dict[str, Callable[..., Array]] = {
     "dense": dense,
     "blocked": blocked,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from neo_jax.devices.memory import bytes_text
 from neo_jax.files.figure import as_png, new_figure
 from neo_jax.model.cache import sequence_bytes
 from neo_jax.tools.plan.plan import Plan
@@ -114,15 +115,6 @@ def lines(plan: Plan) -> Iterator[str]:
         speed = f"{step.tokens / roof.step:,.0f} tokens/s"
         yield f"  bound by {roof.slowest}: {speed}, MFU at most {share:.1%}"
     yield f"compiled in {plan.compile_seconds:.1f} s"
-
-
-def bytes_text(size: float) -> str:
-    """Returns bytes in words, three digits: "1.23 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def draw(plan: Plan) -> bytes:
