@@ -21,7 +21,7 @@ from neo_jax.data.prepare import is_held_out
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.evaluation.texts import Total, measure, read_documents
 
-TEXT = Path(__file__).parent.parent / "text"
+TEXT = Path(__file__).parents[1] / "tests" / "corpora"
 HELD_OUT = 0.03  # as in configs/bundled.py
 OPENINGS = [
     "The people of the United States", "It was a cold morning", "My dear Emma,",

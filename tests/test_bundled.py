@@ -17,8 +17,8 @@ from neo_jax.data.prepare import is_held_out
 
 pytestmark = pytest.mark.optimized
 
-TEXT = Path(__file__).parent / "text"
-README = Path(__file__).parents[1] / "README.md"
+TEXT = Path(__file__).parent / "corpora"
+EVALUATE = Path(__file__).parents[1] / "docs" / "evaluate.md"
 BUNDLED = Path(neo_jax.__file__).parent / "bundled"
 GOLDEN = (
     ", and the other day, and the very much of the same time, and the same time, and "
@@ -60,7 +60,7 @@ def test_the_command_prints_the_bits_a_byte_of_the_card(capsys):
     assert printed == pytest.approx(float(stated), abs=2e-4)
     assert printed <= 1.9
     assert f"held out | {stated} |" in card
-    assert f"held-out text, bits a byte | {stated} |" in README.read_text()
+    assert f"held-out text, bits per byte | {stated} |" in EVALUATE.read_text()
 
 
 def test_a_golden_continuation(lm):

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,6 +274,9 @@ class Checkpoints:
                 f"{disk.free / 1e9:.3g} GB left; make room there, then give the same command: it "
                 "goes on from the last checkpoint."
             )
+        # What a quota leaves is known by writing alone.
+        with self._explained(), tempfile.TemporaryFile(dir=self._folder) as file:
+            file.write(bytes(min(needed, 2**20)))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
