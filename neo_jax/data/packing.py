@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from neo_jax.data.writer import DATASET_FILE, OFFSETS_FILE, PROMPTS_FILE, VERSION
+from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, PROMPTS_FILE, VERSION
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.files.json_text import read_json
@@ -104,7 +104,8 @@ class TokenDataset:
             _field(folder, splits[split], name, int) for name in ("tokens", "bytes", "documents")
         )
         name, pairs = f"split '{split}' of {folder}", fields.get("pairs", False)
-        if num_tokens < (2 if pairs else length + 1):
+        # Of a split that only evaluates, a sequence that is not full counts too.
+        if num_tokens < (2 if pairs or split == HELD_OUT else length + 1):
             fix = f"choose a length below {num_tokens}, or " if num_tokens > 1 else ""
             raise NeoError(
                 f"{name} has {num_tokens} tokens, too few for a sequence of {length}; {fix}"

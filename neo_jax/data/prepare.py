@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from neo_jax.data.atomic_folder import DATA, TRAINED, staging
 from neo_jax.data.cutting import LINES, divide
+from neo_jax.data.passages import LENGTH, are_few, by_passages
 from neo_jax.data.progress import Advance, progress_bar
-from neo_jax.data.sources import Pair, Source, find_sources, text_parts
+from neo_jax.data.sources import Pair, Run, Source, find_sources, text_parts
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
@@ -51,8 +53,11 @@ def prepare(
 
     Documents without text are left out. Whether a document is held out is a property of its text
     alone, so the splits stay the same when files are added or reordered, and copies of a document
-    stay together. Memory holds some megabytes of pieces of documents, but for a line of JSON, a row
-    or a record, which is read whole, and for tokenizers whose texts cannot be cut to the same ids
+    stay together. Where fewer than three would be expected in a split, and documents are long,
+    passages are held out instead, see `neo_jax.data.passages`; that is reported.
+
+    Memory holds some megabytes of pieces of documents, but for a line of JSON, a row or a record,
+    which is read whole, and for tokenizers whose texts cannot be cut to the same ids
     (SentencePiece), which is reported.
 
     What was interrupted, even by SIGKILL, goes on where it was when the same is requested again:
@@ -93,7 +98,12 @@ def prepare(
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(tokenizer)
         sources = find_sources(inputs, text_field)
-        settings = [VERSION, held_out, text_field]
+        few = are_few(sources, held_out)
+        settings = [VERSION, held_out, text_field, few]
+        if few:
+            sources = by_passages(sources, held_out)
+            if progress is not False:
+                print(_BY_PASSAGES, file=sys.stderr)
         copy = folder / "tokenizer"
         if tokenizer is None:
             mark = digests([*settings, train_tokenizer, tokenizer_kind], sources)[-1]
@@ -115,6 +125,12 @@ def prepare(
         extents = tokenize(sources, folder, tokenizer, end, held_out, pairs, settings, progress)
         _check_splits(folder, extents, held_out)
         return _finish(folder / DATA, tokenizer, extents, pairs)
+
+
+_BY_PASSAGES = (
+    f"documents are few and long: passages of {LENGTH:,} characters or more are held out, evenly "
+    "spread, and what lies between two of them is a document"
+)
 
 
 def _are_pairs(sources: Sequence[Source]) -> bool:
@@ -143,9 +159,9 @@ def _not_held_out(sources: Sequence[Source], held_out: float, advance: Advance) 
                     f"{document.where} holds token ids; give the tokenizer that made them instead "
                     "of training one."
                 )
-            text = document.text if isinstance(document, Pair) else document
+            text = document.text if isinstance(document, Pair | Run) else document
             advance(1, 0.0)
-            if not is_held_out(text, held_out):
+            if not is_held_out(document, held_out):
                 for lines in divide(text_parts(text), LINES):
                     advance(0, len(lines) / 1e6)
                     yield lines

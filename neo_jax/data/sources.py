@@ -68,7 +68,14 @@ class TextFile:
         return "".join(self.parts())
 
 
-Document = str | TextFile | Record | Pair
+class Run(NamedTuple):
+    """A part of a document, of which parts are held out."""
+
+    text: str
+    is_held_out: bool
+
+
+Document = str | TextFile | Record | Pair | Run
 
 PART = 1 << 16
 """Characters of a text that are worth being handled together."""

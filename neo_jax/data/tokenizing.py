@@ -21,7 +21,7 @@ import numpy as np
 from neo_jax.data.atomic_folder import DATA, PARTS
 from neo_jax.data.cutting import divide, exact_cuts
 from neo_jax.data.progress import progress_bar
-from neo_jax.data.sources import PART, Document, Pair, Source, TextFile, text_parts
+from neo_jax.data.sources import PART, Document, Pair, Run, Source, TextFile, text_parts
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.writer import HELD_OUT, TRAIN, Extent, Place, Writer, digests
 from neo_jax.errors import NeoError
@@ -119,8 +119,9 @@ def _pieces(
             text = tokenizer.decode(ids.tolist())
             yield _Piece(ids, len(text.encode()), is_held_out(text, held_out))
         return
+    is_out = is_held_out(document, held_out)
+    document = document.text if isinstance(document, Run) else document
     prompt, rest = document if isinstance(document, Pair) else ("", document)
-    is_out = is_held_out(document.text if isinstance(document, Pair) else document, held_out)
     for text in divided(prompt):
         yield _Piece(text, len(text.encode()), is_out, is_prompt=True, is_last=False)
     for text, following in itertools.pairwise(itertools.chain(divided(rest), [""])):
@@ -239,8 +240,11 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
 
 
-def is_held_out(text: str | TextFile, share: float) -> bool:
+def is_held_out(document: str | TextFile | Pair | Run, share: float) -> bool:
     """Returns whether a document is among the share that is held out; its text alone decides."""
+    if isinstance(document, Run):
+        return document.is_held_out
+    text = document.text if isinstance(document, Pair) else document
     hasher = hashlib.blake2b(digest_size=8)
     for part in text_parts(text) if share else ():
         hasher.update(part.encode())

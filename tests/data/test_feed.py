@@ -75,6 +75,14 @@ def edit(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def test_what_is_held_out_need_not_fill_a_sequence(folder):
+    dataset = TokenDataset.open(folder, "held_out", length=10)
+    assert (len(dataset), dataset.num_sequences) == (0, 1)
+    sequence = dataset.sequence(0)
+    assert sequence["tokens"][:7].tolist() == dataset.tokens.tolist()
+    assert sequence["weights"].tolist() == [1] * 6 + [0] * 4
+
+
 def test_errors_of_opening(folder, tmp_path_factory):
     def refused(source=folder, split="train", length=10):
         with pytest.raises(NeoError) as error:
@@ -87,8 +95,8 @@ def test_errors_of_opening(folder, tmp_path_factory):
         assert f"neo-jax prepare FILE... --output {source}" in refused(source)
     assert "no split 'heldout'. Did you mean 'held_out'?" in refused(split="heldout")
     assert "Known are: held_out, train." in refused(split="x")
-    assert "has 7 tokens, too few for a sequence of 7; choose a length below 7" in refused(
-        split="held_out", length=7
+    assert "has 1000 tokens, too few for a sequence of 1000; choose a length below 1000" in refused(
+        length=1000
     )
     assert "at least 1, not 0" in refused(length=0)
     with (folder / "train" / "tokens.bin").open("ab") as file:
