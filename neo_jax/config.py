@@ -1,14 +1,17 @@
 """What a model is: `ModelConfig`, the presets, the way to and from Hugging Face's config.json."""
 
 import dataclasses
-from typing import Any, Literal
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from neo_jax import fields as options
-from neo_jax.errors import NeoError, brief, checked, suggest
+from neo_jax.errors import NeoError, brief, checked, suggest, warn
 from neo_jax.families import FAMILIES, GPT2, GPT_NEO, HF_IGNORED, SAME_ACTIVATIONS, Family
 
 AttentionType = Literal["global", "local"]
-Activation = Literal["gelu_new", "gelu", "relu"]
+Activation = Literal["gelu_new", "gelu", "relu", "silu"]
 Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]  # of attention, see `ops.attention`
 
 VOCAB_MULTIPLE = 128
@@ -82,10 +85,9 @@ class ModelConfig:
                 f"{len(self.attention_types)} attention_types {self.attention_types}: name one "
                 "type for each layer, or a unit that repeats."
             )
-        if self.activation not in ("gelu_new", "gelu", "relu"):
-            known = ["gelu_new", "gelu", "relu"]
+        if self.activation not in (names := get_args(Activation)):
             raise NeoError(
-                f"unknown activation {brief(self.activation)}.{suggest(self.activation, known)}"
+                f"unknown activation {brief(self.activation)}.{suggest(self.activation, names)}"
             )
         if self.qkv_bias and self.attention_types != ("global",):
             raise NeoError(
@@ -171,8 +173,11 @@ class ModelConfig:
     def from_hf(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """Reads the fields of a config.json of GPT-Neo or GPT-2; `source` names it in errors.
 
+        A field that is null is not there, unless it says a size. Fields that transformers does not
+        know either change nothing, and are named in a warning.
+
         Raises:
-          NeoError: another architecture, a missing or unknown field, or a bad value.
+          NeoError: another architecture, a missing or mistyped field, or a bad value.
         """
         name = fields.get("model_type")
         family = FAMILIES.get(name) if isinstance(name, str) else None
@@ -181,13 +186,10 @@ class ModelConfig:
                 f"{source}: model_type is {brief(name)}; this loads "
                 f"{' and '.join(map(repr, FAMILIES))} checkpoints."
             )
-        table, known = family.fields, {*family.fields, *family.layer_fields}
-        ignored = HF_IGNORED | family.ignored | family.off.keys()
         if fields.get("quantization_config") is not None:
             raise NeoError(f"{source}: {QUANTIZED}")
-        for name in fields:
-            if name not in known and name not in ignored and not name.startswith("_"):
-                raise NeoError(f"{source}: unknown field '{name}'.{suggest(name, known)}")
+        table, fields = family.fields, _without_aliases(fields, family, source)
+        unknown = _unknown(fields, family, source)
         for name, ours in table.items():
             if ours in _NEEDED and name not in fields:
                 raise NeoError(f"{source}: field '{name}' is missing; is the file whole?")
@@ -208,9 +210,47 @@ class ModelConfig:
         try:
             if family.layer_fields:
                 values["attention_types"] = _hf_layer_types(fields)
-            return cls(**values)
+            config = cls(**values)
         except (TypeError, ValueError) as error:
             raise NeoError(f"{source}: {error}") from error
+        if unknown:
+            warn(
+                f"{source}: not followed: {', '.join(unknown)}, no field of transformers' "
+                f"{family.architecture}; a model that needs it is another one here and there."
+            )
+        return config
+
+
+def _without_aliases(fields: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
+    """Returns fields by the names that the family's table has for them."""
+    named = {name: value for name, value in fields.items() if name not in family.aliases}
+    for name, full in family.aliases.items():
+        value = fields.get(name)
+        if value is not None and named.setdefault(full, value) != value:
+            raise NeoError(
+                f"{source}: '{full}' is {brief(named[full])} and '{name}', which is another name "
+                f"of it, {brief(value)}; remove the wrong one."
+            )
+    return named
+
+
+def _unknown(fields: dict[str, Any], family: Family, source: str) -> list[str]:
+    """Returns the names of fields that are not followed; refuses those that look mistyped."""
+    known = {*family.fields, *family.layer_fields}
+    ignored = known | HF_IGNORED | family.ignored | family.off.keys()
+    unknown = []
+    for name, value in fields.items():
+        if value is None or name in ignored or name.startswith("_"):
+            continue
+        close = difflib.get_close_matches(name[:100], known, n=1, cutoff=_MISTYPED)
+        if not close:
+            unknown.append(f"'{name}'")
+        elif fields.get(close[0]) != value:
+            raise NeoError(f"{source}: unknown field '{name}'. Did you mean '{close[0]}'?")
+    return unknown
+
+
+_MISTYPED = 0.85  # as difflib measures; "hiden_size" is 0.95 of "hidden_size"
 
 
 def _set(config: ModelConfig, **values: Any) -> None:
@@ -260,6 +300,11 @@ def expand_types(pairs: Any, num_layers: Any) -> tuple[Any, ...]:
     """
     if checked("num_layers", num_layers, int) > _MOST_LAYERS:
         raise NeoError(f"num_layers {num_layers} is more than {_MOST_LAYERS:,}; correct it.")
+    if isinstance(pairs, list | tuple) and pairs and all(isinstance(x, str) for x in pairs):
+        raise NeoError(
+            f"attention_types are a flat list, {brief(pairs)}; write units and how often they "
+            f"repeat, as in {_written(pairs, num_layers)}."
+        )
     if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
         raise NeoError(
             f"attention_types are {brief(pairs)}, not units and how often they repeat, as in "
@@ -272,6 +317,12 @@ def expand_types(pairs: Any, num_layers: Any) -> tuple[Any, ...]:
             "one of them."
         )
     return tuple(kind for unit, repeats in pairs if unit for kind in [*unit] * repeats)
+
+
+def _written(types: Sequence[str], num_layers: int) -> str:
+    """Returns how types, of some layers that repeat, are to be written."""
+    unit = _repeating_unit(tuple(types))
+    return json.dumps([[[*unit], num_layers // len(unit) or 1]])
 
 
 def _is_pair(pair: Any) -> bool:

@@ -3,6 +3,7 @@
 import difflib
 import operator
 import reprlib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,15 @@ class NeoError(ValueError):
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         super().__init__(printable(message))
+
+
+class NeoWarning(UserWarning):
+    """What is left out or not followed of a user's files. The command line prints it as a line."""
+
+
+def warn(message: str) -> None:
+    """Warns of something in a user's files, once a process."""
+    warnings.warn(str(NeoError(message)), NeoWarning, stacklevel=2)
 
 
 def printable(text: str) -> str:

@@ -21,6 +21,7 @@ class Family:
     name: str  # Hugging Face's model_type
     architecture: str  # its class in transformers
     fields: Mapping[str, str]  # of its config.json, with ours
+    aliases: Mapping[str, str]  # other names of its fields: transformers' attribute_map
     layer_fields: tuple[str, ...]  # those that say the attention type of each layer, if any
     off: Mapping[str, float]  # fields to write for what these models do in training only
     ignored: frozenset[str]  # fields of older files that change nothing
@@ -51,6 +52,7 @@ GPT_NEO = Family(
         "eos_token_id": "eos_token_id",
         "tie_word_embeddings": "tied_head",
     },
+    aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
     layer_fields=("attention_types", "attention_layers"),
     off={"attention_dropout": 0.0, "embed_dropout": 0.0, "resid_dropout": 0.0},
     ignored=frozenset(),
@@ -113,6 +115,12 @@ GPT2 = Family(
         "scale_attn_weights": "scale_attention",
         "tie_word_embeddings": "tied_head",
     },
+    aliases={
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+    },
     layer_fields=(),
     off={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     ignored=frozenset(
@@ -152,6 +160,7 @@ FAMILIES = {family.name: family for family in (GPT_NEO, GPT2)}
 
 SAME_ACTIVATIONS = {
     "gelu_python": "gelu",
+    "swish": "silu",
     **dict.fromkeys(
         ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast"), "gelu_new"
     ),

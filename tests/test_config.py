@@ -5,6 +5,7 @@ import json
 import re
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +15,9 @@ from transformers.activations import ACT2FN
 
 from neo_jax.checkpoints import mesh_tf
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, NeoWarning
 from neo_jax.files.json_text import read_json
+from neo_jax.ops.gelu import ACTIVATIONS
 
 # What the hub holds for EleutherAI/gpt-neo-1.3B, stale fields included.
 PUBLISHED = {
@@ -195,7 +197,8 @@ def test_what_gpt2_may_leave_out_and_what_it_may_say():
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is true, which is not"),
         ({"tie_word_embeddings": "no"}, "tied_head must be true or false, not 'no'"),
         ({"n_head": 7}, "num_heads 7 x head_dim 109 is not embed_dim 768"),
-        ({"window_size": 3}, "unknown field 'window_size'"),
+        ({"n_layers": 7}, r"unknown field 'n_layers'\. Did you mean 'n_layer'\?"),
+        ({"hidden_size": 3}, "'n_embd' is 768 and 'hidden_size', which is another name of it, 3"),
     ):
         with pytest.raises(NeoError, match=message):
             ModelConfig.from_hf(fields | change)
@@ -254,9 +257,8 @@ def test_several_ids_may_end_a_text(ids, ours, theirs):
     ("changes", "message"),
     [
         ({"hiden_size": 3}, r"F: unknown field 'hiden_size'\. Did you mean 'hidden_size'\?"),
-        ({"rotary": True}, "F: unknown field 'rotary'. Known are: .*window_size"),
         ({"model_type": "gptj"}, "F: model_type is 'gptj'; this loads 'gpt_neo' and 'gpt2'"),
-        ({"model_type": "gpt2"}, "F: unknown field"),
+        ({"model_type": "gpt2"}, "F: field 'n_layer' is missing"),
         ({"tie_word_embeddings": 1}, "F: tied_head must be true or false, not 1"),
         (
             {"num_layers": 10**12},
@@ -299,7 +301,14 @@ def test_several_ids_may_end_a_text(ids, ours, theirs):
         ),
         ({"attention_types": [[["global"], 0]]}, "F: attention_types are for 0 layers"),
         ({"attention_types": 7}, "F: attention_types are 7, not units and how often they repeat"),
-        ({"attention_types": ["global", "local"]}, r"are \['global', 'local'\], not units"),
+        (
+            {"attention_types": ["global", "local"]},
+            r'are a flat list, .*; write .* as in \[\[\["global", "local"\], 12\]\]\.',
+        ),
+        (
+            {"attention_types": ["global", "local", "local"] * 8},
+            r'are a flat list, .*; write .* as in \[\[\["global", "local", "local"\], 8\]\]\.',
+        ),
         ({"attention_types": [[["global"], "2"]]}, r"are \[\[\['global'\], '2'\]\], not units"),
         ({"attention_layers": 5}, "F: attention_layers are 5, not a type for each"),
         ({"activation_function": [[]]}, r"F: unknown activation \[\[\]\]"),
@@ -382,23 +391,45 @@ def test_layers_are_counted_before_they_are_written_out():
 @pytest.mark.parametrize(
     ("name", "ours"),
     [("gelu_pytorch_tanh", "gelu_new"), ("gelu_fast", "gelu_new"), ("gelu_accurate", "gelu_new"),
-     ("gelu_python_tanh", "gelu_new"), ("gelu_python", "gelu"), ("relu", "relu")],
+     ("gelu_python_tanh", "gelu_new"), ("gelu_python", "gelu"), ("relu", "relu"),
+     ("silu", "silu"), ("swish", "silu")],
 )  # fmt: skip
 def test_other_names_of_activations(name, ours):
     """The functions are the same, to what float32 tells apart."""
     config = ModelConfig.from_hf(PUBLISHED | {"activation_function": name})
     assert config.activation == ours
     x = torch.linspace(-5, 5, 1001, dtype=torch.float64)
-    torch.testing.assert_close(ACT2FN[name](x), ACT2FN[ours](x), atol=1e-7, rtol=0)
+    expected = ACT2FN[name](x)
+    found = ACTIVATIONS[ours](x.float().numpy())
+    torch.testing.assert_close(ACT2FN[ours](x), expected, atol=1e-7, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+
+STALE = {"output_past": True, "eos_token_ids": 0, "quantization_config": None, "xla_device": None}
+STALE |= {"torch_dtype": "float16", "_name_or_path": "x", "_flash": 1, "top_k": 3, "rotary": None}
+STALE |= {"num_hidden_layers": 24, "num_attention_heads": 16, "window_sizes": 256}
 
 
 def test_stale_fields_change_nothing():
-    stale = {"output_past": True, "eos_token_ids": 0, "quantization_config": None}
-    stale |= {"n_ctx": 1, "torch_dtype": "float16", "_name_or_path": "x", "_flash": 1, "top_k": 3}
-    with pytest.raises(NeoError, match="unknown field 'n_ctx'"):
-        ModelConfig.from_hf(PUBLISHED | stale)
-    del stale["n_ctx"]
-    assert ModelConfig.from_hf(PUBLISHED | stale) == preset("gpt-neo-1.3b")
+    assert ModelConfig.from_hf(PUBLISHED | STALE) == preset("gpt-neo-1.3b")
+
+
+def test_fields_that_transformers_does_not_know_are_named_in_a_warning():
+    others = {"rotary": True, "n_ctx": 1, "trained_by": {"x": 1}}
+    with pytest.warns(NeoWarning) as found:
+        config = ModelConfig.from_hf(PUBLISHED | STALE | others, "F")
+    assert config == preset("gpt-neo-1.3b")
+    assert "F: not followed: 'rotary', 'n_ctx', 'trained_by', no field" in str(found[0].message)
+    assert len(found) == 1
+
+
+def test_transformers_reads_the_same_by_other_names():
+    """What GPT2Config.attribute_map and GPTNeoConfig.attribute_map list."""
+    for kind, published in ((GPT2Config, PUBLISHED_GPT2), (GPTNeoConfig, PUBLISHED)):
+        assert kind.attribute_map == ModelConfig.from_hf(published).family.aliases
+        names = {theirs: name for name, theirs in kind.attribute_map.items()}
+        fields = {names.get(name, name): value for name, value in published.items()}
+        assert ModelConfig.from_hf(fields) == ModelConfig.from_hf(published)
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])

@@ -10,13 +10,14 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from neo_jax import __version__
 from neo_jax.cli.usage_errors import as_typed, one_line
 from neo_jax.devices.signals import STATUS, WATCH
-from neo_jax.errors import NeoError, suggest
+from neo_jax.errors import NeoError, NeoWarning, suggest
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UsageError(f"'{verb}' is not a verb.{suggest(verb, VERBS)}")
-        with WATCH.inside():
+        with WATCH.inside(), _warnings_as_lines():
             importlib.import_module(f"neo_jax.cli.{verb}").main(args[1:])
         return 0
     except EXPECTED as error:
@@ -77,6 +78,22 @@ def explain(error: BaseException, args: Sequence[str] = ()) -> int:
     if interrupted:
         return STATUS
     return 2 if isinstance(error, UsageError) else 1
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Lets warnings of a user's files look as errors do, without a place in the program."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, NeoWarning):
+                print(f"neo-jax: {message}", file=sys.stderr, flush=True)
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = show_line  # type: ignore[assignment]
+        yield
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:

@@ -38,5 +38,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_new,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 """By the names that HF's configs use."""

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from neo_jax.checkpoints.open_model import read_config
+from neo_jax.cli import main
 from neo_jax.config import PRESETS, preset
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
@@ -173,7 +174,7 @@ DAMAGES = {
         "model_type is 'gptj'; this loads 'gpt_neo' and 'gpt2' checkpoints",
     ),
     "an unknown field": (
-        lambda folder: edit_config(folder, hidden_sise=32),
+        lambda folder: edit_config(folder, hidden_sise=33),
         "unknown field 'hidden_sise'. Did you mean 'hidden_size'?",
     ),
     "a field that contradicts": (
@@ -185,6 +186,16 @@ DAMAGES = {
         "tokenizer.json is not valid JSON",
     ),
 }
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_field_that_is_not_followed_is_a_line_on_stderr(checkpoints, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["bytes"], folder)
+    edit_config(folder, rotary=True)
+    assert main(["info", str(folder)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"neo-jax: {folder / 'config.json'}: not followed: 'rotary', no field")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
