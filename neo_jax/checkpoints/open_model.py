@@ -20,13 +20,17 @@ from neo_jax.checkpoints.formats import FLOATS, StoredTensor, Weights, holds_for
 from neo_jax.checkpoints.host_device import check_finite
 from neo_jax.checkpoints.save import MARK, METHOD, Leaf
 from neo_jax.config import QUANTIZED, ModelConfig
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, warn
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_file, make_path
 from neo_jax.model.tensor_table import Format, Tensor, tensors
 
 # Buffers that old versions of transformers saved with every attention layer.
 _STALE = re.compile(r"(^|\.)h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
+
+# Heads next to the model's own, and those in its place, which transformers and trl save.
+_EXTRA_HEADS = ("v_head", "multiple_choice_head")
+_OTHER_HEADS = (*_EXTRA_HEADS, "score", "classifier", "qa_outputs")
 
 _HEAD = "lm_head.weight"
 _TABLE = "transformer.wte.weight"
@@ -135,8 +139,12 @@ def match(config: ModelConfig, weights: Weights) -> list[tuple[Tensor, StoredTen
             f"{source} lacks {len(missing)} of {len(wanted)} tensors, the first {missing[0]}; is "
             "config.json of the same model?"
         )
-    known = set(wanted)
-    unexpected = [tensor.name for name, tensor in stored.items() if name not in known]
+    known, heads = set(wanted), {}
+    for name in stored.keys() - known:
+        if (module := name.removeprefix("transformer.").partition(".")[0]) in _OTHER_HEADS:
+            heads[name] = module
+    unexpected = [x.name for name, x in stored.items() if name not in known | heads.keys()]
+    _report_heads(source, heads)
     if unexpected:
         raise NeoError(
             f"{source} holds {len(unexpected)} tensors that a model of this config.json has not, "
@@ -146,6 +154,20 @@ def match(config: ModelConfig, weights: Weights) -> list[tuple[Tensor, StoredTen
     for tensor, entry in rows:
         _check(entry, tensor, form)
     return rows
+
+
+def _report_heads(source: Path, heads: dict[str, str]) -> None:
+    """Warns of heads that are left out; refuses those of models that are no language models."""
+    other = {module for module in heads.values() if module not in _EXTRA_HEADS}
+    if other:
+        raise NeoError(
+            f"{source} holds the head {', '.join(sorted(other))} in the place of a language "
+            "model's; to use the model below it all the same, save that: transformers' "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)."
+        )
+    if heads:
+        names = ", ".join(sorted({f"{module}.*" for module in heads.values()}))
+        warn(f"{source}: {names} left out: {len(heads)} tensors of a head next to the model.")
 
 
 def _canonical(table: tuple[Tensor, ...], weights: Weights) -> dict[str, StoredTensor]:

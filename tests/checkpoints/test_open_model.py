@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from neo_jax.checkpoints.load import load_params
 from neo_jax.checkpoints.open_model import read_config
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
-from neo_jax.errors import NeoError
+from neo_jax.errors import NeoError, NeoWarning
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo
 
@@ -418,10 +419,80 @@ def test_missing_tensors(tmp_path):
 
 
 def test_unexpected_tensors(tmp_path):
-    arrays = hf_tensors(CONFIG) | {"score.weight": np.ones((2, 32), np.float32)}
+    arrays = hf_tensors(CONFIG) | {"more.weight": np.ones((2, 32), np.float32)}
     text = failed_load(write(tmp_path / "model", arrays))
     assert "1 tensors" in text
-    assert "score.weight" in text
+    assert "more.weight" in text
+
+
+# Names as training programs write them, and what they write next to the model.
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_names_with_the_prefixes_of_wrappers(tmp_path, prefix, own_head):
+    arrays = hf_tensors(CONFIG)
+    plain = write(tmp_path / "plain", arrays)
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"][:: -1 if own_head else 1].copy()
+    folder = write(tmp_path / "wrapped", {f"{prefix}{name}": x for name, x in arrays.items()})
+    assert read_config(folder) == dataclasses.replace(CONFIG, tied_head=not own_head)
+    params = load_params(folder, read_config(folder))
+    head = params.pop("lm_head") if own_head else params["wte"]
+    table = np.asarray(head["embedding"])[: CONFIG.vocab_size]
+    np.testing.assert_array_equal(table, arrays["lm_head.weight"])
+    assert_same(params, load_params(plain, CONFIG))
+
+
+def test_a_module_that_was_compiled_within_the_model(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    renamed = {name.replace("h.1.", "h.1._orig_mod."): x for name, x in arrays.items()}
+    folder = write(tmp_path / "wrapped", renamed)
+    assert_same(load_params(folder, CONFIG), load_params(write(tmp_path / "plain", arrays), CONFIG))
+
+
+def test_one_parameter_with_a_prefix_and_without(tmp_path):
+    arrays = hf_tensors(CONFIG)
+    arrays["model.transformer.ln_f.bias"] = arrays["transformer.ln_f.bias"] + 1
+    text = failed_load(write(tmp_path / "model", arrays))
+    assert "holds both model.transformer.ln_f.bias and transformer.ln_f.bias, which are" in text
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_weights_within_the_checkpoint_of_a_training_program(tmp_path, key):
+    arrays = hf_tensors(CONFIG)
+    plain = write(tmp_path / "plain", arrays)
+    folder = write(tmp_path / "nested", {})
+    (folder / "model.safetensors").unlink()
+    state = {f"model.{name}": torch.from_numpy(x) for name, x in arrays.items()}
+    torch.save({"epoch": 3, key: state, "lr": 1e-3}, folder / "pytorch_model.bin")
+    assert_same(load_params(folder, read_config(folder)), load_params(plain, CONFIG))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_head_next_to_the_model_is_left_out_and_named(tmp_path, prefix):
+    """As trl's AutoModelForCausalLMWithValueHead saves it."""
+    arrays = hf_tensors(CONFIG)
+    plain = write(tmp_path / "plain", arrays)
+    arrays |= {"v_head.summary.weight": np.ones((1, 32)), "v_head.summary.bias": np.ones(1)}
+    folder = write(tmp_path / "wrapped", {f"{prefix}{name}": x for name, x in arrays.items()})
+    with pytest.warns(NeoWarning, match=r"safetensors: v_head\.\* left out: 2 tensors of a head"):
+        params = load_params(folder, read_config(folder))
+    assert_same(params, load_params(plain, CONFIG))
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_a_classifier_is_no_language_model(hf_model, tmp_path, kind):
+    """The message says how to make one of it: it must work."""
+    model = getattr(transformers, f"GPTNeoFor{kind}")(hf_model.config)
+    model.save_pretrained(tmp_path / "classifier")
+    head = "score" if kind.startswith("S") else "classifier"
+    text = failed_load(tmp_path / "classifier")
+    assert f"holds the head {head} in the place of a language model's; to use the model" in text
+    below = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "classifier")
+    below.save_pretrained(tmp_path / "below")
+    params = load_params(tmp_path / "below", read_config(tmp_path / "below"))
+    expected = model.transformer.wte.weight.detach().numpy()
+    np.testing.assert_array_equal(params["wte"]["embedding"][: CONFIG.vocab_size], expected)
 
 
 def test_a_config_of_another_depth(folder):

@@ -10,6 +10,7 @@
 
 import contextlib
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,12 @@ _KINDS: tuple[tuple[str, Format, str], ...] = (
 )
 
 
+# Words that wrappers put into names: DataParallel and DDP, torch.compile, Lightning, trl, FSDP.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|model|pretrained_model|_fsdp_wrapped_module)\."
+)
+
+
 class Weights(NamedTuple):
     """All tensors of a checkpoint."""
 
@@ -41,7 +48,7 @@ class Weights(NamedTuple):
 
 
 def open_weights(folder: Path, files: contextlib.ExitStack) -> Weights:
-    """Opens what a folder holds; `files` closes it.
+    """Opens what a folder holds; `files` closes it. Names are without the words of wrappers.
 
     Raises:
       NeoError: files are missing, damaged, or contradict each other.
@@ -50,9 +57,12 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> Weights:
     if found is not None:
         source, form, module = found
         open_one = importlib.import_module(f"neo_jax.checkpoints.formats.{module}").open_file
-        if source.suffix == ".json":
-            return Weights(source, form, _open_shards(source, open_one, files))
-        return Weights(source, form, open_one(source, files))
+        tensors = (
+            _open_shards(source, open_one, files)
+            if source.suffix == ".json"
+            else open_one(source, files)
+        )
+        return Weights(source, form, _unwrapped(source, tensors) if form == "hf" else tensors)
     if next(folder.glob("*.index"), None):
         from neo_jax.checkpoints.formats import mesh_tf_files
 
@@ -61,6 +71,18 @@ def open_weights(folder: Path, files: contextlib.ExitStack) -> Weights:
         f"{folder} holds no {', no '.join(single for single, *_ in _KINDS)} and no checkpoint of "
         "TensorFlow; name the folder of a model."
     )
+
+
+def _unwrapped(source: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    plain: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        first = plain.setdefault(_WRAPPERS.sub("", name), stored)
+        if first is not stored:
+            raise NeoError(
+                f"{source} holds both {first.name} and {name}, which are one parameter; remove one "
+                "of them."
+            )
+    return plain
 
 
 def holds_form(folder: Path, form: Format) -> bool:

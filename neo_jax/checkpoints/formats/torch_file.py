@@ -59,6 +59,7 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
             state = torch.load(
                 path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
             )
+        state = _weights(state)
         if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor)
             for name, value in state.items()
@@ -85,6 +86,15 @@ def open_file(path: Path, files: contextlib.ExitStack) -> dict[str, StoredTensor
         raise NeoError(
             f"{path} is damaged or cut short ({_why(error)}); download or copy it again."
         ) from None
+
+
+def _weights(state: Any) -> Any:
+    """Returns what of a training program's checkpoint are the weights; others as they are."""
+    nested = (state.get(name) for name in _NESTED) if isinstance(state, dict) else ()
+    return next((found for found in nested if isinstance(found, dict)), state)
+
+
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 class _Pieces(io.BufferedReader):

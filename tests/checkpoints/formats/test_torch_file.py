@@ -200,7 +200,7 @@ def test_no_code_runs(tmp_path, archived):
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize("state", [[NUMBERS], {"model": {"a": NUMBERS}}, {1: NUMBERS}, NUMBERS])
+@pytest.mark.parametrize("state", [[NUMBERS], {"models": {"a": NUMBERS}}, {1: NUMBERS}, NUMBERS])
 def test_what_is_no_state(tmp_path, state):
     torch.save(state, tmp_path / "a.bin")
     assert "holds no tensors by name; save model.state_dict()" in refusal(tmp_path / "a.bin")
