@@ -63,17 +63,10 @@ def collectives(
     collective that runs next to other work. The program of several slices is that of one of them,
     which sends to the others by its hosts.
 
-    Args:
-      program: what was compiled.
-      mesh_shape: the size of each axis of the mesh, in order.
-      open_trips: how often a loop runs whose end depends on data.
-      slices: the axes that lead to other TPU slices, and to how many.
-
-    Raises:
-      ValueError: there is a collective in such a loop and `open_trips` is None.
+    `open_trips` is how often a loop runs whose end depends on data; there is a `ValueError` where
+    that is needed and None. `slices` are the axes that lead to other TPU slices, and to how many.
     """
-    found = []
-    chains = set()
+    found, chains = [], set()
     inside = {name: size // slices.get(name, 1) for name, size in mesh_shape.items()}
     for run in runs(program, open_trips):
         opcode, attributes = run.instruction.opcode, run.instruction.attributes

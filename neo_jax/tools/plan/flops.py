@@ -3,11 +3,10 @@
 A kernel's are in neither, and follow by arithmetic.
 """
 
-import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,7 @@ def traced_flops(traced: Any, config: ModelConfig) -> float:
     nothing needs does not count, as the gradient of a frozen parameter.
     """
     jaxpr = traced.jaxpr.jaxpr
-    needed = [True] * len(jaxpr.outvars)
-    return _flops(jaxpr, needed, functools.partial(_attention_flops, config))
+    return _flops(config, jaxpr, [True] * len(jaxpr.outvars))
 
 
 def compiled_flops(
@@ -36,10 +34,8 @@ def compiled_flops(
 ) -> float:
     """Returns the FLOPs of one instruction of a compiled program, on a device.
 
-    Args:
-      each: the instruction; other than products and kernels have none.
-      lines: of its computation, by name.
-      config: of the model whose attention kernels compute; None where there are none.
+    Other than products and kernels have none. `lines` are those of its computation, `config` that
+    of the model whose attention kernels compute; None where there are none.
     """
     if each.opcode not in ("dot", "convolution", "custom-call"):
         return 0
@@ -59,7 +55,7 @@ def _product_flops(result: Shape, left: Shape, summed: Iterable[int]) -> float:
     return 2 * math.prod(result) * math.prod(left[axis] for axis in summed)
 
 
-def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...]) -> float:
+def _convolution_flops(call: Instruction, operands: tuple[Shape, ...]) -> float:
     """Counts multiplications and additions, those with padding and between dilations left out.
 
     A TPU's compiler writes every product of matrices as a convolution, one with batch axes as one
@@ -88,7 +84,7 @@ def _convolution_flops(call: Instruction, operands: tuple[tuple[int, ...], ...])
 
 
 def _attention_flops(
-    config: ModelConfig, name: str, operands: tuple[Shape, ...], results: list[Shape]
+    config: ModelConfig, name: str, operands: Sequence[Shape], results: Sequence[Shape]
 ) -> float:
     """Returns the FLOPs of attention over the keys that are seen, on average over the layers.
 
@@ -109,7 +105,7 @@ def _attention_flops(
     return products * 2 * math.prod(rows) * pairs * head_dim
 
 
-def _flops(jaxpr: Any, needed: Sequence[bool], kernel: Callable[..., float]) -> float:
+def _flops(config: ModelConfig, jaxpr: Any, needed: Sequence[bool]) -> float:
     """Counts what leads to those results of a jaxpr that are needed."""
     total = 0.0
     used = _variables(itertools.compress(jaxpr.outvars, needed))
@@ -117,7 +113,7 @@ def _flops(jaxpr: Any, needed: Sequence[bool], kernel: Callable[..., float]) -> 
         results = [var in used for var in eqn.outvars]
         if any(results) or eqn.effects:
             used |= _variables(eqn.invars)
-            total += _flops_of(eqn, results, kernel)
+            total += _flops_of(config, eqn, results)
     return total
 
 
@@ -125,16 +121,16 @@ def _variables(atoms: Iterable[Any]) -> set[Any]:
     return {atom for atom in atoms if not isinstance(atom, Literal)}
 
 
-def _flops_of(eqn: Any, needed: Sequence[bool], kernel: Callable[..., float]) -> float:
+def _flops_of(config: ModelConfig, eqn: Any, needed: Sequence[bool]) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (summed, _), _ = params["dimension_numbers"]
         return _product_flops(eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape, summed)
     if name == "pallas_call":
-        operands = tuple(var.aval.shape for var in eqn.invars)
-        return kernel(str(params["name"]), operands, [var.aval.shape for var in eqn.outvars])
+        operands, results = ([var.aval.shape for var in side] for side in (eqn.invars, eqn.outvars))
+        return _attention_flops(config, str(params["name"]), operands, results)
     if name == "cond":
-        return max(_flops(branch.jaxpr, needed, kernel) for branch in params["branches"])
+        return max(_flops(config, branch.jaxpr, needed) for branch in params["branches"])
     total = 0.0
     for inner in _inner(params):
         if name == "scan":  # what one trip gives the next is needed; others are stacked by trip
@@ -143,7 +139,7 @@ def _flops_of(eqn: Any, needed: Sequence[bool], kernel: Callable[..., float]) ->
                 for wanted, stacked, one in zip(needed, eqn.outvars, inner.outvars, strict=True)
             ]
         same = name != "while" and len(inner.outvars) == len(needed)
-        total += _flops(inner, needed if same else [True] * len(inner.outvars), kernel)
+        total += _flops(config, inner, needed if same else [True] * len(inner.outvars))
     times = params["length"] if name == "scan" else 1
     mesh, manual = params.get("mesh"), params.get("newly_manual_axes", ())
     shards = math.prod(mesh.shape[axis] for axis in manual) if name == "shard_map" else 1

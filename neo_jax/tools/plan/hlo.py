@@ -59,39 +59,31 @@ class Run(NamedTuple):
 def runs(program: Program, open_trips: int | None = None) -> Iterator[Run]:
     """Yields all that a program runs; every branch of a condition counts.
 
-    Args:
-      program: what `parse` returned.
-      open_trips: how often a loop runs whose end depends on data.
+    `open_trips` is how often a loop runs whose end depends on data.
     """
-    return _runs(program, open_trips, 1, program.entry, (program.entry,), ())
 
+    def inside(
+        name: str, times: int | None, path: tuple[str, ...], fusions: tuple[str, ...] = ()
+    ) -> Iterator[Run]:
+        for each in program.computations[name].values():
+            yield Run(each, times, name, path, fusions)
+            if each.opcode in ("fusion", "async-start"):
+                called = each.called("calls")
+                yield from inside(called, times, path, (*fusions, called))
+                continue
+            trips = _trips(program, each, open_trips) if each.opcode == "while" else 1
+            repeats = None if times is None or trips is None else times * trips
+            for body in _bodies(each):
+                yield from inside(body, repeats, (*path, body))
 
-def _runs(
-    program: Program,
-    open_trips: int | None,
-    times: int | None,
-    computation: str,
-    path: tuple[str, ...],
-    fusions: tuple[str, ...],
-) -> Iterator[Run]:
-    for each in program.computations[computation].values():
-        yield Run(each, times, computation, path, fusions)
-        if each.opcode in ("fusion", "async-start"):
-            name = each.called("calls")
-            yield from _runs(program, open_trips, times, name, path, (*fusions, name))
-            continue
-        trips = _trips(program, each, open_trips) if each.opcode == "while" else 1
-        inside = None if times is None or trips is None else times * trips
-        for name in _bodies(each):
-            yield from _runs(program, open_trips, inside, name, (*path, name), ())
+    return inside(program.entry, 1, (program.entry,))
 
 
 def _bodies(each: Instruction) -> list[str]:
     """Returns the computations that an instruction runs one instruction after another."""
-    if each.opcode == "conditional":
-        listed = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
-        if listed:
-            return re.findall(r"[\w.-]+", listed[1])
+    listed = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
+    if each.opcode == "conditional" and listed:
+        return re.findall(r"[\w.-]+", listed[1])
     roles = {
         "while": ("body",),
         "call": ("to_apply",),
@@ -107,12 +99,11 @@ def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int |
         return int(known[1])
     condition = program.computations[loop.called("condition")]
     root = next(instruction for instruction in condition.values() if instruction.is_root)
-    if root.opcode != "compare":
-        return open_trips
-    compared = {condition[name].opcode: condition[name] for name in root.operands}
-    if compared.keys() != {"get-tuple-element", "constant"}:
-        return open_trips
-    return int(compared["constant"].operands[0])
+    if root.opcode == "compare":
+        compared = {condition[name].opcode: condition[name] for name in root.operands}
+        if compared.keys() == {"get-tuple-element", "constant"}:
+            return int(compared["constant"].operands[0])
+    return open_trips
 
 
 def parse(text: str) -> Program:

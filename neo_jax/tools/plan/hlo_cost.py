@@ -28,13 +28,8 @@ def work(
     vector memory; of an operand that is only sliced the slices count, of a result that is only
     updated the update.
 
-    Args:
-      program: what `neo_jax.tools.plan.hlo.parse` returned.
-      config: of the model whose attention its kernels compute; without it they count as nothing.
-      open_trips: how often a loop runs whose end depends on data.
-
-    Raises:
-      ValueError: there is such a loop and `open_trips` is None.
+    Without the config of the model whose attention they compute, kernels count as nothing. Of
+    `open_trips` see `runs`; there is a `ValueError` where that is needed and None.
     """
     flops = memory_bytes = 0.0
     for run in runs(program, open_trips):

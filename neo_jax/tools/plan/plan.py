@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from neo_jax.devices.memory import device_memory, tree_bytes
+from neo_jax.devices.memory import device_memory
 from neo_jax.tools.plan.collectives import Traffic, traffic
 from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.tools.plan.hlo import parse
@@ -89,11 +89,9 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        seconds = time.perf_counter() - start
+        seconds, memory = time.perf_counter() - start, _refused(step, topology, str(error))
         reason = " ".join(str(error).split(".\n")[0].split())
-        return Plan(
-            step, topology, _refused(step, topology, str(error)), useful, repeated, seconds, reason
-        )
+        return Plan(step, topology, memory, useful, repeated, seconds, reason)
     seconds = time.perf_counter() - start
     program = parse(text)
     done = work(program, config, OPEN_TRIPS)
@@ -123,8 +121,4 @@ def capacity(topology: Topology) -> float:
 
 
 def _parts(step: Step, topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
-    tiled = not topology.is_here
-    return (
-        {name: tree_bytes(tree, tiled) for name, tree in step.parts.items()},
-        {name: tree_bytes(tree, False) for name, tree in step.parts.items()},
-    )
+    return step.part_bytes(tiled=not topology.is_here), step.part_bytes(tiled=False)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 
 from neo_jax.axes import BATCH, EMBED
-from neo_jax.devices.chips import Chip
-from neo_jax.devices.memory import tree_bytes
 from neo_jax.errors import NeoError
 from neo_jax.tools.plan.plan import Plan, capacity, make_plan
 from neo_jax.tools.plan.roofline import Roofline
@@ -38,9 +36,7 @@ class Candidate:
             return self
         seconds = plan.roofline.step if plan.roofline else math.inf
         sent = sum(row.wire_bytes for row in plan.traffic)
-        return Candidate(
-            self.mesh, self.rules, plan.memory.total, sent, seconds, plan.fits, self.plan
-        )
+        return Candidate(self.mesh, self.rules, plan.memory.total, sent, seconds, plan.fits, plan)
 
     @property
     def order(self) -> tuple[bool, float]:
@@ -50,13 +46,9 @@ class Candidate:
 
 
 def search(build: Build, topology: Topology, kind: str, num_compiled: int) -> list[Candidate]:
-    """Ranks every mesh of a topology; those that were compiled come first.
+    """Ranks every mesh of a topology; the best are compiled and come first.
 
-    Args:
-      build: see `Build`.
-      topology: the devices.
-      kind: of the step, which decides the rules that are tried.
-      num_compiled: how many to compile.
+    The kind of step decides the rules that are tried.
 
     Raises:
       NeoError: no mesh splits the step; the message is that of the last that was tried.
@@ -91,29 +83,23 @@ def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candid
     step = build(mesh, rules)
     if step.rows % step.sharding.num_shards(BATCH):
         raise NeoError(f"{step.rows} sequences do not divide over mesh {mesh}; choose others.")
-    tiled = not topology.is_here
-    held = {name: tree_bytes(tree, tiled) for name, tree in step.parts.items()}
-    config = step.model.config
+    held = step.part_bytes(tiled=not topology.is_here)
+    config, chip = step.model.config, topology.chip
     # A sequence's activations of one layer's input, float32.
     layer = 4 * step.rows // step.sharding.num_shards(BATCH) * step.length * config.embed_dim
     memory = float(sum(held.values()))
     if step.kind == "train":
         memory += held["parameters"] + layer * config.num_layers  # gradients; what is saved
+    products = 2 * _passes(step) * config.num_params * step.tokens / step.mesh.size
+    moved = sum(held.values()) * (2 if step.kind == "train" else 1)  # the state is read and written
     sent = _sent(step)
-    seconds = _seconds(step, topology.chip, sum(held.values()), sent)
-    return Candidate(mesh, rules, memory, sent, seconds, not memory > capacity(topology))
-
-
-def _seconds(step: Step, chip: Chip, held: float, sent: float) -> float:
-    """Returns the slowest of products, memory and interconnect, each by itself."""
-    products = 2 * _passes(step) * step.model.config.num_params * step.tokens / step.mesh.size
-    moved = held * (2 if step.kind == "train" else 1)  # the state is read and written
-    return Roofline(
+    least = Roofline(
         products / chip.peak_flops,
         moved / chip.memory_bandwidth,
         sent / (2 * chip.link_bandwidth),
         network=0.0,
-    ).step
+    )
+    return Candidate(mesh, rules, memory, sent, least.step, not memory > capacity(topology))
 
 
 def _passes(step: Step) -> int:

@@ -13,6 +13,7 @@ from neo_jax.axes import BATCH
 from neo_jax.checkpoints.options import Quantize
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.devices.memory import tree_bytes
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.ops.tuning import tpu_layout
@@ -53,6 +54,10 @@ class Step:
         assert isinstance(self.sharding.mesh, Mesh)
         return self.sharding.mesh
 
+    def part_bytes(self, tiled: bool) -> dict[str, int]:
+        """Returns what a device holds of each part; see `tree_bytes`."""
+        return {name: tree_bytes(tree, tiled) for name, tree in self.parts.items()}
+
 
 def training_step(config: TrainConfig, sharding: Sharding) -> Step:
     """Returns the step that `train` runs.
@@ -92,9 +97,8 @@ def prefill_step(model: Neo, batch: int, length: int, quantize: Quantize = "none
     Raises:
       NeoError: the strategy cannot split this model or batch.
     """
-    arguments = _prefill_arguments(model, batch, length, quantize)
+    params, *rows = arguments = _prefill_arguments(model, batch, length, quantize)
     trace = functools.partial(engine.prefill.trace, model, length, *arguments)
-    params, *rows = arguments
     parts = {"parameters": params, "cache": (), "batch": rows}
     return Step("prefill", model, batch, length, parts, batch * length, trace, trace)
 
@@ -141,21 +145,10 @@ def _placed(model: Neo, state: engine.DecodeState) -> engine.DecodeState:
     sharding = model.sharding
     assert sharding is not None
 
-    def put(leaf: Any, axes: tuple[str | None, ...]) -> Any:
-        place = sharding.named(axes, leaf.shape, "the decoding state")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def place(path: Any, leaf: Any) -> Any:
+        in_cache = path[0].name == "cache"  # of a layer, as in cache, 3, k
+        axes = caching.LOGICAL_AXES[path[2].name] if in_cache else (BATCH, *[None] * leaf.ndim)
+        named = sharding.named(axes[: leaf.ndim], leaf.shape, "the decoding state")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
 
-    def rows(leaf: Any) -> Any:
-        return put(leaf, (BATCH, *[None] * (leaf.ndim - 1)))
-
-    def layer(cache: Any) -> Any:
-        placed = {
-            name: jax.tree.map(
-                lambda x, axes=caching.LOGICAL_AXES[name]: put(x, axes[: x.ndim]), part
-            )
-            for name, part in cache.items()
-        }
-        return caching.LayerCache(**placed)
-
-    placed = jax.tree.map(rows, state._replace(cache=()))
-    return placed._replace(cache=tuple(layer(each._asdict()) for each in state.cache))
+    return jax.tree.map_with_path(place, state)
