@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> None:
     check_output(options.picture)
     if not options.batch or min(options.batch) < 1 or not options.steps or options.seconds < 0:
         raise UsageError("--batch takes numbers of at least 1, --steps names, --seconds 0 or more.")
-    from neo_jax.tools.benchmark import report, roofline
+    from neo_jax.tools.benchmark import report
     from neo_jax.tools.benchmark.run import bench
 
     setup = _setup(options)
@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
     else:
         print(*report.lines(result), sep="\n")
     if options.picture:
-        write_picture(options.picture, roofline.draw(result))
+        write_picture(options.picture, report.draw(result))
 
 
 def _setup(options: Options) -> "Setup":

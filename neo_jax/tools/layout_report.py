@@ -82,12 +82,13 @@ def activations(config: ModelConfig, sharding: Sharding) -> list[Part]:
     For whole contexts, one row for every batch shard. What the compiler places counts as whole.
     """
     sizes = _sizes(config, sharding)
+    rows = (axes.BATCH, axes.LENGTH)
     parts = []
     for name, constraint, logical in (
-        ("residual stream", transformer.RESIDUAL_STREAM, (axes.BATCH, axes.LENGTH, axes.EMBED)),
+        ("residual stream", transformer.RESIDUAL_STREAM, (*rows, axes.EMBED)),
         ("queries", transformer.QUERIES, (axes.BATCH, axes.HEADS, axes.LENGTH, axes.HEAD_DIM)),
-        ("MLP hidden", transformer.MLP_HIDDEN, (axes.BATCH, axes.LENGTH, axes.MLP)),
-        ("logits", transformer.LOGITS, (axes.BATCH, axes.LENGTH, axes.VOCAB)),
+        ("MLP hidden", transformer.MLP_HIDDEN, (*rows, axes.MLP)),
+        ("logits", transformer.LOGITS, (*rows, axes.VOCAB)),
     ):
         named = [axis if isinstance(axis, str) else None for axis in constraint]
         shape = [sizes[axis] for axis in logical]
@@ -165,12 +166,8 @@ def _row(part: Part) -> tuple[str, str, str]:
 def draw(cuts: Sequence[tuple[str, tuple[str, ...]]], sharding: Sharding) -> Iterator[str]:
     """Yields a drawing of an array: boxes are its parts, numbers the devices that hold each.
 
-    The first axis that is split goes down, the second across; devices count along the mesh, its
-    last axis fastest.
-
-    Args:
-      cuts: at least one logical axis, each with the mesh axes that split it.
-      sharding: the strategy.
+    `cuts` are logical axes, one at least, each with the mesh axes that split it. The first goes
+    down, the second across; devices count along the mesh, its last axis fastest.
     """
     down, across = [*cuts, ("", ())][:2]
     rows = _shortened(_cells(sharding, down[1], across[1]))

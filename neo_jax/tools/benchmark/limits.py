@@ -39,23 +39,18 @@ class Limits:
     reading: str  # what reached it
 
 
-def measure_limits(devices: Sequence[jax.Device], read_bytes: int = READ_BYTES) -> Limits:
-    """Measures devices of this process; takes some seconds, and 1 GB of a device's memory.
+def measure_limits(devices: Sequence[jax.Device], read_bytes: int = 0) -> Limits:
+    """Measures devices of this process, which work at once; takes some seconds.
 
-    Args:
-      devices: of this process, which work at once.
-      read_bytes: of the array that is read, on each device; a CPU's devices share one such.
+    Each reads an array of so many bytes, of a CPU its share of one such; 0 is `READ_BYTES`.
     """
-    products = {dtype: _products(devices, dtype) for dtype in DTYPES}
+    read_bytes = read_bytes or READ_BYTES
     if devices[0].platform == "cpu":
         read_bytes //= len(devices)
-    bandwidth, reading = _bandwidth(devices, read_bytes)
-    return Limits(
-        {dtype: rate for dtype, (rate, _) in products.items()},
-        {dtype: shape for dtype, (_, shape) in products.items()},
-        bandwidth,
-        reading,
-    )
+    rates, shapes = {}, {}
+    for dtype in DTYPES:
+        rates[dtype], shapes[dtype] = _products(devices, dtype)
+    return Limits(rates, shapes, *_bandwidth(devices, read_bytes))
 
 
 def _products(devices: Sequence[jax.Device], dtype: str) -> tuple[float, str]:

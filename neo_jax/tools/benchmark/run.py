@@ -91,8 +91,7 @@ def _decoding(setup: Setup, budget: Budget) -> Iterator[Measurement]:
     makers = {"prefill": timed_steps.prepare_prefill, "decode": timed_steps.prepare_decode}
     params = setup.load_params() if {*makers} & {*setup.kinds} else {}
     # Without an end of text no row ends before its time.
-    config = dataclasses.replace(setup.model.config, eos_token_id=-1)
-    model = setup.model.clone(config=config)
+    model = setup.model.clone(config=dataclasses.replace(setup.model.config, eos_token_id=-1))
     for kind, make in makers.items():
         for length, batch in _sizes(setup, model.sharding, kind):
             prepare = functools.partial(make, model, params, batch, length, budget)

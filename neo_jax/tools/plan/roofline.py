@@ -44,14 +44,10 @@ class Roofline:
 
 
 def roofline(chip: Chip, work: Work, traffic: Sequence[Traffic]) -> Roofline:
-    """Returns the times of a step.
+    """Returns the times of a step, of what a device does and sends.
 
-    Args:
-      chip: what is known of a device.
-      work: of a device.
-      traffic: of a device. A ring along one axis of the mesh sends by two links, one each way, and
-        rings along different axes one after another; this is a bound where the axis is a ring of
-        neighbours.
+    A ring along one axis of the mesh sends by two links, one each way, and rings along different
+    axes one after another; this is a bound where the axis is a ring of neighbours.
     """
     seconds = {False: 0.0, True: 0.0}
     for row in traffic:

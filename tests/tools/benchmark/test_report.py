@@ -1,4 +1,4 @@
-"""tools/benchmark/report.py and roofline.py: figures as a table, as fields, as a picture."""
+"""tools/benchmark/report.py: figures as a table, as fields, as a picture."""
 
 import dataclasses
 import io
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from neo_jax.devices.chips import Chip
-from neo_jax.tools.benchmark import report, roofline
+from neo_jax.tools.benchmark import report
 from neo_jax.tools.benchmark.limits import Limits
 from neo_jax.tools.benchmark.run import Result, Setup
 from neo_jax.tools.benchmark.timed_steps import Measurement
@@ -74,8 +74,8 @@ def area(picture, color):
 
 
 def test_the_roofline_shows_each_step_that_ran(result):
-    whole = roofline.draw(result)
-    without = roofline.draw(result._replace(measurements=STEPS[1:]))
+    whole = report.draw(result)
+    without = report.draw(result._replace(measurements=STEPS[1:]))
     assert area(whole, "#0b6e99") > 100
     assert area(without, "#0b6e99") == 0
     assert area(without, "#c8553d") > 100
@@ -85,12 +85,12 @@ def test_the_roofline_shows_each_step_that_ran(result):
 
 def test_labels_do_not_cover_each_other(result):
     steps = [dataclasses.replace(STEPS[0], batch=batch) for batch in range(11, 19)]
-    apart = area(roofline.draw(result._replace(measurements=steps)), "#0b6e99")
-    one = area(roofline.draw(result._replace(measurements=steps[:1])), "#0b6e99")
+    apart = area(report.draw(result._replace(measurements=steps)), "#0b6e99")
+    one = area(report.draw(result._replace(measurements=steps[:1])), "#0b6e99")
     assert apart > 2 * one
 
 
 def test_nothing_that_ran_is_drawn_too(result):
-    assert roofline.draw(result._replace(measurements=STEPS[2:])).startswith(b"\x89PNG")
+    assert report.draw(result._replace(measurements=STEPS[2:])).startswith(b"\x89PNG")
     assert math.isnan(STEPS[2].intensity)
     assert jax.devices()[0] in result.setup.devices
