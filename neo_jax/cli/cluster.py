@@ -138,10 +138,7 @@ def _on_abort(log: int) -> list[str]:
 
     A handler of Python's would run after the end. That of faulthandler is C and writes to a socket,
     which is soon full: there the thread that aborts stands still for long enough that another one,
-    which waits for the first byte, can read what was said.
-
-    Args:
-      log: the file of `_divert`.
+    which waits for the first byte, can read what was said in the log of `_divert`.
 
     Returns:
       A list, the last entry of which is to be the line.

@@ -9,10 +9,6 @@ def as_typed(message: str, args: Sequence[str]) -> str:
 
     Names of fields that are plain words too are left alone, but for a first one that "must" be
     something or "has no effect".
-
-    Args:
-      message: speaks of fields.
-      args: the options that were given.
     """
     flags: dict[str, str] = {}
     for arg in args:

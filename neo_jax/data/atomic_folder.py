@@ -23,11 +23,8 @@ def staging(target: Path) -> Iterator[Path]:
     """Gives a local folder to work in, whose sub-folder `DATA` becomes a data set at the end.
 
     Where it ends early the folder stays, for the same command to go on from, if something is in
-    its sub-folder `PARTS` or its file `TRAINED`.
-
-    Args:
-      target: absolute. The folder is next to it, as .NAME.partial; of one on gs:// in
-        ~/.cache/neo_jax/prepare, which XDG_CACHE_HOME moves.
+    its sub-folder `PARTS` or its file `TRAINED`. It is next to the target, an absolute path, as
+    .NAME.partial; of one on gs:// in ~/.cache/neo_jax/prepare, which XDG_CACHE_HOME moves.
 
     Raises:
       NeoError: the target is there, cannot be written, or is being made by another process.

@@ -83,9 +83,7 @@ _WORDS = re.compile(r"(?<=\S)(?=[ \n])|(?<=[a-zA-Zぁ-ゔァ-ヴ一-龥])(?=[!-@
 def divide(parts: Iterable[str], cuts: Cuts) -> Iterator[str]:
     """Yields a text in pieces that end where it may be cut.
 
-    Args:
-      parts: of the text; a piece is about as long as one, but for a text without places to cut.
-      cuts: the places.
+    A piece is about as long as a part of the text, but where there is no place to cut.
     """
     text, seen = "", 1
     for part in parts:

@@ -35,14 +35,8 @@ def batches(
     """Yields training batches without end, shuffled anew every epoch.
 
     An epoch holds every sequence once; a batch may hold the end of one and the start of the next.
-    Of a mixture each part has epochs of its own, and its share of every stretch of sequences.
-
-    Args:
-      dataset: the sequences, or several data sets of them.
-      batch_size: of the global batch.
-      seed: of the order, from 0 to 2**32 - 1.
-      start_step: the first batch to yield is the one of this step.
-      rows: which rows of the global batch to yield, in this order; None for all.
+    Of a mixture each part has epochs of its own, and its share of every stretch of sequences. The
+    first batch is that of `start_step`; of each some rows are yielded in their order, or all.
 
     Raises:
       NeoError: a number is out of range.

@@ -14,10 +14,8 @@ SCHEME = "hf://"
 class HubDataset:
     """A split of a data set, by name or by the path of a folder that `datasets` can load.
 
-    Args:
-      name: hf://NAME, hf://NAME:CONFIG or hf://NAME:CONFIG:SPLIT; an empty configuration is the
-        only one there is, the split is else "train".
-      text_field: the column that holds the text.
+    The name is hf://NAME, hf://NAME:CONFIG or hf://NAME:CONFIG:SPLIT; an empty configuration is the
+    only one there is, the split is else "train".
 
     Raises:
       NeoError: `datasets` is not installed, or there is no such data set.

@@ -15,16 +15,12 @@ _NAMED = 10  # of what is left out
 
 
 def data_files(path: str, is_known: Callable[[str], bool], known: str) -> list[Path]:
-    """Returns files in the order in which they are read.
+    """Returns the files of a known ending that a path names, in the order in which they are read.
 
-    What a folder or a glob holds that is no such file (a link to nothing or to a folder, a pipe,
-    another ending) is counted and named on stderr; only hidden files are left out in silence.
-
-    Args:
-      path: of a file; of a folder, whose files are read in sorted order, those of sub-folders too
-        and hidden ones not; or a glob, in which ** stands for any sub-folders.
-      is_known: whether the ending of a name is a known one.
-      known: those endings, for errors.
+    A path is that of a file; of a folder, whose files are read in sorted order, those of
+    sub-folders too and hidden ones not; or a glob, in which ** stands for any sub-folders. What a
+    folder or a glob holds that is no such file (a link to nothing or to a folder, a pipe, another
+    ending) is counted and named on stderr; only hidden files are left out in silence.
 
     Raises:
       NeoError: nothing matches, or an unknown ending.
@@ -35,10 +31,9 @@ def data_files(path: str, is_known: Callable[[str], bool], known: str) -> list[P
     is_glob = glob.has_magic(path) and not exists
     if not (exists or is_glob):
         raise NeoError(f"{path} does not exist.")
-    matches = _matches(path) if is_glob else [named]
     files: list[Path] = []
     left_out: dict[Path, str] = {}
-    for found in matches:
+    for found in _matches(path) if is_glob else [named]:
         if kind := _kind(found):
             if not is_glob:
                 raise NeoError(f"{path} is {kind}; name a file, a folder or a glob.")
@@ -54,11 +49,8 @@ def data_files(path: str, is_known: Callable[[str], bool], known: str) -> list[P
     if left_out:
         print(printable(_report(path, left_out)), file=sys.stderr)
     if not files:
-        raise NeoError(
-            f"no file that '{path}' matches ends in {known}."
-            if is_glob
-            else f"{path} holds no file that ends in {known}."
-        )
+        subject = f"no file that '{path}' matches" if is_glob else f"{path} holds no file that"
+        raise NeoError(f"{subject} ends in {known}.")
     for file in files:
         _check_access(file, os.R_OK)
     return list(dict.fromkeys(files))  # ** matches folders and what they hold

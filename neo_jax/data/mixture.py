@@ -22,13 +22,9 @@ class Mixture:
     def open(
         cls, data: str, split: str = "train", length: int = 1024, across_documents: bool = True
     ) -> "Mixture":
-        """Opens a split of every data set; those that hold nothing out have no "held_out".
+        """Opens a split of every data set of `parse_data`, see `TokenDataset.open`.
 
-        Args:
-          data: see `parse_data`.
-          split: "train" or "held_out".
-          length: predictions of a sequence.
-          across_documents: see `TokenDataset.open`.
+        Those that hold nothing out have no "held_out".
 
         Raises:
           NeoError: a data set cannot be opened, or was prepared with another tokenizer.
@@ -92,8 +88,7 @@ def parse_data(text: str) -> list[tuple[str, float]]:
 
 
 def _check_tokenizers(first: TokenDataset, other: TokenDataset) -> None:
-    ours, theirs = (_tokenizer_of(dataset) for dataset in (first, other))
-    if ours != theirs:
+    if _tokenizer_of(first) != _tokenizer_of(other):
         raise NeoError(
             f"{first.tokenizer_folder} and {other.tokenizer_folder} have different tokenizers; "
             f"prepare one again with --tokenizer {first.tokenizer_folder}"

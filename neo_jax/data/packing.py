@@ -10,7 +10,14 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, PROMPTS_FILE, VERSION
+from neo_jax.data.writer import (
+    DATASET_FILE,
+    HELD_OUT,
+    OFFSETS_FILE,
+    PROMPTS_FILE,
+    TOKENS_FILE,
+    VERSION,
+)
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.files.json_text import read_json
@@ -71,14 +78,11 @@ class TokenDataset:
         length: int = 1024,
         across_documents: bool = True,
     ) -> "TokenDataset":
-        """Opens a split, "train" or "held_out"; of pairs, as `PairDataset`.
+        """Opens a split, "train" or "held_out", as sequences of `length` predictions.
 
-        Args:
-          folder: of the data set.
-          split: its name.
-          length: predictions of a sequence.
-          across_documents: whether tokens may see other documents of their sequence. The end of
-            text before a document counts as its first token. Pairs never see each other.
+        Tokens may see other documents of their sequence, or if not `across_documents` only their
+        own, of which the end of text before it counts as the first token. Pairs, a `PairDataset`,
+        never see each other.
 
         Raises:
           NeoError: no data set, no such split, files that do not match dataset.json, fewer tokens
@@ -189,11 +193,6 @@ class PairDataset(TokenDataset):
     def num_target_bytes(self) -> float:
         """NaN: how many bytes completions have is not recorded."""
         return math.nan
-
-    @property
-    def has_segment_starts(self) -> bool:
-        """Whether a token may be forbidden to see the first of its sequence: yes."""
-        return True
 
     def __len__(self) -> int:
         """Returns the number of sequences."""
@@ -315,14 +314,15 @@ def _numbers(path: Path, count: int) -> np.ndarray:
 def _map(folder: Path, split: str, dtype: str, num_tokens: int) -> np.ndarray | RemoteTokens:
     if dtype not in ("uint16", "uint32"):
         raise NeoError(f"{folder / DATASET_FILE}: dtype '{dtype}' is not uint16 or uint32.")
-    path = folder / split / "tokens.bin"
+    path = folder / split / TOKENS_FILE
     item = np.dtype(dtype).newbyteorder("<")
+    needed = num_tokens * item.itemsize
     try:
         size = file_size(path)
-        if size != num_tokens * item.itemsize:
+        if size != needed:
             raise NeoError(
-                f"{path} has {size} bytes where {num_tokens} tokens take "
-                f"{num_tokens * item.itemsize}; copy it again, or run neo-jax prepare again."
+                f"{path} has {size} bytes where {num_tokens} tokens take {needed}; copy it again, "
+                "or run neo-jax prepare again."
             )
         if is_remote(path):
             return RemoteTokens(path, item, num_tokens)

@@ -11,9 +11,7 @@ Advance = Callable[[int, float], None]
 def progress_bar(title: str, show: bool | None) -> Iterator[Advance]:
     """Gives a function that takes how many more documents and megabytes are done.
 
-    Args:
-      title: what is being done to them.
-      show: None shows the bar where stderr is a terminal.
+    Unless told the bar is shown where stderr is a terminal.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda documents, megabytes: None

@@ -47,12 +47,8 @@ def read_records(file: IO[bytes], name: str, feature: str) -> Iterator[Record]:
     Both repositories join documents by ends of text and cut the stream into records of one length;
     gpt-neo can also write a document a record, without an end of text. So a file whose first eight
     records are of one length (but for the last of the file, which may be shorter) holds pieces of
-    a stream, any other documents.
-
-    Args:
-      file: what to read, decompressed.
-      name: of the file, for errors.
-      feature: the name of the feature that holds the ids, as int64.
+    a stream, any other documents. The ids are those of a feature of int64; errors call the file by
+    its name.
 
     Raises:
       NeoError: a record is damaged, or has no such feature.

@@ -63,17 +63,9 @@ class _Part(NamedTuple):
 
 
 class Writer:
-    """Appends documents to the splits of a data set, behind the parts that hold.
+    """Appends documents to the named splits of a data set, behind the parts that hold.
 
-    A context manager, which ends the last part.
-
-    Args:
-      folder: of the data set.
-      parts: a folder.
-      dtype: of the tokens.
-      names: of the splits.
-      pairs: whether documents are pairs.
-      digests: what function `digests` returned.
+    A context manager, which ends the last part. Of the digests see the function `digests`.
     """
 
     def __init__(

@@ -41,12 +41,7 @@ class Entry:
 
 
 def rows(results: Mapping[str, Any], published: str) -> list[Entry]:
-    """Returns all measures, of what the harness found.
-
-    Args:
-      results: the harness's dictionary.
-      published: the name of the model to compare with, as `find_published` returns it.
-    """
+    """Returns all measures of the harness's results, next to the published ones of a model."""
     numbers = PUBLISHED.get(published, (None,) * len(MEASURES))
     found = []
     for measure, number in zip(MEASURES, numbers, strict=True):

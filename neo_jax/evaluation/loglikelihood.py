@@ -18,7 +18,7 @@ class Continuation(NamedTuple):
     """How likely is this continuation of that context?"""
 
     context: list[int]  # at least one token
-    continuation: list[int]  # at least one token
+    continuation: list[int]  # at least one token, at most as many as the context
 
 
 class Likelihood(NamedTuple):
@@ -33,18 +33,19 @@ def score_continuations(
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yields the index of each request and its answer, as batches are finished.
 
-    A context too long for the model loses its beginning.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      requests: what to score.
-      batch_size: see `score_rows`.
+    A context too long for the model loses its beginning. Of the batch size see `score_rows`.
 
     Raises:
-      NeoError: a request without context or continuation, or a continuation beyond the context.
+      NeoError: a token that the model does not know.
     """
-    check(model, requests)
+    vocab = model.config.vocab_size
+    for i, request in enumerate(requests, 1):
+        ids = (*request.context, *request.continuation)
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise NeoError(
+                f"request {i} has a token id outside the vocabulary, 0 to {vocab - 1}; does the "
+                "tokenizer belong to the model?"
+            )
     rows, members = _shared(requests, model.config.max_length)
     for i, (logprobs, greedy) in score_rows(model, params, rows, batch_size):
         first = 0
@@ -53,25 +54,6 @@ def score_continuations(
             first = here.stop
             total = float(logprobs[here].sum(dtype="float64"))
             yield request, Likelihood(total, bool(greedy[here].all()))
-
-
-def check(model: Neo, requests: Sequence[Continuation]) -> None:
-    """Checks what cannot be scored; raises as `score_continuations`."""
-    vocab, context = model.config.vocab_size, model.config.max_length
-    for i, request in enumerate(requests):
-        if not request.context or not request.continuation:
-            raise NeoError(f"request {i + 1} has no context or no continuation to score.")
-        if len(request.continuation) > context:
-            raise NeoError(
-                f"request {i + 1} has a continuation of {len(request.continuation)} tokens, and "
-                f"the context of the model is {context}."
-            )
-        ids = (*request.context, *request.continuation)
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise NeoError(
-                f"request {i + 1} has a token id outside the vocabulary, 0 to {vocab - 1}; does "
-                "the tokenizer belong to the model?"
-            )
 
 
 def _shared(

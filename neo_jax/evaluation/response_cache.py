@@ -51,11 +51,7 @@ Form = type | tuple[type, ...]
 
 
 class Answers:
-    """Answers by request, in an SQLite file.
-
-    Args:
-      path: the file; created where there is none.
-      model: what tells this model from others, as `fingerprint` returns it.
+    """Answers by request, in an SQLite file; `model` is what `fingerprint` returns.
 
     Raises:
       NeoError: the file cannot be written, or is something else.

@@ -54,11 +54,8 @@ def load_tasks(
 ) -> tuple[dict[str, Task], dict[str, str]]:
     """Returns the task of each benchmark that can be had, and why the others cannot.
 
-    Without a file the harness fetches the data; The Pile is left out then, without a word.
-
-    Args:
-      manager: the harness's tasks.
-      files: of benchmarks by name, as `read_data` returns them.
+    Without a file the harness fetches the data; The Pile is left out then, without a word. Of the
+    files see `read_data`.
 
     Raises:
       NeoError: a file that cannot be read, or has other lines than the task needs; no data at all.
@@ -110,11 +107,9 @@ def _load_file(manager: TaskManager, name: str, file: str) -> Task:
 
 
 def read_examples(name: str, file: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Returns a file's examples as the harness takes them.
+    """Returns the examples of a benchmark in a file as the harness takes them.
 
-    Args:
-      name: the benchmark.
-      file: JSON lines; or WikiText's raw file; or what `read_documents` reads of The Pile.
+    It has JSON lines; or is WikiText's raw file; or what `read_documents` reads of The Pile.
 
     Raises:
       NeoError: a file that cannot be read, is empty, or has other lines than the task needs.

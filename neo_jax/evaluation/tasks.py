@@ -85,14 +85,8 @@ def run(
 ) -> dict[str, Any]:
     """Returns what the harness finds: its dictionary of results, with the examples' in "samples".
 
-    Args:
-      model: the model.
-      names: what to run, as `find_tasks` returns it, or tasks that are loaded.
-      manager: the tasks that there are.
-      num_fewshot: examples before each question; None is as the task says.
-      limit: examples of each task, or a share of them where below 1.
-      gen_kwargs: options of generation in the place of the tasks', as in "max_gen_toks=64".
-      output: a folder for the harness's files, results_DATE.json and samples_TASK_DATE.jsonl.
+    Tasks are names that `find_tasks` returned, or loaded. The options are the harness's; it writes
+    results_DATE.json and samples_TASK_DATE.jsonl into the folder `output`.
 
     Raises:
       NeoError: data that cannot be had, a task that fails, what the model cannot do, or an output

@@ -34,9 +34,8 @@ class Document(NamedTuple):
 def read_documents(paths: Sequence[str], is_wikitext: bool = False) -> Iterator[Document]:
     """Yields the documents of files, one in memory at a time; empty ones are left out.
 
-    Args:
-      paths: see `neo_jax.data.sources.find_sources`.
-      is_wikitext: the files are WikiText's raw ones: pages, detokenized, but counted as they were.
+    Of the paths see `find_sources`. WikiText's raw files have pages, which are detokenized, but
+    counted as they were.
 
     Raises:
       NeoError: what cannot be read, or holds no text.
@@ -128,11 +127,7 @@ def measure(
 ) -> Iterator[tuple[str, Total]]:
     """Yields the subset of each document and what was counted over it, in order.
 
-    Args:
-      lm: the model.
-      documents: what to predict.
-      stride: see `neo_jax.text.score.score_ids`.
-      batch_size: see `neo_jax.text.score.score_rows`.
+    Of the stride and the batch size see `score_ids`.
 
     Raises:
       NeoError: no tokenizer, or a stride beyond the context.
@@ -142,10 +137,8 @@ def measure(
         scores = score_ids(lm.model, lm.params, ids, stride, batch_size)
         for document, logprobs in zip(some, scores, strict=True):
             nats = -float(logprobs.sum(dtype="float64"))
-            yield (
-                document.subset,
-                Total(1, len(logprobs), document.words, document.num_bytes, nats),
-            )
+            counted = Total(1, len(logprobs), document.words, document.num_bytes, nats)
+            yield document.subset, counted
 
 
 def start_of_text(lm: LanguageModel) -> list[int]:

@@ -12,11 +12,7 @@ MOST_BYTES = 10_000_000
 
 
 def parse_json(text: bytes, source: str) -> Any:
-    """Returns the value that a text holds.
-
-    Args:
-      text: in UTF-8.
-      source: names it in errors.
+    """Returns the value that a text in UTF-8 holds; errors name its source.
 
     Raises:
       NeoError: it is no JSON, longer than `MOST_BYTES`, or nested about a thousand deep.

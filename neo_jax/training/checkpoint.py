@@ -54,11 +54,8 @@ class Checkpoints:
     ):
         """Opens the folder, creating it if need be, and removes what a kill left half written.
 
-        Args:
-          folder: of the checkpoints of this run and nothing else.
-          keep: how many of the newest stay.
-          keep_every: steps that are a multiple of this stay too; 0 is none.
-          base: of the model that adapters are trained for, see `snapshot.base_of`.
+        It is for the checkpoints of this run and nothing else. So many of the newest stay, and
+        those of multiples of `keep_every` where that is not 0. Of the base see `snapshot.base_of`.
 
         Raises:
           NeoError: the folder cannot be written or listed, or its bucket is refused.
@@ -110,10 +107,8 @@ class Checkpoints:
     def save(self, state: TrainState, config: TrainConfig, loss: float = math.nan) -> None:
         """Starts to write a checkpoint in the background; a step that is there is left alone.
 
-        Args:
-          state: to be saved; may be consumed as soon as this returns.
-          config: of the run.
-          loss: on held-out text, nats a token; NaN where there was no evaluation.
+        The state may be consumed as soon as this returns. The loss is that on held-out text, NaN
+        where there was no evaluation.
 
         Raises:
           NeoError: the disk has no room for it; a `SaveError` where it, or the one before, cannot
@@ -136,12 +131,8 @@ class Checkpoints:
         STEP.unreadable: their steps will be done again. Nothing removes them. (On gs://, where no
         folder has a name of its own, their objects are copied to the new name, then removed.)
 
-        `changes` then holds the fields of the config that have changed, by name.
-
-        Args:
-          abstract: a ShapeDtypeStruct with a sharding in the place of each array: where the state
-            is to live, whatever the devices and the processes that saved it.
-          config: what to train.
+        `changes` then holds the fields of the config that have changed, by name. `abstract` says
+        where each array is to live, whatever the devices and the processes that saved it.
 
         Raises:
           NeoError: the run in this folder trains something else, no checkpoint can be read, or the

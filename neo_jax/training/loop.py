@@ -15,13 +15,15 @@ from neo_jax.checkpoints.peft import save_adapter
 from neo_jax.checkpoints.save import remove_leftovers, save_pretrained
 from neo_jax.data.feed import HostBatch, batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
+from neo_jax.decode import engine
+from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.processes import holding, is_leader
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
 from neo_jax.model.scan import unstack
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.text.tokenizer import Tokenizer, load_tokenizer
+from neo_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.initial_state import find_pretrained, first_state, load_stacked
@@ -30,7 +32,6 @@ from neo_jax.training.objectives import Objective
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run, check_size
 from neo_jax.training.report import Evaluation, Report
-from neo_jax.training.samples import make_sampler
 from neo_jax.training.snapshot import base_of
 from neo_jax.training.step import (
     TrainState,
@@ -40,7 +41,6 @@ from neo_jax.training.step import (
     make_step,
     merge_trainable,
 )
-from neo_jax.training.trace import tracing
 from neo_jax.transforms.lora import merge
 
 
@@ -84,7 +84,7 @@ def _train(config: TrainConfig) -> TrainState:
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, objective, place)
     abstract = abstract_state(model, optimizer, config.lora, objective)
-    sample = make_sampler(config, model, tokenizer)
+    sample = _make_sampler(config, model, tokenizer)
     check_run(config, model, train_step, abstract, batch, needed)
     frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
     base, output = base_of(frozen) if frozen else {}, make_path(config.output)
@@ -100,11 +100,10 @@ def _train(config: TrainConfig) -> TrainState:
         feed = batches(dataset, batch_size=size, seed=seed, start_step=start, rows=place.rows)
         num_devices = sharding.mesh.size if sharding else 1
         numbers = Report(config, start, dataset.bytes_per_token, num_devices, checkpoints.changes)
-        with numbers as report, tracing(config, start) as trace:
+        with numbers as report:
             for step in range(start + 1, config.steps + 1):
                 state, metrics = train_step(state, place(next(feed)), frozen)
                 report.step(step, metrics)
-                trace(step, metrics)
                 last, stop, loss = step == config.steps, interrupt.requested(), math.nan
                 if config.eval_every and (last or step % config.eval_every == 0):
                     if evaluate:
@@ -219,3 +218,28 @@ def _make_evaluation(
         return Evaluation(total / weight, total / math.log(2) / num_bytes)
 
     return evaluate
+
+
+def _make_sampler(
+    config: TrainConfig, model: Neo, tokenizer: Tokenizer
+) -> Callable[[Params], list[str]]:
+    """Returns what continues the prompts of a config by stacked parameters; all processes call it.
+
+    The draws are the same each time, only weights differ.
+
+    Raises:
+      NeoError: a prompt is empty, or does not fit the context with its continuation.
+    """
+    length, prompts = config.sample_tokens, [tokenizer.encode(text) for text in config.prompts]
+    settings = make_settings(SamplingOptions(), list(range(len(prompts))))
+    if not prompts:
+        return lambda params: []
+    engine.check_prompts(model, prompts, length)
+
+    def sample(params: Params) -> list[str]:
+        done = engine.generate(model, unstack(params, model.config), prompts, length, settings)
+        decoders = [StreamDecoder(tokenizer, prompt) for prompt in prompts]
+        pairs = zip(decoders, done, strict=True)
+        return [decoder.push(new.ids) + decoder.flush() for decoder, new in pairs]
+
+    return sample

@@ -3,6 +3,7 @@
 Of several processes the first shows and writes them; the others go through the same steps.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -10,6 +11,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,9 +29,10 @@ from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
 from neo_jax.model.flops import flops_per_token
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.plot import LossPlot
-from neo_jax.training.sinks import LineFile, Sink, open_sinks
+from neo_jax.training.sinks import LineFile, LossPlot, Sink, open_sinks
 from neo_jax.training.step import Metrics
+
+_WARM_UP = 2  # steps before a trace: the first compiles, the second may still fill queues
 
 
 class Evaluation(NamedTuple):
@@ -52,12 +55,8 @@ class Report:
     ):
         """Opens the files in the run's folder, to go on after `start_step`.
 
-        Args:
-          config: of the run.
-          start_step: the step of the checkpoint that it goes on from, or 0.
-          bytes_per_token: of the training text; NaN where there is none, as of completions.
-          num_devices: that the run has, of all processes.
-          changes: what has changed in the config of a run that goes on, by field.
+        The bytes a token of completions are NaN. The devices are those of all processes; `changes`
+        says what has changed in the config of a run that goes on, by field.
 
         Raises:
           NeoError: a file cannot be written, or a package that the config requests is not there.
@@ -77,6 +76,7 @@ class Report:
         self._flops = flops_per_token(config.model, config.sequence_length, config.lora.rank > 0)
         self._peak = peak_flops(config.dtype, num_devices)
         self._pending: tuple[int, Metrics] | None = None
+        self._trace = contextlib.ExitStack()
         self._logged_step = start_step
         self._logged_time = 0.0
         console = Console(stderr=True)
@@ -108,6 +108,7 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.flush()
+        self._trace.close()
         self._progress.stop()
         for sink in (*self._sinks, *self._samples):
             sink.close()
@@ -115,10 +116,18 @@ class Report:
     def step(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that is still running, and reports those of the one before.
 
-        Reading a metric waits for its step; one step late, the device never waits for the host.
+        Reading a metric waits for its step; one step late, the device never waits for the host, but
+        where the trace of a few steps that the config requests begins and ends.
         """
         self.flush()
         self._pending = (step, metrics)
+        profile, before = self._config.profile, self._start + _WARM_UP
+        if profile and is_leader() and step in (before, before + profile):
+            jax.block_until_ready(metrics)
+            self._trace.close()
+            if step == before:  # for TensorBoard's profiler, XProf or Perfetto
+                folder = str(make_path(self._config.output) / "profile")
+                self._trace.enter_context(jax.profiler.trace(folder))
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports an evaluation; its time does not count as training."""

@@ -51,13 +51,9 @@ def base_of(frozen: Params) -> Base:
 
 
 def items(state: TrainState, config: TrainConfig, loss: float, base: Base) -> ocp.args.Composite:
-    """Returns what a checkpoint is to hold, as orbax takes it.
+    """Returns what a checkpoint is to hold, as orbax takes it; of the loss see `Checkpoints.save`.
 
-    Args:
-      state: of the run.
-      config: of the run.
-      loss: on held-out text, nats a token; NaN where there was no evaluation.
-      base: what `base_of` returned where adapters are trained, else empty.
+    The base is what `base_of` returned where adapters are trained, else empty.
     """
     libraries = {name: version(name) for name in _LIBRARIES}
     texts = {
@@ -118,10 +114,8 @@ def state_checks(folder: Path) -> dict[str, int]:
 def difference(state: Any, expected: dict[str, int], prefix: str = "") -> str:
     """Says which array is not what was written, if one is; all processes must call this.
 
-    Args:
-      state: arrays that were read.
-      expected: their checksums; nothing is compared where there are none.
-      prefix: where in the state they are, in the notation of `jax.tree_util.keystr`.
+    Nothing is compared where no checksums are expected. The prefix says where in the state the
+    arrays are, in the notation of `jax.tree_util.keystr`.
     """
     found = checksums(state) if expected else {}
     wrong = [path for path, number in found.items() if expected.get(prefix + path) != number]

@@ -34,12 +34,8 @@ def blockwise_loss(
 
     A block's gradient is formed with its loss, so that the backward pass forms no logits again.
 
-    Args:
-      loss: returns what is minimised and what is reported, summed.
-      model: whose head it is.
-      table: of the output head.
-      hidden: ln_f's output.
-      arrays: what else the loss takes of each position, [B, T, ...]; they get no gradient.
+    The loss returns what is minimised and what is reported, summed, of the logits of the output
+    head's table and ln_f's output, and of `arrays`, [B, T, ...], which get no gradient.
     """
     layout = _layout(model)
 
@@ -100,13 +96,8 @@ def token_logprobs(
     """Returns log p of a target behind each position, in nats, with its gradient.
 
     The backward pass forms the logits of each block again, so that any function of the result can
-    be differentiated: preferences, policies, rewards.
-
-    Args:
-      model: whose head it is.
-      table: of the output head.
-      hidden: ln_f's output.
-      targets: ids.
+    be differentiated: preferences, policies, rewards. The table is that of the output head, the
+    hidden states are ln_f's output.
     """
 
     def of_share(table: Array, *arrays: Array) -> Array:
