@@ -47,15 +47,9 @@ def batches(
         raise NeoError(f"the seed is a whole number from 0 to 2**32 - 1, not {seed}.")
     if start_step < 0:
         raise NeoError(f"the first step cannot be {start_step}; count steps from 0.")
-    rows = range(batch_size) if rows is None else rows
-    return _shuffled_batches(dataset, batch_size, rows, seed, start_step)
-
-
-def _shuffled_batches(
-    dataset: TokenDataset | Mixture, batch_size: int, rows: Sequence[int], seed: int, step: int
-) -> Iterator[HostBatch]:
     import grain
 
+    rows = range(batch_size) if rows is None else rows
     mixture = dataset if isinstance(dataset, Mixture) else Mixture((dataset,), (1.0,))
     streams = [
         grain.MapDataset.source(part).seed((seed + i) % 2**32).shuffle().repeat(_EPOCHS)
@@ -64,12 +58,12 @@ def _shuffled_batches(
     stream = grain.MapDataset.mix(streams, mixture.shares)  # whose shares are right to 1 in 100
 
     def element(i: int) -> dict[str, np.ndarray]:
-        steps, row = divmod(i, len(rows))
-        return stream[steps * batch_size + rows[row]]
+        step, row = divmod(i, len(rows))
+        return stream[step * batch_size + rows[row]]
 
-    places = grain.MapDataset.range(step * len(rows), len(stream) // batch_size * len(rows))
+    places = grain.MapDataset.range(start_step * len(rows), len(stream) // batch_size * len(rows))
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    yield from places.map(element).batch(len(rows)).to_iter_dataset(options)
+    return iter(places.map(element).batch(len(rows)).to_iter_dataset(options))
 
 
 def evaluation_batches(

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -18,7 +17,7 @@ from neo_jax.data.writer import (
     TOKENS_FILE,
     VERSION,
 )
-from neo_jax.devices.processes import is_leader
+from neo_jax.devices.processes import say
 from neo_jax.errors import NeoError, reason, suggest
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import file_size, is_file, is_remote, make_path, read_range
@@ -229,12 +228,9 @@ def _pairs(
             f"{lengths.min() - 1} or more."
         )
     left_out = np.count_nonzero(lengths > dataset.length + 1)
-    if left_out and is_leader():
-        print(
-            f"{left_out:,} of {len(lengths):,} pairs of {name} are longer than {dataset.length} "
-            "and left out",
-            file=sys.stderr,
-        )
+    if left_out:
+        pairs = f"{left_out:,} of {len(lengths):,} pairs of {name}"
+        say(f"{pairs} are longer than {dataset.length} and left out")
     fields = vars(dataset) | {"offsets": offsets}
     return PairDataset(**fields, prompts=prompts, bounds=np.array(bounds))
 

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,12 @@ def _check_port(coordinator: str) -> None:
 def is_leader() -> bool:
     """Returns whether this process prints and writes: the only one, or the first of several."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, where this process leads."""
+    if is_leader():
+        print(line, file=sys.stderr, flush=True)
 
 
 def to_host(array: Array) -> np.ndarray:

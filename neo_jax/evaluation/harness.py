@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.decode.options import BeamOptions, SamplingOptions
-from neo_jax.devices.processes import is_leader
+from neo_jax.devices.processes import say
 from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.evaluation.loglikelihood import Continuation, score_continuations
 from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerprint
@@ -150,7 +150,7 @@ class NeoLM(TemplateLM):
         pairs = [Continuation(context, continuation) for _, context, continuation in requests]
         cut = sum(len(p.context) + len(p.continuation) > self.max_length + 1 for p in pairs)
         if cut:
-            _report(f"{cut} of {len(pairs)} contexts are too long and lose their beginning.")
+            say(f"{cut} of {len(pairs)} contexts are too long and lose their beginning.")
 
         def compute(missing: list[Continuation]) -> Iterator[tuple[int, Any]]:
             return score_continuations(self.lm.model, self.lm.params, missing, self._rows)
@@ -225,7 +225,7 @@ class NeoLM(TemplateLM):
         known = self._answers
         found = [known.find(key, form) if known else None for key in keys]
         if known and known.damaged:
-            _report(f"{known.damaged} finished requests on disk are damaged and computed again.")
+            say(f"{known.damaged} finished requests on disk are damaged and computed again.")
             known.damaged = 0
         missing = [i for i, answer in enumerate(found) if answer is None]
         with tqdm(total=len(keys), initial=len(keys) - len(missing), disable=quiet) as bar:
@@ -311,11 +311,6 @@ def _whole(batch_size: str | int) -> int:
     if not str(batch_size).isdecimal() or not int(batch_size):
         raise NeoError(f"the batch size '{batch_size}' is neither auto nor a whole number from 1.")
     return int(batch_size)
-
-
-def _report(line: str) -> None:
-    if is_leader():
-        print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -39,12 +39,12 @@ def score_continuations(
       NeoError: a token that the model does not know.
     """
     vocab = model.config.vocab_size
-    for i, request in enumerate(requests, 1):
-        ids = (*request.context, *request.continuation)
+    for number, each in enumerate(requests, 1):
+        ids = (*each.context, *each.continuation)
         if min(ids) < 0 or max(ids) >= vocab:
             raise NeoError(
-                f"request {i} has a token id outside the vocabulary, 0 to {vocab - 1}; does the "
-                "tokenizer belong to the model?"
+                f"request {number} has a token id outside the vocabulary, 0 to {vocab - 1}; does "
+                "the tokenizer belong to the model?"
             )
     rows, members = _shared(requests, model.config.max_length)
     for i, (logprobs, greedy) in score_rows(model, params, rows, batch_size):

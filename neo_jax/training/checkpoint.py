@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from neo_jax.devices.processes import all_processes, check_shared, from_leader, is_leader
+from neo_jax.devices.processes import all_processes, check_shared, from_leader, is_leader, say
 from neo_jax.errors import NeoError, reason
 from neo_jax.files.paths import (
     absolute,
@@ -194,9 +193,9 @@ class Checkpoints:
             except Exception as caught:  # of several libraries, which share no base
                 error = caught
                 break
-            _warn(
-                f"checkpoint {newer} in {self._folder} cannot be read ({why}); it is now called "
-                f"{name}, going on from {step}"
+            say(
+                f"neo-jax: checkpoint {newer} in {self._folder} cannot be read ({why}); it is now "
+                f"called {name}, going on from {step}."
             )
         if not all_processes(error is None):
             why = reason(error) if error else "process 0 says why"
@@ -226,7 +225,7 @@ class Checkpoints:
             if found is None:
                 losses[i] = self._named_loss(step)
                 what = "it stays" if math.isnan(losses[i]) else "best.json has it"
-                _warn(f"the held-out loss of {folder} cannot be read ({why}); {what}")
+                say(f"neo-jax: the held-out loss of {folder} cannot be read ({why}); {what}.")
             else:
                 losses[i] = found.get("loss", math.inf)
         losses = from_leader(losses.view(np.uint32)).view(np.float64)  # bit by bit
@@ -279,11 +278,6 @@ class Checkpoints:
                 "there or ask for write access, then give the same command: it goes on from the "
                 "last whole checkpoint."
             ) from error
-
-
-def _warn(line: str) -> None:
-    if is_leader():
-        print(f"neo-jax: {line}.", file=sys.stderr, flush=True)
 
 
 def _check_bucket(folder: Path) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from neo_jax.files.figure import as_png, new_figure
 from neo_jax.tools.benchmark.run import Result
-from neo_jax.tools.benchmark.timed_steps import Measurement
+from neo_jax.tools.plan.report import without_nan
 
 _WIDTHS = (-8, 5, 7, 11, 12, 14, 9, 11, 9, 8)
 _COLORS = {"prefill": "#0b6e99", "decode": "#c8553d", "train": "#5b8c3a"}
@@ -20,7 +20,7 @@ def describe(result: Result) -> dict[str, Any]:
     """Returns fields for JSON; figures are of all devices together, None is unknown."""
     setup, limits, chip = result.setup, result.limits, result.published
     model, sharding, number = setup.model, setup.model.sharding, len(setup.devices)
-    return {
+    fields = {
         "model": setup.name,
         "parameters": model.config.num_params,
         "device_kind": setup.devices[0].device_kind,
@@ -35,34 +35,29 @@ def describe(result: Result) -> dict[str, Any]:
             "reading": limits.reading,
         },
         "published": {
-            "flops_per_second": _known(chip.peak_flops * number),
-            "bytes_per_second": _known(chip.memory_bandwidth * number),
+            "flops_per_second": chip.peak_flops * number,
+            "bytes_per_second": chip.memory_bandwidth * number,
         },
-        "measurements": [_fields(result, step) for step in result.measurements],
     }
-
-
-def _fields(result: Result, step: Measurement) -> dict[str, Any]:
-    fields = {
-        "step": step.kind,
-        "batch": step.batch,
-        "length": step.length,
-        "tokens": step.tokens,
-        "seconds": step.seconds,
-        "repeats": step.repeats,
-        "tokens_per_second": step.tokens_per_second,
-        "flops": step.flops,
-        "bytes": step.traffic,
-        "share_of_products": result.share_of_products(step),
-        "share_of_memory": result.share_of_memory(step),
-        "mfu": result.utilisation(step),
-        "note": step.note or None,
-    }
-    return {name: _known(v) if isinstance(v, float) else v for name, v in fields.items()}
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    steps = [
+        {
+            "step": step.kind,
+            "batch": step.batch,
+            "length": step.length,
+            "tokens": step.tokens,
+            "seconds": step.seconds,
+            "repeats": step.repeats,
+            "tokens_per_second": step.tokens_per_second,
+            "flops": step.flops,
+            "bytes": step.traffic,
+            "share_of_products": result.share_of_products(step),
+            "share_of_memory": result.share_of_memory(step),
+            "mfu": result.utilisation(step),
+            "note": step.note or None,
+        }
+        for step in result.measurements
+    ]
+    return without_nan(fields) | {"measurements": list(map(without_nan, steps))}
 
 
 def lines(result: Result) -> Iterator[str]:

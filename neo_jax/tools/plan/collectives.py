@@ -6,6 +6,7 @@ its last axis fastest.
 
 import math
 import re
+import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,9 +16,6 @@ from neo_jax.tools.plan.hlo import Program, Run, elements, num_bytes, runs
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 """The collectives, by XLA's names."""
-
-NO_SLICES: Mapping[str, int] = {}
-"""Of a mesh in one TPU slice."""
 
 
 class Traffic(NamedTuple):
@@ -34,7 +32,7 @@ def traffic(
     program: Program,
     mesh_shape: Mapping[str, int],
     open_trips: int | None = None,
-    slices: Mapping[str, int] = NO_SLICES,
+    slices: Mapping[str, int] = types.MappingProxyType({}),
 ) -> list[Traffic]:
     """Sums what `collectives` returns by kind and axes, the most bytes first."""
     rows: dict[tuple, Traffic] = {}
@@ -51,7 +49,7 @@ def collectives(
     program: Program,
     mesh_shape: Mapping[str, int],
     open_trips: int | None = None,
-    slices: Mapping[str, int] = NO_SLICES,
+    slices: Mapping[str, int] = types.MappingProxyType({}),
 ) -> list[Traffic]:
     """Returns what devices do together in one run of a program, a row for each instruction.
 

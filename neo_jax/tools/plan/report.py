@@ -10,8 +10,7 @@ import numpy as np
 from neo_jax.devices.memory import bytes_text
 from neo_jax.files.figure import as_png, new_figure
 from neo_jax.model.cache import sequence_bytes
-from neo_jax.tools.plan.plan import Plan
-from neo_jax.tools.plan.roofline import utilisation
+from neo_jax.tools.plan.plan import Plan, utilisation
 from neo_jax.tools.plan.search import Candidate
 from neo_jax.tools.plan.steps import Step
 
@@ -46,7 +45,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "compile_seconds": plan.compile_seconds,
         "program_bytes": plan.program_bytes or None,
     }
-    return _without_nan(fields)
+    return without_nan(fields)
 
 
 def _cache(step: Step) -> dict[str, Any] | None:
@@ -58,63 +57,60 @@ def _cache(step: Step) -> dict[str, Any] | None:
     return {"dtype": dtype.name, **memory._asdict()}
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Returns fields with None in the place of what is not known."""
     if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
+        return {name: without_nan(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """Yields a plan as a table, line by line."""
+    """Yields a plan as a table, some lines at a time."""
     memory, step, roof, done = plan.memory, plan.step, plan.roofline, plan.work
     devices = f"{len(plan.topology.devices)} x {plan.topology.devices[0].device_kind}"
     yield f"topology      {plan.topology.name}, {devices}"
     yield "mesh          " + ", ".join(f"{name}={size}" for name, size in step.mesh.shape.items())
     yield "rules         " + ", ".join(f"{a}:{'+'.join(names)}" for a, names in step.sharding.rules)
     yield f"tokens        {step.tokens:,} a step, {step.model.config.num_params:,} parameters"
-    yield ""
-    yield "memory of a device"
+    yield "\nmemory of a device"
     for name, size in memory.parts.items():
         padding = size - memory.parts_without_padding[name]
-        note = f"  {bytes_text(padding)} of it padding" if padding else ""
-        yield f"  {name:<20}{bytes_text(size):>10}{note}"
-    cache = _cache(step)
-    if cache:
-        token, whole = bytes_text(cache["per_token"]), bytes_text(cache["per_sequence"])
-        note = f"on all devices, {token} a token, {cache['dtype']}"
-        yield f"  {'cache, a sequence':<20}{whole:>10}  {note}"
+        note = f"{bytes_text(padding)} of it padding" if padding else ""
+        yield _row(name, bytes_text(size), note)
+    if cache := _cache(step):
+        note = f"on all devices, {bytes_text(cache['per_token'])} a token, {cache['dtype']}"
+        yield _row("cache, a sequence", bytes_text(cache["per_sequence"]), note)
     if memory.temporaries is not None:
-        yield f"  {'temporaries':<20}{bytes_text(memory.temporaries):>10}  activations, gradients"
-    source = "  by the compiler, which refuses; the rest by arithmetic" if plan.refusal else ""
-    yield f"  {'in all':<20}{bytes_text(memory.total):>10}{source}"
+        yield _row("temporaries", bytes_text(memory.temporaries), "activations, gradients")
+    source = "by the compiler, which refuses; the rest by arithmetic" if plan.refusal else ""
+    yield _row("in all", bytes_text(memory.total), source)
     if not math.isnan(memory.capacity):
-        verdict = "fits" if plan.fits else "does not fit"
-        yield f"  {'of':<20}{bytes_text(memory.capacity):>10}  {verdict}"
-    yield ""
-    yield "products of a device"
-    yield f"  {'useful':<20}{plan.useful_flops / 1e12:>10.3f} TFLOP"
-    yield f"  {'computed again':<20}{plan.repeated_flops / 1e12:>10.3f} TFLOP"
+        yield _row("of", bytes_text(memory.capacity), "fits" if plan.fits else "does not fit")
+    yield "\nproducts of a device"
+    yield _row("useful", f"{plan.useful_flops / 1e12:.3f}") + " TFLOP"
+    yield _row("computed again", f"{plan.repeated_flops / 1e12:.3f}") + " TFLOP"
     if done is None or roof is None:
         return
-    yield f"  {'in the program':<20}{done.flops / 1e12:>10.3f} TFLOP"
-    yield ""
-    yield "collectives, what a device sends"
+    yield _row("in the program", f"{done.flops / 1e12:.3f}") + " TFLOP"
+    yield "\ncollectives, what a device sends"
     for row in plan.traffic:
         where = "+".join(row.axes) + (", between slices" if row.between_slices else "")
-        sent = bytes_text(row.wire_bytes)
-        yield f"  {row.kind:<20}{sent:>10}  {row.times:>6} times along {where}"
+        yield _row(row.kind, bytes_text(row.wire_bytes), f"{row.times:>6} times along {where}")
     if not plan.traffic:
         yield "  none"
-    yield ""
-    yield "least time of a step"
+    yield "\nleast time of a step"
     for name, milliseconds in roof.milliseconds.items():
         if milliseconds > 0:  # neither unknown nor without a part in it
-            yield f"  {name:<20}{milliseconds:>10.2f} ms"
+            yield _row(name, f"{milliseconds:.2f}") + " ms"
     if not math.isnan(roof.step):
         share = utilisation(plan.topology.chip, roof, plan.useful_flops)
         speed = f"{step.tokens / roof.step:,.0f} tokens/s"
         yield f"  bound by {roof.slowest}: {speed}, MFU at most {share:.1%}"
     yield f"compiled in {plan.compile_seconds:.1f} s"
+
+
+def _row(name: str, value: str, note: str = "") -> str:
+    return f"  {name:<20}{value:>10}  {note}".rstrip()
 
 
 def draw(plan: Plan) -> bytes:

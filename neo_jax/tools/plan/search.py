@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 from neo_jax.axes import BATCH, EMBED
 from neo_jax.errors import NeoError
-from neo_jax.tools.plan.plan import Plan, capacity, make_plan
-from neo_jax.tools.plan.roofline import Roofline
+from neo_jax.tools.plan.plan import Plan, Roofline, capacity, make_plan
 from neo_jax.tools.plan.steps import Step
 from neo_jax.tools.plan.topology import Topology
 

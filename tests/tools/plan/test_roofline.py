@@ -9,7 +9,7 @@ from neo_jax.devices.chips import UNKNOWN, Chip
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.collectives import Traffic
 from neo_jax.tools.plan.hlo_cost import Work
-from neo_jax.tools.plan.roofline import roofline, slices_of, utilisation
+from neo_jax.tools.plan.plan import roofline, slices_of, utilisation
 from neo_jax.tools.plan.topology import find_topology
 
 pytestmark = pytest.mark.tpu_compiler
