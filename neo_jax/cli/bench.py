@@ -15,8 +15,7 @@ from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
 
 if TYPE_CHECKING:
-    from neo_jax.tools.benchmark.run import Setup
-    from neo_jax.tools.benchmark.timed_steps import Measurement
+    from neo_jax.tools.benchmark.run import Measurement, Setup
 
 _LENGTH = 256  # of short texts
 
@@ -68,8 +67,7 @@ def _setup(options: Options) -> "Setup":
     from neo_jax.devices.memory import check_batch
     from neo_jax.model.transformer import Neo
     from neo_jax.sharding.rules import make_sharding
-    from neo_jax.tools.benchmark.run import Setup, random_params
-    from neo_jax.tools.benchmark.timed_steps import MIN_LENGTH
+    from neo_jax.tools.benchmark.run import MIN_LENGTH, Setup, random_params
 
     chosen = options.model
     if chosen.quantize != "none" or chosen.cache_dtype != "auto":

@@ -2,12 +2,11 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +16,8 @@ from neo_jax.devices.memory import bytes_text
 from neo_jax.model import cache, transformer
 from neo_jax.model.tensor_table import tensors
 from neo_jax.sharding.rules import Sharding
+
+T = TypeVar("T")
 
 _SHOWN = 8  # parts of an axis, and devices in a part, that a drawing shows
 
@@ -170,11 +171,12 @@ def draw(cuts: Sequence[tuple[str, tuple[str, ...]]], sharding: Sharding) -> Ite
     down, the second across; devices count along the mesh, its last axis fastest.
     """
     down, across = [*cuts, ("", ())][:2]
-    rows = _shortened(_cells(sharding, down[1], across[1]))
-    columns = len(_shortened(rows[0]))
     texts = [
-        [_numbers(cell) for cell in _shortened(row)] if row else ["…"] * columns for row in rows
+        _shortened([" ".join(_shortened(list(map(str, cell)), "…")) for cell in row], "…")
+        for row in _cells(sharding, down[1], across[1])
     ]
+    columns = len(texts[0])
+    texts = _shortened(texts, ["…"] * columns)
     width = max(len(text) for row in texts for text in row)
     margin = max(len(down[0]), len("+".join(down[1]))) + 2
     if across[0]:
@@ -183,13 +185,11 @@ def draw(cuts: Sequence[tuple[str, tuple[str, ...]]], sharding: Sharding) -> Ite
     def rule(left: str, middle: str, right: str) -> str:
         return " " * margin + left + middle.join(["─" * (width + 2)] * columns) + right
 
-    labels = itertools.chain([down[0], "+".join(down[1])], itertools.repeat(""))
-    yield rule("┌", "┬", "┐")
+    labels = [down[0], "+".join(down[1])]
     for i, row in enumerate(texts):
-        if i:
-            yield rule("├", "┼", "┤")
+        yield rule("├", "┼", "┤") if i else rule("┌", "┬", "┐")
         inside = "│".join(f" {text:^{width}} " for text in row)
-        yield f"{next(labels):>{margin - 1}} │{inside}│"
+        yield f"{labels[i] if i < 2 else '':>{margin - 1}} │{inside}│"
     yield rule("└", "┴", "┘")
 
 
@@ -203,11 +203,5 @@ def _cells(sharding: Sharding, down: Sequence[str], across: Sequence[str]) -> li
     return numbers.transpose(list(map(names.index, order))).reshape(rows, columns, -1).tolist()
 
 
-def _shortened(items: list) -> list:
-    return items if len(items) <= _SHOWN else [*items[: _SHOWN - 2], None, items[-1]]
-
-
-def _numbers(devices: list[int] | None) -> str:
-    return " ".join(
-        "…" if number is None else str(number) for number in _shortened(devices or [None])
-    )
+def _shortened(items: list[T], gap: T) -> list[T]:
+    return items if len(items) <= _SHOWN else [*items[: _SHOWN - 2], gap, items[-1]]

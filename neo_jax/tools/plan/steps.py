@@ -1,4 +1,7 @@
-"""The true steps, training, prefill and decoding, with arguments that are shapes and places."""
+"""The true steps, training, prefill and decoding, with arguments that are shapes and places.
+
+What a strategy cannot split, of a model or a batch, is a `NeoError`.
+"""
 
 import dataclasses
 import functools
@@ -60,11 +63,7 @@ class Step:
 
 
 def training_step(config: TrainConfig, sharding: Sharding) -> Step:
-    """Returns the step that `train` runs.
-
-    Raises:
-      NeoError: the strategy cannot split this model or batch.
-    """
+    """Returns the step that `train` runs."""
     dtype = jnp.dtype(config.dtype)
     model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -92,11 +91,7 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
 
 
 def prefill_step(model: Neo, batch: int, length: int, quantize: Quantize = "none") -> Step:
-    """Returns the step that reads prompts of `length` tokens, with room for no more.
-
-    Raises:
-      NeoError: the strategy cannot split this model or batch.
-    """
+    """Returns the step that reads prompts of `length` tokens, with room for no more."""
     params, *rows = arguments = _prefill_arguments(model, batch, length, quantize)
     trace = functools.partial(engine.prefill.trace, model, length, *arguments)
     parts = {"parameters": params, "cache": (), "batch": rows}
@@ -104,11 +99,7 @@ def prefill_step(model: Neo, batch: int, length: int, quantize: Quantize = "none
 
 
 def decode_step(model: Neo, batch: int, length: int, quantize: Quantize = "none") -> Step:
-    """Returns the step that appends a token to each of `batch` texts of up to `length` tokens.
-
-    Raises:
-      NeoError: the strategy cannot split this model or batch.
-    """
+    """Returns the step that appends a token to each of `batch` texts of up to `length` tokens."""
     arguments = _prefill_arguments(model, batch, length, quantize)
     prefill = functools.partial(engine.prefill, model, length)
     state = _placed(model, jax.eval_shape(prefill, *arguments))

@@ -13,8 +13,7 @@ from PIL import Image
 from neo_jax.devices.chips import Chip
 from neo_jax.tools.benchmark import report
 from neo_jax.tools.benchmark.limits import Limits
-from neo_jax.tools.benchmark.run import Result, Setup
-from neo_jax.tools.benchmark.timed_steps import Measurement
+from neo_jax.tools.benchmark.run import Measurement, Result, Setup
 
 STEPS = [
     Measurement("prefill", 1, 256, 8e9, 1e8, 0.1, 5),

@@ -1,4 +1,4 @@
-"""tools/benchmark/timed_steps.py and run.py: what is counted of a step, and what cannot run."""
+"""tools/benchmark/run.py: what is counted of a step, and what cannot run."""
 
 import dataclasses
 import functools
@@ -10,15 +10,17 @@ import pytest
 
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.tools.benchmark import run, timed_steps
+from neo_jax.tools.benchmark import run
 from neo_jax.tools.benchmark.limits import Limits
-from neo_jax.tools.benchmark.run import Setup, bench, random_params
-from neo_jax.tools.benchmark.timed_steps import (
+from neo_jax.tools.benchmark.run import (
     Budget,
     CannotRunError,
     Measurement,
     PreparedStep,
+    Setup,
+    bench,
     measure,
+    random_params,
 )
 
 BATCH, LENGTH = 2, 32
@@ -49,7 +51,7 @@ def figures(small):
         told = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "measure_limits", lambda devices: LIMITS)
-            patch.setattr(timed_steps, "_LONG_ENOUGH", 1e-6)
+            patch.setattr(run, "_LONG_ENOUGH", 1e-6)
             result = bench(setup, told.append)
         assert told == result.measurements
         return {step.kind: step for step in result.measurements}
@@ -66,7 +68,7 @@ def test_speed_and_time_belong_together(results):
     assert list(results) == ["prefill", "decode", "train"]
     for step in results.values():
         assert step.note == ""
-        assert step.repeats == timed_steps._REPEATS
+        assert step.repeats == run._REPEATS
         assert step.seconds > 0
         assert step.tokens_per_second * step.seconds == pytest.approx(step.tokens)
         assert step.tokens == step.batch * (1 if step.kind == "decode" else LENGTH)
@@ -105,9 +107,7 @@ def test_on_a_mesh_each_device_moves_what_it_holds(results, figures):
 def test_what_would_take_too_long_is_left_out(tiny):
     model, params = tiny
     over = Budget(time.perf_counter() - 1, 1e11)
-    step = measure(
-        "prefill", 1, 16, lambda: timed_steps.prepare_prefill(model, params, 1, 16, over), over
-    )
+    step = measure("prefill", 1, 16, lambda: run.prepare_prefill(model, params, 1, 16, over), over)
     assert "0 s are left of --seconds" in step.note
     assert math.isnan(step.tokens_per_second)
     assert step.repeats == 0
@@ -132,7 +132,7 @@ def test_out_of_memory_is_told_and_other_errors_are_not_hidden(budget):
 
 def test_a_program_larger_than_the_memory_is_not_run(tiny, budget, monkeypatch):
     model, params = tiny
-    monkeypatch.setattr(timed_steps, "device_memory", lambda devices: 1e3)
-    for work in (timed_steps.prepare_prefill, timed_steps.prepare_decode):
+    monkeypatch.setattr(run, "device_memory", lambda devices: 1e3)
+    for work in (run.prepare_prefill, run.prepare_decode):
         with pytest.raises(CannotRunError, match=r"out of memory: .* GB of 0.0 GB a device"):
             work(model, params, 1, 16, budget)
