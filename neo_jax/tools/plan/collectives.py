@@ -82,21 +82,19 @@ def collectives(
 
 def _between_slices(run: Run, slices: Mapping[str, int]) -> Traffic:
     kind = run.instruction.attribute('transfer_type="([A-Z_]+)"').lower().replace("_", "-")
-    among = math.prod(slices.values())
+    among, times = math.prod(slices.values()), run.known_times
     size = num_bytes(elements(run.instruction.shape)[0])  # of what a device gives to its host
     sent = {
         "all-reduce": 2 * size * (among - 1) // among,
         "reduce-scatter": size * (among - 1) // among,
         "all-gather": size * (among - 1),
     }.get(kind, size)
-    times = run.known_times
     return Traffic(kind, tuple(slices), times, times * sent, between_slices=True)
 
 
 def _collective(run: Run, mesh_shape: Mapping[str, int]) -> Traffic:
     instruction, times = run.instruction, run.known_times
-    kind = instruction.opcode.removesuffix("-start")
-    shapes = elements(instruction.shape)
+    kind, shapes = instruction.opcode.removesuffix("-start"), elements(instruction.shape)
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         shapes = shapes[1:2]  # the operand comes first
     size = sum(map(num_bytes, shapes))

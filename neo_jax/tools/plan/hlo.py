@@ -170,13 +170,11 @@ def elements(shape: str) -> list[str]:
     if not shape.startswith("("):
         return [shape]
     found, depth, start = [], 0, 1
-    for match in re.finditer(r"[(\[{]|[)\]}]|,", shape):
-        if match[0] == ",":
-            if depth == 1:
-                found.append(shape[start : match.start()])
-                start = match.end()
-        else:
-            depth += 1 if match[0] in "([{" else -1
+    for match in re.finditer(r"[\[\](){},]", shape):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if match[0] == "," and depth == 1:
+            found.append(shape[start : match.start()])
+            start = match.end()
     return [*found, shape[start:-1]]
 
 

@@ -8,8 +8,7 @@ from neo_jax.config import ModelConfig
 from neo_jax.tools.plan.flops import compiled_flops
 from neo_jax.tools.plan.hlo import Instruction, Program, Run, elements, num_bytes, runs
 
-Lines = Mapping[str, Instruction]
-"""A computation: its instructions by name."""
+Lines = Mapping[str, Instruction]  # a computation: its instructions by name
 
 
 class Work(NamedTuple):

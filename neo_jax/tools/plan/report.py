@@ -128,11 +128,8 @@ def draw(plan: Plan) -> bytes:
         bars.axvline(plan.memory.capacity / 1e9, color="black", linestyle="--", label="capacity")
     bars.set_xlabel("GB a device")
     bars.legend(fontsize=8, loc="upper right")
-    rows = plan.traffic[:6][::-1]
-    sent.barh(
-        [f"{row.kind}, {'+'.join(row.axes)}" for row in rows],
-        [row.wire_bytes / 1e9 for row in rows],
-    )
+    for row in plan.traffic[:6][::-1]:
+        sent.barh([f"{row.kind}, {'+'.join(row.axes)}"], [row.wire_bytes / 1e9], color="C0")
     sent.set_xlabel("GB that a device sends a step")
     least = plan.roofline.milliseconds if plan.roofline else {}
     known = {name: each for name, each in least.items() if not math.isnan(each)}
@@ -160,9 +157,8 @@ def ranking_lines(candidates: Sequence[Candidate]) -> Iterator[str]:
     for each in candidates:
         best = each.best
         time = f"{1e3 * best.seconds:.2f} ms" if math.isfinite(best.seconds) else ""
-        note = ("compiled" if each.plan else "by arithmetic") + (
-            "" if best.fits else ", does not fit"
-        )
+        note = "compiled" if each.plan else "by arithmetic"
+        note += "" if best.fits else ", does not fit"
         size = bytes_text(best.memory)
         yield f"{each.mesh:<28}{each.rules:<14}{size:>10}{time:>13}  {note}"
 

@@ -14,6 +14,9 @@ from neo_jax.tools.plan.topology import Topology
 Build = Callable[[str, str], Step]
 """Builds a step for a mesh and rules, or raises `NeoError` where these cannot split it."""
 
+# How often weights are multiplied: forward, in training again, and backward twice.
+_PASSES = {"train": 4, "prefill": 1, "decode": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -89,7 +92,7 @@ def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candid
     memory = float(sum(held.values()))
     if step.kind == "train":
         memory += held["parameters"] + layer * config.num_layers  # gradients; what is saved
-    products = 2 * _passes(step) * config.num_params * step.tokens / step.mesh.size
+    products = 2 * _PASSES[step.kind] * config.num_params * step.tokens / step.mesh.size
     moved = sum(held.values()) * (2 if step.kind == "train" else 1)  # the state is read and written
     sent = _sent(step)
     least = Roofline(
@@ -99,11 +102,6 @@ def _estimate(build: Build, mesh: str, rules: str, topology: Topology) -> Candid
         network=0.0,
     )
     return Candidate(mesh, rules, memory, sent, least.step, not memory > capacity(topology))
-
-
-def _passes(step: Step) -> int:
-    """Returns how often weights are multiplied: forward, in training again, and backward twice."""
-    return 4 if step.kind == "train" else 1
 
 
 def _sent(step: Step) -> float:
@@ -122,7 +120,7 @@ def _sent(step: Step) -> float:
     new_tokens = 1 if step.kind == "decode" else step.length
     rows = step.tokens / new_tokens / step.sharding.num_shards(BATCH)
     branch = 4 * rows * new_tokens * config.embed_dim  # float32, what a device has of it
-    sums = _passes(step) * (2 if training else 1) * config.num_layers
+    sums = _PASSES[step.kind] * (2 if training else 1) * config.num_layers
     sent += sums * 2 * branch * (model - 1) / model
     if not training and step.sharding.mesh_axes(EMBED):
         sent += sums * 2 * branch * (fsdp - 1) / fsdp

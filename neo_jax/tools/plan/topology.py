@@ -14,16 +14,7 @@ import jax
 from neo_jax.devices.chips import Chip, chip
 from neo_jax.errors import NeoError, suggest
 
-# JAX's kinds of TPU, and the options that each needs.
-_KINDS: dict[str, dict[str, Any]] = {
-    "v2": {},
-    "v3": {},
-    "v4": {"chip_config_name": "megacore"},  # else half a chip is a device, as it is not in use
-    "v5e": {},
-    "v5p": {},
-    "v6e": {},
-    "tpu7x": {},
-}
+_KINDS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")  # of TPUs, by JAX's names
 _MOST_DEVICES = 2**16  # each is an object; the largest TPUs have some ten thousand
 _EXAMPLES = "v5e:4x4, v4:2x2x1, 2*v5e:16x16 (two slices) or cpu:8"
 
@@ -46,11 +37,10 @@ _NUMBER = "[1-9][0-9]{0,4}"
 
 
 def find_topology(name: str) -> Topology:
-    """Returns the devices of a topology.
+    """Returns the devices of a topology: a kind of TPU and the shape of a slice in chips.
 
-    Args:
-      name: a kind of TPU and the shape of a slice in chips; "2*" before it stands for two slices,
-        joined by the network. "cpu:8" is eight devices of this machine's CPU.
+    "2*" before it stands for two slices, joined by the network; "cpu:8" is eight devices of this
+    machine's CPU.
 
     Raises:
       NeoError: there is no such topology, libtpu is missing, or JAX was started with fewer CPU
@@ -86,7 +76,9 @@ def _tpu_devices(slices: str | None, kind: str, shape: str) -> Sequence[jax.Devi
         raise NeoError("planning for TPUs needs their compiler: pip install 'neo_jax[tpu]'.")
     from jax.experimental import topologies
 
-    options = dict(_KINDS[kind])
+    options: dict[str, Any] = {}
+    if kind == "v4":  # else half a chip is a device, as it is not in use
+        options["chip_config_name"] = "megacore"
     if shape == "1x1":
         options["chips_per_host_bounds"] = [1, 1, 1]
     if slices:
