@@ -32,7 +32,7 @@ from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.initial_state import find_pretrained
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.run_checkpoint import find_checkpoint, read_model, read_params
+from neo_jax.training.snapshot import find_checkpoint, read_model, read_params
 from neo_jax.training.step import abstract_state, state_of
 
 Leaves = dict[tuple[str, ...], Leaf]

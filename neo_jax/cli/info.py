@@ -71,7 +71,7 @@ def _of_a_run(folder: Path) -> tuple[ModelConfig, bool] | None:
     """Returns the model of a run of neo-jax train, or of one of its checkpoints; never of int8."""
     if (folder / "config.json").is_file():
         return None
-    from neo_jax.training.run_checkpoint import find_checkpoint, read_model
+    from neo_jax.training.snapshot import find_checkpoint, read_model
 
     found = find_checkpoint(folder)
     return (read_model(found)[0], False) if found else None
