@@ -85,11 +85,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def check_harness() -> None:
-    """Checks that the harness is installed.
-
-    Raises:
-      NeoError: it is not.
-    """
+    """Raises `NeoError` where the harness is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -142,11 +138,7 @@ def _fields(total: "Total") -> dict[str, Any]:
 def _cells(total: "Total") -> list[str]:
     counts = (total.documents, total.tokens, total.words, total.num_bytes)
     perplexities = (total.token_perplexity, total.word_perplexity)
-    return [
-        *map(str, counts),
-        f"{total.bits_per_byte:.4f}",
-        *(f"{perplexity:.6g}" for perplexity in perplexities),
-    ]
+    return [*map(str, counts), f"{total.bits_per_byte:.4f}", *map("{:.6g}".format, perplexities)]
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -86,11 +86,7 @@ def _upload(folder: Path, target: Path) -> None:
 
 
 def _check_new(target: Path) -> None:
-    """Checks that nothing is lost where the data set will be.
-
-    Raises:
-      NeoError: there is a file, or a folder that holds more than an upload that was killed.
-    """
+    """Checks that nothing is lost where the data set will be."""
     if not target.exists():
         return
     fix = "choose another output, or remove it first."

@@ -43,11 +43,7 @@ class HubDataset:
         return f"{self._builder.hash} {[(stat.st_size, stat.st_mtime_ns) for stat in stats]}"
 
     def texts(self) -> Iterator[str]:
-        """Yields the text of every row.
-
-        Raises:
-          NeoError: there is no such split or column, or reading fails.
-        """
+        """Yields the text of every row."""
         try:
             rows = iter(self._builder.as_streaming_dataset(split=self._split or "train"))
             for number, row in enumerate(rows):

@@ -22,7 +22,7 @@ _COLORS = {
 _OURS, _INK, _FAINT = "#d9480f", "#222222", "#8a8a8a"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Entry:
     """A measure of a model, next to the published one; accuracies in %."""
 
@@ -45,17 +45,13 @@ def rows(results: Mapping[str, Any], published: str) -> list[Entry]:
     numbers = PUBLISHED.get(published, (None,) * len(MEASURES))
     found = []
     for measure, number in zip(MEASURES, numbers, strict=True):
-        task = BENCHMARKS[measure.benchmark].task
+        task, scale = BENCHMARKS[measure.benchmark].task, 100 if measure.is_accuracy else 1
         row = Entry(measure, published=number)
         if values := results["results"].get(task):
-            scale = 100 if measure.is_accuracy else 1
+            row.examples = results["n-samples"][task]["effective"]
+            row.value = scale * values[f"{measure.metric},none"]
             error = values.get(f"{measure.metric}_stderr,none")
-            row = dataclasses.replace(
-                row,
-                examples=results["n-samples"][task]["effective"],
-                value=scale * values[f"{measure.metric},none"],
-                error=scale * error if isinstance(error, float) else None,
-            )
+            row.error = scale * error if isinstance(error, float) else None
         found.append(row)
     return found
 

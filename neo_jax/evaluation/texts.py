@@ -57,11 +57,7 @@ def count_words(text: str) -> int:
 
 
 def read_pages(path: str) -> Iterator[str]:
-    """Returns the pages of one of WikiText's raw files.
-
-    Raises:
-      NeoError: a file that cannot be read, or is not UTF-8.
-    """
+    """Returns the pages of one of WikiText's raw files."""
     with open_unpacked(make_path(path)) as file:
         try:
             text = file.read().decode("utf-8")
