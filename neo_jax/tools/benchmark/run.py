@@ -133,6 +133,39 @@ class Result(NamedTuple):
         return step.flops_per_second / peak
 
 
+class PreparedStep(NamedTuple):
+    """A step that has been compiled and has run once.
+
+    Its traffic is what no implementation can do without: reading every weight and every slot of the
+    cache in decoding, reading weights and writing the cache in prefill, reading and writing
+    weights and optimizer in training. Activations may stay in caches, so they do not count.
+    """
+
+    flops: float
+    traffic: float
+    seconds: Callable[[], float]  # runs it again: of a step
+
+
+class CannotRunError(Exception):
+    """A step that is left out; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Until when steps may run, and how fast products are."""
+
+    deadline: float  # of `time.perf_counter`
+    rate: float  # FLOP/s
+
+    def check(self, flops: float) -> None:
+        """Raises `CannotRunError` where work of so many FLOPs might not end in time."""
+        needed, left = flops / (_SURE * self.rate), self.deadline - time.perf_counter()
+        if needed > left:
+            raise CannotRunError(
+                f"may take {needed:.0f} s, {max(0, left):.0f} s are left of --seconds"
+            )
+
+
 def bench(setup: Setup, report: Callable[[Measurement], None]) -> Result:
     """Measures devices, and a model on them; `report` gets each figure as it is there."""
     result = Result(setup, measure_limits(setup.devices), [])
@@ -171,39 +204,6 @@ def _sizes(setup: Setup, sharding: Sharding | None, kind: Kind) -> list[tuple[in
         return []
     batches = {padded_rows(sharding, batch) for batch in setup.batches}
     return list(itertools.product(sorted(set(setup.lengths)), sorted(batches)))
-
-
-class PreparedStep(NamedTuple):
-    """A step that has been compiled and has run once.
-
-    Its traffic is what no implementation can do without: reading every weight and every slot of the
-    cache in decoding, reading weights and writing the cache in prefill, reading and writing
-    weights and optimizer in training. Activations may stay in caches, so they do not count.
-    """
-
-    flops: float
-    traffic: float
-    seconds: Callable[[], float]  # runs it again: of a step
-
-
-class CannotRunError(Exception):
-    """A step that is left out; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """Until when steps may run, and how fast products are."""
-
-    deadline: float  # of `time.perf_counter`
-    rate: float  # FLOP/s
-
-    def check(self, flops: float) -> None:
-        """Raises `CannotRunError` where work of so many FLOPs might not end in time."""
-        needed, left = flops / (_SURE * self.rate), self.deadline - time.perf_counter()
-        if needed > left:
-            raise CannotRunError(
-                f"may take {needed:.0f} s, {max(0, left):.0f} s are left of --seconds"
-            )
 
 
 def measure(
