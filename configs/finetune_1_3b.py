@@ -1,9 +1,7 @@
 """All weights of GPT-Neo 1.3B on texts of your own. For the eight chips of a v5litepod-8.
 
-  neo-jax prepare my_texts/ --output data/mine --tokenizer gpt-neo-1.3b/ --held-out 0.01
+  neo-jax prepare my_texts/ --output data/mine --tokenizer gpt-neo-1.3b --held-out 0.01
   neo-jax train finetune-1.3b
-
-Here gpt-neo-1.3b/ is a folder with the model's tokenizer.
 
 cost      33 million tokens; a chip holds 2.6 GB of weights, gradients and moments of 1.3 billion
           parameters in float32, and four sequences at a time

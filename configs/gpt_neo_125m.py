@@ -1,9 +1,9 @@
 """GPT-Neo 125M as published: 300 billion tokens of The Pile.
 
-  neo-jax prepare "pile/*.jsonl.zst" --output data/pile --tokenizer gpt2/ --held-out 0.001
+  neo-jax prepare "pile/*.jsonl.zst" --output data/pile --tokenizer gpt2 --held-out 0.001
   neo-jax train gpt-neo-125m
 
-Here gpt2/ is a folder with GPT-2's tokenizer, which is GPT-Neo's. It runs on any
+The tokenizer is GPT-2's, which is GPT-Neo's. It runs on any
 number of chips that divides 64, such as the 16 of a v5e-16; where they have several hosts, which
 must all see the two folders, --data gs://bucket/pile --output gs://bucket/run.
 

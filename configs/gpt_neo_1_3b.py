@@ -1,9 +1,9 @@
 """GPT-Neo 1.3B as published: 380 billion tokens of The Pile. For a v5e-256.
 
-  neo-jax prepare "pile/*.jsonl.zst" --output data/pile --tokenizer gpt2/ --held-out 0.001
+  neo-jax prepare "pile/*.jsonl.zst" --output data/pile --tokenizer gpt2 --held-out 0.001
   neo-jax train gpt-neo-1.3b
 
-Here gpt2/ is a folder with GPT-2's tokenizer, which is GPT-Neo's. All hosts must see
+The tokenizer is GPT-2's, which is GPT-Neo's. All hosts must see
 the two folders: --data gs://bucket/pile --output gs://bucket/run. On another number of chips give
 another --mesh, and --accumulation k where 512 / k is a multiple of it.
 

@@ -1,10 +1,8 @@
 """Adapters of GPT-Neo 2.7B on texts of your own. For one v5e chip.
 
-  neo-jax prepare my_texts/ --output data/mine --tokenizer gpt-neo-2.7b/ --held-out 0.01
+  neo-jax prepare my_texts/ --output data/mine --tokenizer gpt-neo-2.7b --held-out 0.01
   neo-jax train lora-2.7b
-  neo-jax generate "It was" --model runs/lora-2.7b/adapter
-
-Here gpt-neo-2.7b/ is a folder with the model's tokenizer.
+  neo-jax generate "It was" --model runs/lora-2.7b
 
 cost      16 million tokens; the chip holds 5.3 GB of frozen weights in bfloat16, adapters of 10
           million parameters, and one sequence at a time

@@ -27,7 +27,7 @@ from neo_jax.files.paths import is_remote, make_path
 from neo_jax.model.scan import stack, unstack
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo
-from neo_jax.text.tokenizer import has_tokenizer, load_tokenizer
+from neo_jax.text.tokenizer import find_tokenizer, has_tokenizer, load_tokenizer
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.initial_state import find_pretrained
@@ -80,7 +80,7 @@ def open_source(name: str, revision: str | None = None, tokenizer: str = "") -> 
 
 def _tokenizer(named: str, folder: Path) -> Any:
     if named:
-        return load_tokenizer(make_path(named))
+        return find_tokenizer(named)
     return load_tokenizer(folder) if has_tokenizer(folder) else None
 
 

@@ -57,7 +57,7 @@ def understand(monkeypatch, tmp_path):
     parse = tyro.cli
 
     def read(*args, **options):
-        parse(*args, **options)
+        call.options = parse(*args, **options)
         raise Understood
 
     monkeypatch.setattr(tyro, "cli", read)
@@ -76,6 +76,16 @@ def understand(monkeypatch, tmp_path):
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words)[:60])
 def test_a_command_is_understood(understand, words, capsys):
     assert understand(words) is None, capsys.readouterr().err
+
+
+def test_no_run_of_the_pages_is_warm_up_for_the_most_part(understand):
+    runs = [words for words in COMMANDS if words[0] == "train" and "--help" not in words]
+    assert len(runs) > 5
+    for words in runs:
+        if "my_config.py" not in words:  # of one step, for this test
+            understand(words)
+            config = understand.options.config
+            assert 2 * config.optimizer.warmup_steps <= config.steps, words
 
 
 def test_all_verbs_are_shown_and_what_is_unknown_is_found(understand):

@@ -24,9 +24,10 @@ PUBLISHED = {
 BUNDLED = "bundled"
 """The name of the model that comes with the package, where one is requested."""
 
+_ADAPTER = "adapter_config.json"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = (
-    "config.json", "generation_config.json", "adapter_config.json",
+    "config.json", "generation_config.json", _ADAPTER,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "*.model",
 )  # fmt: skip
@@ -37,9 +38,15 @@ _TENSORFLOW = ("checkpoint", "*.index", "*.data-*-of-*")
 
 
 def resolve(
-    model: str | os.PathLike[str] | None, *, revision: str | None = None, token: str | None = None
+    model: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    weights: bool = True,
 ) -> Path:
     """Returns the folder of a checkpoint, downloading it where need be.
+
+    In the folder of a run of neo-jax train it is model/, or adapter/ where there is that alone.
 
     Args:
       model: a folder, also gs://bucket/folder; a published model, "gpt-neo-1.3b"; a name on the
@@ -47,6 +54,7 @@ def resolve(
         package.
       revision: branch, tag or commit on the hub.
       token: for gated and private repositories; by default what `hf auth login` or HF_TOKEN set.
+      weights: whether to download these too; without them it is for the tokenizer.
 
     Raises:
       NeoError: nothing has this name, or the hub does not hand it out; the message says which.
@@ -65,7 +73,8 @@ def resolve(
         if is_remote(folder) and not folder.is_dir():
             raise NeoError(f"there is no folder {name}; check the name of the bucket and the path.")
         if not name or not folder.is_dir():
-            return _download(_hub_name(name), revision, token)
+            return _download(_hub_name(name), revision, token, _formats() if weights else [()])
+        folder = _in_run(folder)
     if revision is not None:
         raise NeoError(f"revision '{revision}' is for names on the hub; {folder} is a folder.")
     return folder
@@ -82,6 +91,15 @@ def _local(name: str) -> Path:
     return path
 
 
+def _in_run(folder: Path) -> Path:
+    """Returns what a run left in its folder for use; any other folder is itself."""
+    for part, file in (("", "config.json"), ("", _ADAPTER), ("model", "config.json"),
+                       ("adapter", _ADAPTER)):  # fmt: skip
+        if (folder / part / file).is_file():
+            return folder / part
+    return folder
+
+
 def _hub_name(name: str) -> str:
     """Returns "org/name" for a published model or a name that already has this form."""
     if name.lower() in PUBLISHED:
@@ -94,16 +112,18 @@ def _hub_name(name: str) -> str:
     return name
 
 
-def _download(name: str, revision: str | None, token: str | None) -> Path:
+def _download(
+    name: str, revision: str | None, token: str | None, formats: list[tuple[str, ...]]
+) -> Path:
     """Returns the folder of a snapshot in the hub's cache; the hub library reports progress.
 
-    Of the formats of its weights, which repositories may hold side by side, only the best comes.
+    Of the formats of its weights, which repositories may hold side by side, only the first comes.
     """
     import huggingface_hub  # slow to import, and needed for nothing else
     from huggingface_hub import errors
 
     try:
-        for weights in _formats():
+        for weights in formats:
             folder = huggingface_hub.snapshot_download(
                 name,
                 revision=revision,

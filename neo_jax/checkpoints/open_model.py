@@ -48,7 +48,10 @@ def open_model(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bool]:
     """
     path = make_path(folder) / "config.json"
     if not is_file(path):
-        raise NeoError(f"{folder} holds no config.json; name the folder of a checkpoint.")
+        fix = "name the folder of a checkpoint"
+        if (make_path(folder) / "checkpoints").is_dir():
+            fix = f"of a run that has not ended, neo-jax convert {folder} NEW makes a model"
+        raise NeoError(f"{folder} holds no config.json; {fix}.")
     fields = read_json(path)
     if "n_vocab" in fields and "model_type" not in fields:
         return mesh_tf.model_config(fields, source=str(path)), False

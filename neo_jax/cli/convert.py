@@ -28,7 +28,7 @@ class Options:
     output: Positional[str] = ""  # a new folder, or the .py file to write
     revision: str = ""  # of a hub repository
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # to store
-    tokenizer: str = ""  # a folder with tokenizer files, where the source has none
+    tokenizer: str = ""  # of a model, by name, or a folder of one, where the source has none
     max_shard_gb: float = 5.0  # above this size the weights go to several files
     # a config, as train takes it, of a run to begin with these weights: output is its folder
     train: str = ""

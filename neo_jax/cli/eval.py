@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import parse
 from neo_jax.cli.cluster import ClusterOptions
-from neo_jax.cli.options import ModelOptions, print_json, write_picture
+from neo_jax.cli.options import TextModelOptions, print_json, write_picture
 from neo_jax.errors import NeoError, suggest
 from neo_jax.fields import check, number
 from neo_jax.files.figure import check_available
@@ -50,7 +50,7 @@ class Options:
     # rows of a forward pass; 0 is as many as have some thousand tokens
     batch_size: int = number(0, least=0)
     json: bool = False  # print an object, not a table
-    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from neo_jax.checkpoints.checksums import checksums
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import (
-    ModelOptions,
+    TextModelOptions,
     check_output,
     output_lines,
     print_json,
@@ -49,7 +49,7 @@ class Options(TextOptions):
     # looks them up in the text: quicker, with the same distribution
     draft_model: str = ""
     defaults: bool = True  # options that are left out are those of the model's own configuration
-    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
     beams: OmitArgPrefixes[BeamOptions] = dataclasses.field(default_factory=BeamOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)

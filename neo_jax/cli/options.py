@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.data.sources import json_lines, text_lines
+from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, reason
 from neo_jax.files import figure
 from neo_jax.files.compression import unpacked_name
@@ -24,11 +25,21 @@ class ModelOptions(LoadOptions):
     """Which model, and how to hold it."""
 
     def load(self) -> "LanguageModel":
-        """Loads the model."""
+        """Loads the model; of a run, reports on stderr which of its folders that is."""
         from neo_jax.text.language_model import load
 
         others = {name: value for name, value in vars(self).items() if name != "model"}
-        return load(self.model or None, **others)
+        lm = load(self.model or None, **others)
+        if is_leader() and self.model and lm.folder.parent == make_path(self.model):
+            print(f"model: {lm.folder}", file=sys.stderr)
+        return lm
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModelOptions(ModelOptions):
+    """Which model, and how to hold it."""
+
+    tokenizer: str = ""  # another model's, by name, or a folder or file of one; else its own
 
 
 def said_in(args: Sequence[str]) -> set[str]:
@@ -97,7 +108,7 @@ def output_lines(path: str) -> Iterator[IO[str]]:
     Raises:
       NeoError: the file cannot be written, or another run is writing it.
     """
-    from neo_jax.devices.processes import holding, is_leader
+    from neo_jax.devices.processes import holding
 
     if not path:
         yield sys.stdout

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from textwrap import indent
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
@@ -22,15 +22,15 @@ class Options:
     What was interrupted goes on where it was: give the same command again.
     """
 
-    output: str  # the folder to write, also gs://; new, or empty
     # .txt, .jsonl, .tfrecords (.bz2, .gz, .xz, .zst); folders, globs, gs://; hf://NAME:CONFIG:SPLIT
-    inputs: Positional[tuple[str, ...]] = ()
-    tokenizer: str = ""  # a folder with a tokenizer's files
+    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE...")] = ()
+    output: str = "data"  # the folder to write, also gs://; new, or empty
+    tokenizer: str = ""  # of a model, by any name that --model takes; or a folder or file of one
     train_tokenizer: int = 0  # or the size of a vocabulary to learn from the text
     tokenizer_kind: TokenizerKind = "sentencepiece"  # of the tokenizer to train
     new_tokens: tuple[str, ...] = ()  # special tokens to add to it, such as "<|user|>"
     text_field: str = "text"  # name of the text in .jsonl and hf://, of the ids in TFRecords
-    held_out: float = 0.0  # share of documents kept from training, to evaluate on
+    held_out: float = 0.0  # share of the text kept from training, to evaluate on
     json: bool = False  # print the statistics as JSON
 
 
@@ -38,9 +38,11 @@ def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "prepare", args)
     if not options.inputs:
-        raise UsageError("name the files to prepare, as in: neo-jax prepare text/ --output data")
+        raise UsageError(
+            "name the files to prepare, as in: neo-jax prepare my.txt --tokenizer gpt-neo-125m"
+        )
     if bool(options.tokenizer) == bool(options.train_tokenizer):
-        raise UsageError("give either --tokenizer FOLDER or --train-tokenizer 4096.")
+        raise UsageError("give either --tokenizer, as in gpt-neo-125m, or --train-tokenizer 4096.")
     if not 0 <= options.train_tokenizer < 2**31:
         raise UsageError(f"no vocabulary has {options.train_tokenizer} tokens; take 4096, say.")
     fields = prepare(

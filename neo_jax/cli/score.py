@@ -10,7 +10,13 @@ from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.cluster import ClusterOptions
-from neo_jax.cli.options import ModelOptions, check_output, output_lines, print_json, read_prompts
+from neo_jax.cli.options import (
+    TextModelOptions,
+    check_output,
+    output_lines,
+    print_json,
+    read_prompts,
+)
 from neo_jax.devices.processes import is_leader
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ class Options:
     output: str = ""  # a .jsonl file; stdout if not given
     json: bool = False  # print JSON lines, as it does anyway
     stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
-    model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
 

@@ -30,7 +30,7 @@ from neo_jax.data.writer import (
 )
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import absolute, find_files, make_path
-from neo_jax.text.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
+from neo_jax.text.tokenizer import BytePairTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 
 TokenizerKind = Literal["sentencepiece", "bpe"]
 
@@ -68,7 +68,7 @@ def prepare(
       inputs: files, folders, globs and hf:// names, as `sources.find_sources` takes them.
       output: the folder to write, new or empty. Until all is there it is made in .NAME.partial next
         to it, or in ~/.cache/neo_jax for one on gs://.
-      tokenizer: a tokenizer, or the folder or file of one.
+      tokenizer: a tokenizer, the folder or file of one, or a model's name; see `find_tokenizer`.
       train_tokenizer: instead of `tokenizer`, the size of one to train on the documents that are
         not held out.
       tokenizer_kind: of the tokenizer to train: SentencePiece, or byte-level BPE as GPT-2's.
@@ -96,7 +96,7 @@ def prepare(
         raise NeoError(f"held_out is a share of the documents from 0 to below 1, not {held_out}.")
     with staging(absolute(make_path(output))) as folder:
         if isinstance(tokenizer, str | os.PathLike):
-            tokenizer = load_tokenizer(tokenizer)
+            tokenizer = find_tokenizer(tokenizer)
         sources = find_sources(inputs, text_field)
         few = are_few(sources, held_out)
         settings = [VERSION, held_out, text_field, few]

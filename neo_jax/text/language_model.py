@@ -34,7 +34,7 @@ from neo_jax.text.options import (
     spread,
 )
 from neo_jax.text.score import Score, score_ids
-from neo_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from neo_jax.text.tokenizer import Tokenizer, find_tokenizer, has_tokenizer, load_tokenizer
 
 
 class LanguageModel:
@@ -286,6 +286,7 @@ def load(
     *,
     revision: str | None = None,
     token: str | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     sharding: Sharding | None = None,
     **options: Any,
 ) -> LanguageModel:
@@ -299,6 +300,7 @@ def load(
         None for the bundled model.
       revision: of the hub repository: a branch, tag or commit.
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
+      tokenizer: in the place of the checkpoint's: one, its folder or file, or a model's name.
       sharding: a strategy in the place of mesh and rules.
       dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
       quantize: "int8" rounds kernels and the table of tokens to 8-bit integers, one after another
@@ -327,10 +329,25 @@ def load(
     config, params = load_model(folder, base, compute, sharding, chosen.quantize)
     params = lay_out(config, params)
     said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
-    home = folder if has_tokenizer(folder) else base
-    tokenizer = load_tokenizer(home) if has_tokenizer(home) else None
+    found = _find_tokenizer(tokenizer, folder, base, config.vocab_size)
     model = Neo(config, compute, chosen.kernel, sharding, cache_dtype=cached)
-    return LanguageModel(model, params, tokenizer, folder, said)
+    return LanguageModel(model, params, found, folder, said)
+
+
+def _find_tokenizer(
+    named: Tokenizer | str | os.PathLike[str] | None, folder: Path, base: Path, vocab_size: int
+) -> Tokenizer | None:
+    """Returns the tokenizer that is named, else that of an adapter or of its model."""
+    if named is None or named == "":
+        home = folder if has_tokenizer(folder) else base
+        return load_tokenizer(home) if has_tokenizer(home) else None
+    tokenizer = find_tokenizer(named) if isinstance(named, str | os.PathLike) else named
+    if tokenizer.vocab_size > vocab_size:
+        raise NeoError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}; name the "
+            "one that the model was trained with."
+        )
+    return tokenizer
 
 
 def _listed(prompts: Any) -> list[Prompt]:

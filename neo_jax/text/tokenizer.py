@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from neo_jax.checkpoints import hub
 from neo_jax.errors import NeoError, brief, reason
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_remote, make_path
@@ -227,6 +228,19 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         f"{path} holds no tokenizer; put tokenizer.json there, or vocab.json and merges.txt, or a "
         "SentencePiece tokenizer.model."
     )
+
+
+def find_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """Loads a tokenizer by a name that `neo_jax.load` takes too, or from a file of one.
+
+    From the hub comes the tokenizer alone, without weights.
+
+    Raises:
+      NeoError: as `load_tokenizer` and `neo_jax.checkpoints.hub.resolve`.
+    """
+    if make_path(name).is_file():
+        return load_tokenizer(name)
+    return load_tokenizer(hub.resolve(name, weights=False))
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:

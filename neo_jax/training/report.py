@@ -96,11 +96,16 @@ class Report:
     def __enter__(self) -> "Report":
         self._logged_time = time.perf_counter()
         self._progress.start()
+        steps, warmup = self._config.steps, self._config.optimizer.warmup_steps
         if self._start:
-            steps = self._config.steps
             finished = ": already finished" if self._start >= steps else ""
             changed = "".join(f"; {name} {change}" for name, change in self._changes.items())
             self._say(f"resuming at step {self._start} of {steps}{finished}{changed}")
+        if 2 * warmup > steps:
+            self._say(
+                f"optimizer.warmup_steps {warmup} is more than half of {steps} steps: the learning "
+                f"rate rises for most of the run; {max(steps // 10, 1)} would do"
+            )
         if not LossPlot.available:
             self._say("no loss.png without matplotlib; pip install 'neo_jax[plot]'")
         return self

@@ -66,6 +66,37 @@ def test_a_folder_is_itself(tmp_path, monkeypatch, hub):
     assert "file is a file" in failed_resolve("file")
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["model/config.json", "adapter/adapter_config.json"], "model"),
+        (["adapter/adapter_config.json"], "adapter"),
+        (["config.json", "model/config.json"], ""),
+        (["adapter_config.json", "model/config.json"], ""),
+        (["model/tokenizer.json"], ""),
+    ],
+)
+def test_in_a_run_it_is_what_the_run_left(tmp_path, files, found):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    assert resolve(tmp_path) == tmp_path / found
+
+
+def test_for_a_tokenizer_no_weights_are_downloaded(hub):
+    assert resolve("org/name", weights=False).name == "snapshot"
+    ((_, options),) = hub[0]
+    files = [
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+        "model.safetensors",
+        "flax_model.msgpack",
+    ]
+    patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert [*huggingface_hub.utils.filter_repo_objects(files, **patterns)] == files[:3]
+
+
 def test_no_name_is_the_bundled_model(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module.importlib.resources, "files", lambda package: tmp_path)
     assert "without its bundled model" in failed_resolve(None)

@@ -54,6 +54,15 @@ def test_steps_are_reported_one_late_and_all_at_the_end(config, clock):
     ]
 
 
+@pytest.mark.parametrize(("warmup", "says"), [(3, False), (4, True), (3000, True)])
+def test_a_warm_up_of_most_of_a_run_is_reported(config, capsys, warmup, says):
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup)
+    with Report(dataclasses.replace(config, steps=6, optimizer=optimizer), 0, BYTES):
+        pass
+    line = f"optimizer.warmup_steps {warmup} is more than half of 6 steps: the learning rate rises"
+    assert (line in capsys.readouterr().err) == says
+
+
 def test_speed_is_tokens_over_time_without_evaluations(config, clock, capsys):
     with Report(config, 0, BYTES) as report:
         for step in (1, 2):
