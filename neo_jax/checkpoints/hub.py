@@ -32,7 +32,9 @@ _FILES = (
     "vocab.json", "merges.txt", "*.model",
 )  # fmt: skip
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
-_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+_TORCH = (
+    "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin",
+)  # fmt: skip
 _FLAX = ("flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json")
 _TENSORFLOW = ("checkpoint", "*.index", "*.data-*-of-*")
 

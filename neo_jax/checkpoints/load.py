@@ -18,7 +18,7 @@ from neo_jax.checkpoints.formats import StoredTensor, open_weights
 from neo_jax.checkpoints.host_device import copy, float_dtype, shard
 from neo_jax.checkpoints.open_model import match, open_model
 from neo_jax.checkpoints.options import Quantize
-from neo_jax.checkpoints.peft import apply_adapter
+from neo_jax.checkpoints.peft import apply_adapter, load_adapter
 from neo_jax.checkpoints.save import groups
 from neo_jax.config import ModelConfig
 from neo_jax.devices import probe
@@ -59,19 +59,19 @@ def load_model(
         )
     if is_int8:
         return config, load_int8(base, config, dtype, sharding)
+    adapter = load_adapter(folder, config) if base != folder else None
     shardings = None
     if sharding:
-        places = {
-            t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in tensors(config)
-        }
+        rows = tensors(adapter.config if adapter else config)
+        places = {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in rows}
         shardings = unflatten_dict(places)
     read = functools.partial(load_params, base, config, shardings=shardings)
-    if quantization == "int8" and base == folder:
+    if quantization == "int8" and not adapter:
         each = functools.partial(quantize_one, dtype=dtype, sharding=sharding)
         return config, read(each=each)
     params = read(dtype=None if quantization == "int8" else dtype)
-    if base != folder:
-        params = apply_adapter(folder, config, params, shardings)
+    if adapter:
+        config, params = adapter.config, apply_adapter(adapter, params, shardings)
     if quantization == "int8":
         params = quantize(config, params, dtype, sharding)
     return config, params

@@ -1,13 +1,20 @@
-"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors, or .bin.
+
+What is read are adapters of low rank (LoRA) of linear maps and of tables, with or without norms of
+their own (DoRA), and parameters that were trained in whole next to them. They are merged into the
+model as it is loaded.
+"""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save
@@ -15,32 +22,23 @@ from safetensors.numpy import save
 from neo_jax.axes import Params
 from neo_jax.checkpoints import hub
 from neo_jax.checkpoints.formats import FLOATS, StoredTensor, open_file
-from neo_jax.checkpoints.host_device import copy
+from neo_jax.checkpoints.host_device import copy, shard
+from neo_jax.checkpoints.peft_config import MERGE, PeftConfig, read_peft_config
 from neo_jax.config import ModelConfig
 from neo_jax.devices.processes import is_leader, to_host
-from neo_jax.errors import NeoError, brief, checked, reason
+from neo_jax.errors import NeoError, brief, reason
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_file, make_path, write_whole
 from neo_jax.model.low_rank import LowRank
 from neo_jax.model.tensor_table import Tensor, tensors
-from neo_jax.transforms.lora import LoraConfig, add_adapters, merge
+from neo_jax.transforms.lora import LoraConfig, with_norms
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
 
-# Fields that do not change what an adapter computes, or that the tensors say again.
-_NEUTRAL = frozenset(
-    """
-    peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r
-    lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
-    fan_in_fan_out megatron_core qalora_group_size ensure_weight_tying runtime_config eva_config
-    """.split()
-)
-# What else a field may say: that it is off; and ways to draw a and b that leave the weight alone.
-_OFF: tuple[Any, ...] = (None, False, "none", {}, [])
-_DRAWS = (True, "gaussian", "orthogonal", "eva")
-
-_MOST_RANK = 1 << 20
+_PREFIX = "base_model.model."
+_TABLE, _HEAD = ("wte", "embedding"), ("lm_head", "embedding")
 
 
 def save_adapter(
@@ -70,7 +68,8 @@ def save_adapter(
     leaves = flatten_dict(params)
     adapted = [
         [(row, leaves[row.path]) for row in rows if isinstance(leaves[row.path], LowRank)]
-        for rows in _kernels(config)
+        for rows in _groups(config).values()
+        if rows[0].num_inputs
     ]
     rank = lora.rank * max(map(len, adapted))
     arrays: dict[str, np.ndarray] = {}
@@ -113,17 +112,17 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     Raises:
       NeoError: see `load_adapter`.
     """
-    fields = _read_config(folder / CONFIG)
+    config = read_peft_config(folder / CONFIG)
     with contextlib.ExitStack() as files:
-        found = open_file(folder / WEIGHTS, files).values()
+        found = _open(folder, files)[1].values()
         parameters = sum(math.prod(stored.shape) for stored in found)
         dtypes = sorted({stored.dtype for stored in found})
     return {
         "adapter": str(folder),
-        "base_model": fields.get("base_model_name_or_path"),
-        "rank": fields["r"],
-        "alpha": fields["lora_alpha"],
-        "targets": fields["target_modules"],
+        "base_model": config.base,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "targets": config.targets,
         "parameters": parameters,
         "dtype": "+".join(dtypes),
     }
@@ -156,82 +155,192 @@ def base_folder(folder: Path, *, token: str | None = None) -> Path:
         raise NeoError(f"base_model_name_or_path in {folder / CONFIG}: {error}") from error
 
 
-def load_adapter(
-    folder: str | os.PathLike[str], config: ModelConfig
-) -> tuple[dict[str, Any], float]:
-    """Reads adapters; returns their canonical tree of float32 arrays on the host, and their scale.
+class Change(NamedTuple):
+    """What is learned next to a matrix of the model, as float32 arrays on the host."""
+
+    a: np.ndarray  # as in `LowRank`
+    b: np.ndarray
+    scale: float
+    norms: np.ndarray | None  # of the outputs, [outputs...], for DoRA
+
+
+class Adapter(NamedTuple):
+    """What a folder holds for a model."""
+
+    config: ModelConfig  # of the model with it, whose output head may be one of its own
+    replaced: dict[tuple[str, ...], np.ndarray]  # parameters that were trained in whole, float32
+    changes: dict[tuple[str, ...], Change]
+
+
+def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
+    """Reads an adapter; its parts have the paths of parameters.
 
     Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
-      config: of the model that they are for.
+      folder: holds adapter_config.json and adapter_model.safetensors or adapter_model.bin.
+      config: of the model that it is for.
 
     Raises:
       NeoError: files are missing or damaged, are for another model, or say what is not supported;
         the message names the file, and the field or tensor.
     """
     path = make_path(folder)
-    fields = _read_config(path / CONFIG)
-    rank, scale = fields["r"], fields["lora_alpha"] / fields["r"]
+    said = read_peft_config(path / CONFIG)
+    changes: dict[tuple[str, ...], Change] = {}
+    replaced: dict[tuple[str, ...], np.ndarray] = {}
+    # The output head has a name of its own also where it is the table of tokens.
+    groups = _groups(dataclasses.replace(config, tied_head=False))
     with contextlib.ExitStack() as files:
-        found = open_file(path / WEIGHTS, files)
-        leaves = {}
-        for rows in _kernels(config):
-            names = {part: _name(rows[0], part) for part in "AB"}
-            if found.keys().isdisjoint(names.values()):
-                continue
-            inputs, outputs = _sizes(rows[0])
-            whole = outputs * rows[0].places["hf"].parts
-            a = _read(path, found.pop(names["A"], None), names["A"], (rank, inputs))
-            b = _read(path, found.pop(names["B"], None), names["B"], (whole, rank))
-            for row, part in zip(rows, np.split(b, len(rows)), strict=True):
-                leaves[*row.path, "a"] = a.reshape(rank, *row.shape[-row.num_inputs :])
-                leaves[*row.path, "b"] = part.reshape(*row.shape[: -row.num_inputs], rank)
-    if found or not leaves:
-        what = f"the tensor {next(iter(found))}" if found else "no tensors"
+        source, found = _open(path, files)
+        for rows in groups.values():
+            if rows[0].path[-1] in ("kernel", "embedding"):
+                changes |= _changes(source, found, rows, said)
+        for name in [*found]:
+            if rows := groups.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."), []):
+                whole = _read(source, found.pop(name), name, rows[0].places["hf"].whole)
+                for row in rows:
+                    replaced[row.path] = copy(row.of("hf", whole), whole.dtype, row.shape)
+    if found or not changes:
+        what = f"the tensor {next(iter(found))}" if found else "no adapters"
         raise NeoError(
-            f"{path / WEIGHTS} holds {what}; this loads plain LoRA of the linear maps of a layer."
+            f"{source} holds {what}; this loads LoRA of linear maps and tables, DoRA of linear "
+            f"maps, and whole parameters next to them; {MERGE}."
         )
-    return unflatten_dict(leaves), scale
+    if config.tied_head and not _keeps_tie(said, replaced, changes):
+        config = dataclasses.replace(config, tied_head=False)
+    return Adapter(config, replaced, changes)
 
 
-def apply_adapter(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    params: Params,
-    shardings: Params | None = None,
-) -> Params:
-    """Returns canonical parameters with adapters merged into them, of the dtypes that they had.
+def _keeps_tie(
+    said: PeftConfig,
+    replaced: dict[tuple[str, ...], np.ndarray],
+    changes: dict[tuple[str, ...], Change],
+) -> bool:
+    """Whether the output head is the table of tokens also with an adapter of one of them."""
+    table, head = replaced.get(_TABLE), replaced.get(_HEAD)
+    if {_TABLE, _HEAD}.isdisjoint(changes):
+        if table is None and head is None:
+            return True
+        if table is not None and (said.ties_head if head is None else np.array_equal(table, head)):
+            replaced.pop(_HEAD, None)
+            return True
+    if said.ties_head:
+        raise NeoError(
+            f"{said.path}: ensure_weight_tying is true for an adapter of the table of tokens or "
+            f"the head, which is not supported; {MERGE}."
+        )
+    return False
+
+
+def apply_adapter(adapter: Adapter, params: Params, shardings: Params | None = None) -> Params:
+    """Returns canonical parameters with an adapter merged into them, of the dtypes that they had.
 
     Args:
-      folder: of the adapters.
-      config: describes `params`.
-      params: the model that they are for; consumed.
-      shardings: a tree like `params`, where each array is to live.
+      adapter: what `load_adapter` returned.
+      params: the model that it is for; consumed.
+      shardings: a tree like the parameters of `adapter.config`, where each array is to live.
 
     Raises:
-      NeoError: see `load_adapter`.
+      NeoError: a parameter of the adapter has no finite value in the dtype of the model.
     """
-    adapters, scale = load_adapter(folder, config)
+    leaves = flatten_dict(params)
+    places = flatten_dict(shardings) if shardings else {}
+    if not adapter.config.tied_head and _HEAD not in leaves:
+        leaves[_HEAD] = jnp.copy(leaves[_TABLE])
+    for path, array in adapter.replaced.items():
+        dtype, name = leaves[path].dtype, "/".join(path)
+        leaves[path] = (
+            shard(array, dtype, array.shape, places[path], name)
+            if path in places
+            else jax.device_put(copy(array, dtype, array.shape, name))
+        )
 
-    def apply(params: Params, adapters: Params) -> Params:
-        merged = merge(add_adapters(params, adapters, scale))
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params)
+    def apply(params: Params, changes: Any) -> Params:
+        merged = flatten_dict(params)
+        for path, (a, b, scale, norms) in changes.items():
+            kernel = LowRank(merged[path], a, b, scale).merged()
+            kernel = kernel if norms is None else with_norms(kernel, norms)
+            merged[path] = kernel.astype(merged[path].dtype)
+        return unflatten_dict(merged)
 
-    return jax.jit(apply, out_shardings=shardings, donate_argnums=0)(params, adapters)
+    run = jax.jit(apply, out_shardings=shardings, donate_argnums=0)
+    return run(unflatten_dict(leaves), adapter.changes)
 
 
-def _kernels(config: ModelConfig) -> list[list[Tensor]]:
-    """Returns the rows of kernels, those together that are parts of one tensor."""
+def _open(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[str, StoredTensor]]:
+    """Returns the file of an adapter's weights, and what it holds."""
+    old = folder / OLD_WEIGHTS
+    if is_file(folder / WEIGHTS) or not is_file(old):
+        return folder / WEIGHTS, open_file(folder / WEIGHTS, files)
+    from neo_jax.checkpoints.formats import torch_file
+
+    return old, torch_file.open_file(old, files)
+
+
+def _changes(
+    source: Path, found: dict[str, StoredTensor], rows: list[Tensor], said: PeftConfig
+) -> dict[tuple[str, ...], Change]:
+    """Takes the adapter of a matrix out of what is stored; returns it for each of its parts."""
+    names, module, n = _names(rows[0]), _module_name(rows[0]), rows[0].num_inputs or 1
+    if found.keys().isdisjoint(names):
+        return {}
+    inputs, outputs = _sizes(rows[0])
+    rank, whole = said.rank_of(module), outputs * rows[0].places["hf"].parts
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        return _read(source, found.pop(name, None), name, shape)
+
+    norms = None
+    if _is_table(rows[0]):  # it multiplies rows from the left
+        b, a = take(names[0], rank, whole).T, take(names[1], inputs, rank).T
+    else:
+        a, b = take(names[0], rank, inputs), take(names[1], whole, rank)
+        norms = take(names[2], whole) if said.has_norms else None
+
+    def part(array: np.ndarray, i: int, row: Tensor) -> np.ndarray:
+        """Returns the outputs of one part, with the padding of a vocabulary."""
+        here = np.split(array, len(rows))[i].reshape(*row.stored_shape[:-n], *array.shape[1:])
+        return copy(here, array.dtype, (*row.shape[:-n], *array.shape[1:]))
+
+    return {
+        row.path: Change(
+            a.reshape(rank, *row.shape[-n:]),
+            part(b, i, row),
+            said.scale_of(module),
+            None if norms is None else part(norms, i, row),
+        )
+        for i, row in enumerate(rows)
+    }
+
+
+def _is_table(row: Tensor) -> bool:
+    """Whether a matrix is looked up in; the output head is a linear map."""
+    return row.path[-1] == "embedding" and row.path != _HEAD
+
+
+def _module_name(row: Tensor) -> str:
+    return row.hf_name.removesuffix(".weight")
+
+
+def _names(row: Tensor) -> tuple[str, str, str]:
+    """Returns what PEFT calls the parts of the adapter of a matrix: A, B and the norms."""
+    start = f"{_PREFIX}{_module_name(row)}.lora_"
+    if _is_table(row):
+        return f"{start}embedding_A", f"{start}embedding_B", f"{start}magnitude_vector"
+    return f"{start}A.weight", f"{start}B.weight", f"{start}magnitude_vector"
+
+
+def _groups(config: ModelConfig) -> dict[str, list[Tensor]]:
+    """Returns rows by transformers' names, those together that are parts of one tensor."""
     groups: dict[str, list[Tensor]] = {}
     for row in tensors(config):
-        if row.num_inputs:
-            groups.setdefault(row.hf_name, []).append(row)
-    return list(groups.values())
+        groups.setdefault(row.hf_name, []).append(row)
+    return groups
 
 
 def _sizes(row: Tensor) -> tuple[int, int]:
-    """Returns how many inputs and how many outputs a kernel has."""
-    return math.prod(row.shape[-row.num_inputs :]), math.prod(row.shape[: -row.num_inputs])
+    """Returns how many inputs and how many outputs a matrix has."""
+    n = row.num_inputs or 1
+    return math.prod(row.stored_shape[-n:]), math.prod(row.stored_shape[:-n])
 
 
 def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndarray]:
@@ -249,57 +358,24 @@ def _joined(parts: list[tuple[Tensor, LowRank]], rank: int) -> dict[str, np.ndar
         here = slice(place.part * outputs, (place.part + 1) * outputs)
         b[here, start : start + r] = to_host(leaf.b.reshape(-1, r))
         start += r
-    return {_name(parts[0][0], "A"): a, _name(parts[0][0], "B"): b}
+    name_a, name_b, _ = _names(parts[0][0])
+    return {name_a: a, name_b: b}
 
 
 def _module(row: Tensor, config: ModelConfig) -> str:
     """Returns what PEFT is to call a kernel in every layer."""
-    words = row.hf_name.removesuffix(".weight").split(".")
+    words = _module_name(row).split(".")
     return ".".join(words[-config.family.adapter_words :])
 
 
-def _name(row: Tensor, part: str) -> str:
-    """Returns what PEFT calls a part, "A" or "B", of the adapter of a kernel."""
-    return f"base_model.model.{row.hf_name.removesuffix('.weight')}.lora_{part}.weight"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Returns a config whose rank and alpha are numbers, and which describes plain LoRA."""
-    fields = read_json(path)
-    if fields.get("peft_type") != "LORA":
-        raise NeoError(f"{path}: peft_type is {brief(fields.get('peft_type'))}; this loads 'LORA'.")
-    for name, value in fields.items():
-        fine = _OFF + _DRAWS if name == "init_lora_weights" else _OFF
-        if name not in _NEUTRAL and value not in fine:
-            raise NeoError(
-                f"{path}: {name} is {brief(value)}, which is not supported; merge the adapter into "
-                "its model with PEFT's merge_and_unload, and load that."
-            )
-    try:
-        rank, alpha = checked("r", fields.get("r"), int), fields.get("lora_alpha")
-        is_finite = math.isfinite(checked("lora_alpha", alpha, float))
-    except NeoError as error:
-        raise NeoError(f"{path}: {error}") from error
-    if not 1 <= rank <= _MOST_RANK or not is_finite:
-        raise NeoError(
-            f"{path}: r {brief(rank)} must lie between 1 and {_MOST_RANK:,}, and lora_alpha "
-            f"{brief(alpha)} be finite."
-        )
-    targets = fields.get("target_modules") or ()
-    names = [targets] if isinstance(targets, str) else targets
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise NeoError(f"{path}: target_modules are {brief(targets)}, not names of kernels.")
-    return fields | {"target_modules": sorted(names)}
-
-
 def _read(
-    folder: Path, stored: StoredTensor | None, name: str, shape: tuple[int, int]
+    source: Path, stored: StoredTensor | None, name: str, shape: tuple[int, ...]
 ) -> np.ndarray:
     if stored is None:
-        raise NeoError(f"{folder / WEIGHTS} lacks {name}; copy it again.")
+        raise NeoError(f"{source} lacks {name}; copy it again.")
     if stored.shape != shape or stored.dtype not in FLOATS:
         raise NeoError(
-            f"{folder / WEIGHTS}: {name} is {stored.dtype} {list(stored.shape)}, not of floats "
+            f"{source}: {name} is {stored.dtype} {list(stored.shape)}, not of floats "
             f"{list(shape)}; is the adapter for this model?"
         )
-    return copy(stored.view(), np.dtype(np.float32), shape, f"{folder / WEIGHTS}: {name}")
+    return copy(stored.view(), np.dtype(np.float32), shape, f"{source}: {name}")

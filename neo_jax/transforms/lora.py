@@ -92,6 +92,19 @@ def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
     return added
 
 
+def with_norms(kernel: Array, norms: Array) -> Array:
+    """Returns a kernel whose every output has the norm that it is given (DoRA; Liu et al., 2024).
+
+    Args:
+      kernel: float32 [outputs..., inputs...].
+      norms: float32 [outputs...]; an output of zeros stays as it is.
+    """
+    inputs = tuple(range(norms.ndim, kernel.ndim))
+    found = jnp.sqrt(jnp.sum(kernel * kernel, inputs))
+    factor = norms / jnp.where(found == 0, 1, found)
+    return kernel * jnp.expand_dims(factor, inputs)
+
+
 def merge(params: Params) -> Params:
     """Returns parameters with a float32 array in the place of each `LowRank`."""
     return jax.tree.map(

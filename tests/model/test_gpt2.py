@@ -172,9 +172,9 @@ def test_we_read_adapters_that_peft_wrote(folder, tmp_path):
                     init_lora_weights=False, task_type="CAUSAL_LM")  # fmt: skip
     theirs = get_peft_model(base, lora).eval()
     theirs.save_pretrained(tmp_path)
-    leaves, scale = load_adapter(tmp_path, CONFIG)
-    assert scale == 1.5
-    names = {path[-3] for path in flatten_dict(leaves)}
+    changes = load_adapter(tmp_path, CONFIG).changes
+    assert {change.scale for change in changes.values()} == {1.5}
+    names = {path[-2] for path in changes}
     assert names == {"q_proj", "k_proj", "v_proj", "out_proj", "c_proj"}
     tokens = jnp.arange(2 * 20).reshape(2, 20)
     with torch.no_grad():
