@@ -29,7 +29,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = (
     "config.json", "generation_config.json", _ADAPTER,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "*.model",
+    "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "*.model",
 )  # fmt: skip
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _TORCH = (

@@ -32,6 +32,15 @@ _PLAIN = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # take a
 _CONFIG = "tokenizer_config.json"
 
 
+_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+def find_byte_pairs(folder: Path) -> tuple[Path, Path] | None:
+    """Returns the files of a vocabulary and its merges, by transformers' or OpenAI's names."""
+    pairs = ((folder / vocab, folder / merges) for vocab, merges in _FILES)
+    return next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+
+
 class Built(NamedTuple):
     """A tokenizer, and which of its tokens ends a text."""
 
@@ -75,7 +84,7 @@ def build(folder: Path, file: Path | None) -> Built:
 
     Args:
       folder: has tokenizer_config.json and what else names tokens.
-      file: the tokenizer.json, or None for vocab.json and merges.txt.
+      file: the tokenizer.json, or None for what `find_byte_pairs` finds.
 
     Raises:
       NeoError: a file is missing or corrupt, or files contradict each other.
@@ -87,9 +96,9 @@ def build(folder: Path, file: Path | None) -> Built:
         with _quiet(), library(f"{file} is not a tokenizer.json ({{}}); is it whole?"):
             tokenizer = _from_json(document, kind, config)
     else:
-        files = f"{folder / 'vocab.json'} and merges.txt"
-        with _quiet(), library(f"cannot read {files} ({{}}); are they whole?"):
-            tokenizer = _from_vocab_and_merges(folder, config)
+        vocab, merges = find_byte_pairs(folder) or (folder / name for name in _FILES[0])
+        with _quiet(), library(f"cannot read {vocab} and {merges.name} ({{}}); are they whole?"):
+            tokenizer = _from_vocab_and_merges(vocab, merges, config)
     if not tokenizer.get_vocab_size():
         raise NeoError(f"{folder}: the tokenizer's vocabulary is empty; is it whole?")
     with library(f"{folder}: the special tokens cannot be read ({{}}); correct {_CONFIG}."):
@@ -174,11 +183,11 @@ def _check_parts(document: Mapping[str, Any]) -> None:
         )
 
 
-def _from_vocab_and_merges(folder: Path, config: Mapping[str, Any]) -> Any:
+def _from_vocab_and_merges(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Any:
     import tokenizers
 
-    ids = read_json(folder / "vocab.json")
-    lines = filter(None, (folder / "merges.txt").read_text(encoding="utf-8").split("\n"))
+    ids = read_json(vocab)
+    lines = filter(None, merges.read_text(encoding="utf-8").split("\n"))
     pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, pairs))  # type: ignore[arg-type]
     tokenizer.pre_tokenizer = _byte_level(config)

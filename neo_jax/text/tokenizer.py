@@ -14,7 +14,7 @@ from neo_jax.errors import NeoError, brief, reason
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_remote, make_path
 from neo_jax.text.byte_pair import END_OF_TEXT as END_OF_TEXT
-from neo_jax.text.byte_pair import build, library
+from neo_jax.text.byte_pair import build, find_byte_pairs, library
 
 _NAMES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 _BYTE_PAIR_FILES = ("vocab.json", "merges.txt", *_NAMES)
@@ -66,7 +66,8 @@ class BytePairTokenizer:
     written out in a text ("<|endoftext|>") become their one id.
 
     Args:
-      source: a folder with tokenizer.json, or with vocab.json and merges.txt; or a tokenizer.json.
+      source: a folder with tokenizer.json, or with vocab.json and merges.txt, which OpenAI calls
+        encoder.json and vocab.bpe; or a tokenizer.json.
 
     Raises:
       NeoError: a file is missing or corrupt, files contradict each other, or the end-of-text token
@@ -211,7 +212,8 @@ class SentencePieceTokenizer:
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """Loads a tokenizer from a folder, or from a tokenizer.json or .model file.
 
-    In a folder tokenizer.json comes first, then vocab.json with merges.txt, then a *.model.
+    In a folder tokenizer.json comes first, then vocab.json with merges.txt, encoder.json with
+    vocab.bpe, and a *.model.
 
     Raises:
       NeoError: there is no tokenizer, or a file of it is corrupt.
@@ -249,8 +251,7 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 
 def _kind(folder: Path) -> type[BytePairTokenizer] | type[SentencePieceTokenizer] | None:
-    byte_pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if byte_pair or (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file() or find_byte_pairs(folder):
         return BytePairTokenizer
     return SentencePieceTokenizer if any(folder.glob("*.model")) else None
 

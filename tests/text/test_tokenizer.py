@@ -18,6 +18,7 @@ from neo_jax.text.tokenizer import (
     END_OF_TEXT,
     BytePairTokenizer,
     StreamDecoder,
+    has_tokenizer,
     load_tokenizer,
 )
 
@@ -194,6 +195,25 @@ def test_added_tokens_keep_their_ids(folders, tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("<two><one>") == [401, 400]
     assert tokenizer.vocab_size == 402
+
+
+def test_openais_names_of_the_files(folders, loaded, tmp_path):
+    """As GPT-2 was released: encoder.json and vocab.bpe."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name, other in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        (theirs / other).write_bytes((folders["merges"] / name).read_bytes())
+    assert has_tokenizer(theirs)
+    tokenizer = load_tokenizer(theirs)
+    tokenizer.save(tmp_path / "saved")
+    for found in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        assert found.eos_id == loaded["merges"].eos_id
+        assert found.encode_batch(TEXTS) == loaded["merges"].encode_batch(TEXTS)
+    (theirs / "vocab.bpe").write_text("x")
+    with pytest.raises(NeoError, match=r"cannot read .*/encoder\.json and vocab\.bpe \("):
+        load_tokenizer(theirs)
+    (theirs / "vocab.bpe").unlink()
+    assert not has_tokenizer(theirs)
 
 
 def test_missing_and_corrupt_files(tmp_path):

@@ -13,7 +13,14 @@ from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.errors import NeoError
 from neo_jax.model.low_rank import LowRank
 from neo_jax.model.scan import embed, hidden, stack, stacked_axes, unstack
-from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters, merge
+from neo_jax.transforms.lora import (
+    LoraConfig,
+    adapter_axes,
+    add_adapters,
+    init_adapters,
+    merge,
+    with_norms,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -136,3 +143,14 @@ def test_configs_that_cannot_be(fields, message):
     with pytest.raises(NeoError) as error:
         dataclasses.replace(LoraConfig(), **fields)
     assert str(error.value).startswith(message)
+
+
+def test_outputs_get_the_norms_that_they_are_given(rng):
+    """DoRA (Liu et al., 2024): directions stay, and an output of zeros does."""
+    kernel = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    kernel[1, 2] = 0
+    norms = rng.uniform(1, 2, (2, 3)).astype(np.float32)
+    found = np.asarray(with_norms(kernel, norms))
+    sizes = np.linalg.norm(kernel.reshape(2, 3, -1), axis=-1)
+    expected = kernel / np.where(sizes, sizes, 1)[..., None, None] * norms[..., None, None]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
