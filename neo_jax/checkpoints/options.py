@@ -6,8 +6,8 @@ from typing import Literal, get_args
 from neo_jax.config import Kernel
 from neo_jax.fields import check, choice
 
-Dtype = Literal["auto", "float32", "bfloat16"]
-CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantize = Literal["none", "int8"]
 
 
@@ -22,7 +22,7 @@ class LoadOptions:
     # a folder, also gs://, or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
     model: str = ""
     revision: str = ""  # of a hub repository: a branch, tag or commit
-    # auto: float32 on CPUs, else bfloat16
+    # auto: float32 on CPUs, float16 on GPUs without bfloat16 (such as a T4), else bfloat16
     dtype: Dtype = choice("auto", get_args(Dtype))
     # int8: weights in a quarter of float32's bytes
     quantize: Quantize = choice("none", get_args(Quantize))

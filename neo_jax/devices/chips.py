@@ -10,6 +10,7 @@ NVIDIA's data sheets.
 
 import dataclasses
 import math
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,18 @@ CHIPS = {
 
 UNKNOWN = Chip(math.nan)
 """A device that is not in the table; a CPU is one."""
+
+
+BFLOAT16_CAPABILITY = 8.0
+"""From this compute capability on NVIDIA GPUs multiply bfloat16 and have flash attention."""
+
+
+def compute_capability(device: Any) -> float:
+    """Returns an NVIDIA GPU's compute capability; NaN of what is none."""
+    try:
+        return float(getattr(device, "compute_capability", math.nan))
+    except ValueError:  # of other makers
+        return math.nan
 
 
 def chip(device_kind: str) -> Chip:

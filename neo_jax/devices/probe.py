@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.devices.chips import chip
+from neo_jax.devices.chips import BFLOAT16_CAPABILITY, chip, compute_capability
 
 
 def fast_dtype() -> np.dtype:
     """Returns the dtype in which the devices of this process multiply fastest without loss."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    if jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.float32)
+    is_old = any(compute_capability(device) < BFLOAT16_CAPABILITY for device in jax.devices())
+    return jnp.dtype(jnp.float16 if is_old else jnp.bfloat16)
 
 
 def fast_cache_dtype(device: jax.Device | None = None) -> np.dtype | None:

@@ -21,6 +21,7 @@ from neo_jax.axes import BATCH, HEAD_DIM, HEADS, KV_LENGTH, Array, Float, Int
 from neo_jax.config import ModelConfig
 from neo_jax.ops.cache_write import slot_axis, write_slots
 from neo_jax.ops.int8 import Int8, rounded
+from neo_jax.ops.rounding import cast
 from neo_jax.sharding.rules import Sharding, constrain
 
 SLACK = 16
@@ -145,7 +146,7 @@ def from_sequence(
 
         def kept(part: Any, index: Array = index) -> Array | Int8:
             part = jnp.take_along_axis(part, index, axis=2, mode="clip")
-            return rounded(part, 1) if dtype == jnp.int8 else part.astype(dtype or part.dtype)
+            return rounded(part, 1) if dtype == jnp.int8 else cast(part, dtype or part.dtype)
 
         k, v = kept(layer.k), kept(layer.v)
         cache.append(LayerCache(k, v, jnp.where(positions >= 0, positions, -1)))

@@ -28,6 +28,7 @@ from neo_jax.model.initializers import stddev, zeros_beyond
 from neo_jax.model.layers import Einsum, Embed, LayerNorm
 from neo_jax.ops.attention import Kernel, Mask, attend
 from neo_jax.ops.gelu import ACTIVATIONS
+from neo_jax.ops.rounding import cast
 from neo_jax.sharding.rules import Sharding, constrain
 
 # How activations are sharded: None stays whole, ... is for the compiler to choose.
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         return self._of_heads(self.q_proj, x, scale)
 
     def _of_heads(self, linear: Einsum, x: Array, scale: float = 1.0) -> Array:
-        y = (linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2).astype(self.dtype)
+        y = cast((linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2), self.dtype)
         return constrain(self.sharding, y, QUERIES, linear.name)
 
     def __call__(

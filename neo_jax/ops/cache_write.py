@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from neo_jax.axes import Array, Int
+from neo_jax.ops.rounding import cast
 
 
 @runtime_checkable
@@ -51,7 +52,7 @@ def write_in_turn(cache: Layer, new: Layer) -> Layer:
             source, place = [row] + [0] * (new.ndim - 1), [row] + [0] * (new.ndim - 1)
             source[axis], place[axis] = token, position % slots
             sizes = [size if i not in (0, axis) else 1 for i, size in enumerate(new.shape)]
-            new = jax.lax.dynamic_slice(new, source, sizes).astype(old.dtype)
+            new = cast(jax.lax.dynamic_slice(new, source, sizes), old.dtype)
             here = jax.lax.dynamic_slice(old, place, sizes)
             return jax.lax.dynamic_update_slice(old, jnp.where(position >= 0, new, here), place)
 
@@ -69,7 +70,7 @@ def write_at_once(cache: Layer, new: Layer) -> Layer:
     index = jnp.where(positions >= 0, positions % slots, slots)
 
     def write(old: Array, new: Array) -> Array:
-        new = new.astype(old.dtype)
+        new = cast(new, old.dtype)
         if new.ndim == 2:
             return old.at[rows, index].set(new, mode="drop")
         # Two index arrays around a slice put their axes in front: [B, T, N, ...].
@@ -89,7 +90,7 @@ def _write_one(cache: Layer, new: Layer) -> Layer:
     def write(old: Array, new: Array) -> Array:
         axis = slot_axis(new.ndim) - 1
         here = jax.lax.dynamic_slice_in_dim(old[0], slot, 1, axis)
-        new = jnp.where(position >= 0, new[0].astype(old.dtype), here)
+        new = jnp.where(position >= 0, cast(new[0], old.dtype), here)
         return jax.lax.dynamic_update_slice_in_dim(old[0], new, slot, axis)[None]
 
     return jax.tree.map(write, cache, new)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Float
+from neo_jax.ops.rounding import cast
 from neo_jax.sharding.fsdp import FsdpLayout
 
 _Saved = tuple[Array, Array, Array | np.ndarray]
@@ -37,7 +38,7 @@ def matmul(
       float32 [B, T, outputs...]. Gradients are formed likewise, from operands in `dtype`; the
       weight's is reduced in float32.
     """
-    weight = layout.gather(weight.astype(dtype))
+    weight = layout.gather(cast(weight, dtype))
     matrix = as_matrix(weight, x.ndim - 2)
     if x.shape[1] <= (1 if dtype == jnp.float32 else _FEW):
         y = few_rows(as_rows(x).reshape((-1, matrix.shape[1])), matrix, dtype, layout.is_single)
@@ -48,7 +49,7 @@ def matmul(
 
 def _forward(x: Array, weight: Array, dtype: np.dtype, layout: FsdpLayout) -> tuple[Array, _Saved]:
     # Keeping the operand as it was multiplied halves the memory of a bfloat16 step.
-    saved = (x.astype(dtype), weight, jnp.zeros((), x.dtype))
+    saved = (cast(x, dtype), weight, jnp.zeros((), x.dtype))
     return matmul(x, weight, dtype, layout), saved
 
 
@@ -57,7 +58,7 @@ def _backward(
 ) -> tuple[Array, Array]:
     x, weight, like_x = saved
     grad, num_inputs = jnp.asarray(grad), x.ndim - 2
-    matrix = as_matrix(layout.gather(weight.astype(dtype)), num_inputs)
+    matrix = as_matrix(layout.gather(cast(weight, dtype)), num_inputs)
     grad_x = product("bto,oi->bti", as_rows(grad), matrix, dtype).reshape(x.shape)
 
     def of_rows(x: Array, grad: Array) -> Array:
@@ -117,8 +118,8 @@ def product(equation: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
     """Returns an einsum of operands in a dtype: float32, its sums in float32."""
     return jnp.einsum(
         equation,
-        x.astype(dtype),
-        y.astype(dtype),
+        cast(x, dtype),
+        cast(y, dtype),
         precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )

@@ -302,12 +302,13 @@ def load(
       token: for gated or private repositories; else HF_TOKEN or the stored login is used.
       tokenizer: in the place of the checkpoint's: one, its folder or file, or a model's name.
       sharding: a strategy in the place of mesh and rules.
-      dtype: "float32", "bfloat16", or "auto": float32 on CPUs, bfloat16 on TPUs and GPUs.
+      dtype: "float32", "bfloat16", "float16" for GPUs that lack it, such as a T4, or "auto":
+        float32 on CPUs, else the one of the others that the device multiplies.
       quantize: "int8" rounds kernels and the table of tokens to 8-bit integers, one after another
         as they are read; an adapter is merged first, for which the whole model is held as it is
         stored.
       cache_dtype: of the keys and values of a sequence being generated: "float32", "bfloat16",
-        "int8", or "auto" for `dtype`, on CPUs for float32, in which they compute with it.
+        "float16", "int8", or "auto" for `dtype`, on CPUs for float32, in which they attend.
       kernel: the attention implementation: "auto", "dense", "blocked", "splash" (TPUs) or "cudnn".
       mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
       rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see

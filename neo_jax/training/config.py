@@ -6,7 +6,7 @@ from typing import Literal
 from neo_jax.config import ModelConfig
 from neo_jax.devices.memory import check_batch
 from neo_jax.errors import NeoError
-from neo_jax.fields import check, number
+from neo_jax.fields import check, choice, number
 from neo_jax.model.scan import Remat
 from neo_jax.ops.attention import Kernel
 from neo_jax.transforms.lora import LoraConfig
@@ -52,7 +52,9 @@ class TrainConfig:
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
     across_documents: bool = True  # whether tokens see the documents before theirs in a sequence
     seed: int = 0  # of the initial weights and of the order of the data
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights stay float32
+    # Of products; weights stay float32. Gradients are too small for float16: take float32 on GPUs
+    # without bfloat16.
+    dtype: Literal["bfloat16", "float32"] = choice("bfloat16", ("bfloat16", "float32"))
     kernel: Kernel = "auto"  # attention
     remat: Remat = "none"  # computed again in the backward pass, to save memory: products, full
     # Repeats of attention_types that the program writes out; 0 chooses.

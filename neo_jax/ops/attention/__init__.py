@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from neo_jax.axes import BATCH, HEADS, Array, Float
 from neo_jax.config import Kernel
+from neo_jax.devices.chips import BFLOAT16_CAPABILITY, compute_capability
 from neo_jax.errors import NeoError, suggest
 from neo_jax.ops.attention.blocked import blocked
 from neo_jax.ops.attention.cudnn import cudnn
@@ -100,8 +101,7 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
         if q.dtype != jnp.bfloat16:
             return f"computes in bfloat16, not in {q.dtype}"
     if kernel == "cudnn":
-        capability = str(getattr(device, "compute_capability", "none"))
-        if device.platform != "gpu" or not _at_least_ampere(capability):
+        if not compute_capability(device) >= BFLOAT16_CAPABILITY:
             return "runs on NVIDIA GPUs of compute capability 8.0 or newer"
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"computes in bfloat16 or float16, not in {q.dtype}"
@@ -110,11 +110,6 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
         if q.shape[-1] > 128 or q.shape[-1] % 8:
             return f"takes heads of up to 128, a multiple of 8, not of {q.shape[-1]}"
     return ""
-
-
-def _at_least_ampere(capability: str) -> bool:
-    major = capability.partition(".")[0]
-    return major.isdecimal() and int(major) >= 8
 
 
 __all__ = ["KERNELS", "Kernel", "Mask", "attend", "blocked", "choose", "cudnn", "dense", "splash"]

@@ -15,6 +15,7 @@ from neo_jax.axes import Array, Float
 from neo_jax.ops.attention.dense import HIDDEN
 from neo_jax.ops.attention.mask import Mask
 from neo_jax.ops.matmul import product
+from neo_jax.ops.rounding import cast
 
 BLOCK_SIZE = 256
 
@@ -68,7 +69,7 @@ def _backward(
     mask = _mask(positions, window)
     multiply = functools.partial(product, dtype=q.dtype)
     dots = jnp.sum(grad * y, axis=-1)[:, :, None]
-    grad = jax.lax.optimization_barrier(grad.astype(v.dtype))
+    grad = jax.lax.optimization_barrier(cast(grad, v.dtype))
     grads_q = []
     grad_k = grad_v = jnp.zeros(k.shape, jnp.float32)
     # Keys come first in a block's weights, "bnst": only one of the products transposes an operand.
@@ -78,12 +79,12 @@ def _backward(
         visible = mask.block(queries, keys).visible()[:, None].swapaxes(2, 3)
         weights = jnp.where(visible, jnp.exp(logits - log_sum[..., queries]), 0)
         grad_weights = multiply("bnsh,bnth->bnst", v[:, :, keys], block_grad)
-        grad_logits = (weights * (grad_weights - dots[..., queries])).astype(q.dtype)
+        grad_logits = cast(weights * (grad_weights - dots[..., queries]), q.dtype)
         grads_q.append(multiply("bnst,bnsh->bnth", grad_logits, block_k))
         grad_k = grad_k.at[:, :, keys].add(multiply("bnst,bnth->bnsh", grad_logits, block_q))
         grad_v = grad_v.at[:, :, keys].add(multiply("bnst,bnth->bnsh", weights, block_grad))
     grad_q = jnp.concatenate(grads_q, axis=2)
-    grads = (grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype))
+    grads = (cast(grad_q, q.dtype), cast(grad_k, k.dtype), cast(grad_v, v.dtype))
     return *grads, None
 
 

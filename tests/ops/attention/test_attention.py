@@ -295,6 +295,7 @@ def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, segment_starts=False):
         (A100, {"head_dim": 136}, "blocked"),
         (A100, {"aligned": False}, "dense"),
         (T4, {}, "blocked"),
+        (T4, {"dtype": jnp.float16}, "blocked"),
         (AMD, {}, "blocked"),
     ],
 )
