@@ -65,12 +65,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         """Returns what keys are multiplied by."""
-        scale = self.config.head_dim**-0.5 if self.config.scale_attention else 1.0
-        return self._of_heads(self.q_proj, x, scale)
+        return self._of_heads(self.q_proj, x, self.config.scale_attention)
 
-    def _of_heads(self, linear: Einsum, x: Array, scale: float = 1.0) -> Array:
-        y = cast((linear("btd,nhd->btnh", x) * scale).swapaxes(1, 2), self.dtype)
-        return constrain(self.sharding, y, QUERIES, linear.name)
+    def _of_heads(self, linear: Einsum, x: Array, scaled: bool = False) -> Array:
+        y = linear("btd,nhd->btnh", x) * (self.config.head_dim**-0.5 if scaled else 1.0)
+        return constrain(self.sharding, cast(y.swapaxes(1, 2), self.dtype), QUERIES, linear.name)
 
     def __call__(
         self,
