@@ -30,6 +30,7 @@ class Options:
     tokenizer_kind: TokenizerKind = "sentencepiece"  # of the tokenizer to train
     new_tokens: tuple[str, ...] = ()  # special tokens to add to it, such as "<|user|>"
     text_field: str = "text"  # name of the text in .jsonl and hf://, of the ids in TFRecords
+    separator: str = ""  # of documents in .txt, where it is another than <|endoftext|>
     held_out: float = 0.0  # share of the text kept from training, to evaluate on
     json: bool = False  # print the statistics as JSON
 
@@ -53,6 +54,7 @@ def main(args: Sequence[str]) -> None:
         tokenizer_kind=options.tokenizer_kind,
         new_tokens=options.new_tokens,
         text_field=options.text_field,
+        separator=options.separator,
         held_out=options.held_out,
     )
     if options.json:

@@ -9,7 +9,8 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
-from neo_jax.data.sources import Document, Run, Source, TextFile, text_parts
+from neo_jax.data.sources import Document, Run, Source
+from neo_jax.data.text_file import TextFile, text_parts
 
 LENGTH = 1000
 """Characters of a passage, at least; four times as many at most."""

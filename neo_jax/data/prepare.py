@@ -14,8 +14,9 @@ from neo_jax.data.atomic_folder import DATA, TRAINED, staging
 from neo_jax.data.cutting import LINES, divide
 from neo_jax.data.passages import LENGTH, are_few, by_passages
 from neo_jax.data.progress import Advance, progress_bar
-from neo_jax.data.sources import Pair, Run, Source, find_sources, text_parts
+from neo_jax.data.sources import Pair, Run, Source, find_sources
 from neo_jax.data.statistics import length_statistics
+from neo_jax.data.text_file import text_parts
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.tokenizer_training import train_byte_pairs, train_sentencepiece
 from neo_jax.data.tokenizing import is_held_out, token_dtype, tokenize
@@ -46,6 +47,7 @@ def prepare(
     tokenizer_kind: TokenizerKind = "sentencepiece",
     new_tokens: Sequence[str] = (),
     text_field: str = "text",
+    separator: str = "",
     held_out: float = 0.0,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def prepare(
       tokenizer_kind: of the tokenizer to train: SentencePiece, or byte-level BPE as GPT-2's.
       new_tokens: special tokens to add to the tokenizer; not for SentencePiece.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
+      separator: of documents in .txt files, in addition to "<|endoftext|>".
       held_out: the share of documents to hold out, at least 0 and less than 1.
       progress: show a progress bar on stderr; None shows it where stderr is a terminal.
 
@@ -97,9 +100,9 @@ def prepare(
     with staging(absolute(make_path(output))) as folder:
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = find_tokenizer(tokenizer)
-        sources = find_sources(inputs, text_field)
+        sources = find_sources(inputs, text_field, separator)
         few = are_few(sources, held_out)
-        settings = [VERSION, held_out, text_field, few]
+        settings = [VERSION, held_out, text_field, separator, few]
         if few:
             sources = by_passages(sources, held_out)
             if progress is not False:

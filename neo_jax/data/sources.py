@@ -1,25 +1,27 @@
 """Where documents come from: files of text, JSON lines or TFRecords, and Hugging Face data sets."""
 
-import codecs
 import dataclasses
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from neo_jax.data.hugging_face import SCHEME, HubDataset
 from neo_jax.data.listing import data_files
+from neo_jax.data.text_file import MARK, TextFile, not_utf8, sections
 from neo_jax.data.tfrecords import Record, read_records
 from neo_jax.errors import NeoError, reason
 from neo_jax.files.compression import UNPACKERS, open_unpacked, unpacked_name
 from neo_jax.files.paths import file_version
+from neo_jax.text.tokenizer import END_OF_TEXT
 
 ENDINGS = (".txt", ".jsonl", ".tfrecord", ".tfrecords")
-"""A .txt file is one document; every line of a .jsonl file is one, {"text": ..., "meta": ...}, or a
-pair, {"prompt": ..., "completion": ...}; of TFRecords every record. All may be compressed, as
-.jsonl.zst."""
+"""A .txt file is one document, or several with ends of text between them; every line of a .jsonl
+file is one, {"text": ..., "meta": ...}, or a pair, {"prompt": ..., "completion": ...}; of TFRecords
+every record. All may be compressed, as .jsonl.zst."""
 
 
 class Pair(NamedTuple):
@@ -34,40 +36,6 @@ class Pair(NamedTuple):
         return self.prompt + self.completion
 
 
-@dataclasses.dataclass(frozen=True)
-class TextFile:
-    """A file of text, which is read anew each time, a part in memory at a time."""
-
-    path: Path
-
-    def parts(self) -> Iterator[str]:
-        """Yields the text in parts of at most `PART` characters.
-
-        Raises:
-          NeoError: the file is unreadable, damaged or not UTF-8.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        offset, mark, data = 0, _MARK, b"-"
-        with open_unpacked(self.path) as file:
-            while data:
-                data = file.read(PART)
-                held_back = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(self.path, error, offset - held_back) from error
-                offset += len(data)
-                if text:
-                    text, mark = text.removeprefix(mark), ""
-                if text:
-                    yield text
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return "".join(self.parts())
-
-
 class Run(NamedTuple):
     """A part of a document, of which parts are held out."""
 
@@ -76,18 +44,6 @@ class Run(NamedTuple):
 
 
 Document = str | TextFile | Record | Pair | Run
-
-PART = 1 << 16
-"""Characters of a text that are worth being handled together."""
-
-_MARK = "\ufeff"  # by which some editors begin a file
-
-
-def text_parts(text: str | TextFile) -> Iterator[str]:
-    """Returns the parts of a text, of at most `PART` characters, none of them empty."""
-    if isinstance(text, TextFile):
-        return text.parts()
-    return (text[start : start + PART] for start in range(0, len(text), PART))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +56,7 @@ class Source:
 
 
 def find_sources(
-    inputs: Sequence[str | os.PathLike[str]], text_field: str = "text"
+    inputs: Sequence[str | os.PathLike[str]], text_field: str = "text", separator: str = ""
 ) -> list[Source]:
     """Returns what inputs name, in their order.
 
@@ -108,16 +64,22 @@ def find_sources(
       inputs: files, folders and globs, as `files.data_files` takes them; and
         hf://NAME:CONFIG:SPLIT.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
+      separator: what else than "<|endoftext|>" stands between the documents of a .txt file; that
+        this does is reported on stderr where it is found.
 
     Raises:
       NeoError: nothing matches, or an unknown ending. The iterators of documents raise it for a
         file that is unreadable, damaged or not UTF-8, and for a line without a text, or with a
         prompt and nothing to follow it.
     """
+    if len(separator) > _LONGEST_SEPARATOR:
+        raise NeoError(f"a separator has at most {_LONGEST_SEPARATOR} characters.")
+    separators = tuple(filter(None, (separator, END_OF_TEXT)))
+    reading = _Reading(text_field, separators, functools.cache(_report) if not separator else None)
     sources: list[Source] = []
     for name in [os.fspath(path) for path in inputs]:
         try:
-            sources += _named(name, text_field)
+            sources += _named(name, reading)
         except OSError as error:
             raise NeoError(f"cannot read {error.filename or name}: {reason(error)}.") from error
     if not sources:
@@ -125,12 +87,27 @@ def find_sources(
     return sources
 
 
-def _named(name: str, text_field: str) -> list[Source]:
+_LONGEST_SEPARATOR = 1000
+
+
+class _Reading(NamedTuple):
+    """How files are read."""
+
+    text_field: str
+    separators: tuple[str, ...]
+    report: Callable[[], None] | None  # of separators that are found
+
+
+def _report() -> None:
+    print(f"documents of .txt files are what stands between {END_OF_TEXT}", file=sys.stderr)
+
+
+def _named(name: str, reading: _Reading) -> list[Source]:
     if name.startswith(SCHEME):
-        dataset = HubDataset(name, text_field)
+        dataset = HubDataset(name, reading.text_field)
         return [Source(name, dataset.version, dataset.texts)]
     return [
-        Source(str(path), file_version(path), functools.partial(_read, path, text_field))
+        Source(str(path), file_version(path), functools.partial(_read, path, reading))
         for path in data_files(name, _is_known, _KNOWN)
     ]
 
@@ -142,11 +119,15 @@ def _is_known(name: str) -> bool:
 _KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
 
 
-def _read_text(path: Path, _: str) -> Iterator[TextFile]:
-    yield TextFile(path)
+def _read_text(path: Path, reading: _Reading) -> Iterator[str | TextFile]:
+    for number, section in enumerate(sections(path, reading.separators)):
+        if number and reading.report:
+            reading.report()
+        yield section
 
 
-def _read_json(path: Path, text_field: str) -> Iterator[str | Pair]:
+def _read_json(path: Path, reading: _Reading) -> Iterator[str | Pair]:
+    text_field = reading.text_field
     for where, fields in json_lines(path):
         if text_field in fields or "prompt" not in fields:
             yield _string(where, fields, text_field, f'{{"{text_field}": "..."}}')
@@ -170,16 +151,16 @@ def _string(where: str, fields: dict[str, Any], name: str, example: str) -> str:
     return text
 
 
-def _read_tfrecords(path: Path, text_field: str) -> Iterator[Record]:
+def _read_tfrecords(path: Path, reading: _Reading) -> Iterator[Record]:
     with open_unpacked(path) as file:
-        yield from read_records(file, str(path), text_field)
+        yield from read_records(file, str(path), reading.text_field)
 
 
-def _read(path: Path, text_field: str) -> Iterator[Document]:
-    return _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, text_field)
+def _read(path: Path, reading: _Reading) -> Iterator[Document]:
+    return _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, reading)
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, _Reading], Iterator[Document]]] = {
     ".txt": _read_text,
     ".jsonl": _read_json,
     ".tfrecord": _read_tfrecords,
@@ -225,14 +206,5 @@ def _decode(path: Path, line: bytes, offset: int) -> str:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error, offset) from error
-    return text if offset else text.removeprefix(_MARK)
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> NeoError:
-    """Returns what to raise for bytes that begin at an offset in a file."""
-    packed = " once decompressed" if path.suffix in UNPACKERS else ""
-    return NeoError(
-        f"{path} is not UTF-8: byte {offset + error.start}{packed} is "
-        f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
-    )
+        raise not_utf8(path, error, offset) from error
+    return text if offset else text.removeprefix(MARK)

@@ -129,7 +129,7 @@ def _first_texts(texts: Iterable[str]) -> Iterator[str]:
     read = 0
     for text in texts:
         check_unicode(text)
-        yield text
+        yield from filter(None, text.split(END_OF_TEXT))  # no piece is made of its characters
         read += len(text)
         if read > _MOST_CHARACTERS:
             return

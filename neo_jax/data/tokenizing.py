@@ -21,7 +21,8 @@ import numpy as np
 from neo_jax.data.atomic_folder import DATA, PARTS
 from neo_jax.data.cutting import divide, exact_cuts
 from neo_jax.data.progress import progress_bar
-from neo_jax.data.sources import PART, Document, Pair, Run, Source, TextFile, text_parts
+from neo_jax.data.sources import Document, Pair, Run, Source
+from neo_jax.data.text_file import PART, TextFile, text_parts
 from neo_jax.data.tfrecords import Record
 from neo_jax.data.writer import HELD_OUT, TRAIN, Extent, Place, Writer, digests
 from neo_jax.errors import NeoError

@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from neo_jax.data.sources import TextFile, find_sources, json_lines
+from neo_jax.data.sources import find_sources, json_lines
+from neo_jax.data.text_file import TextFile
 from neo_jax.errors import NeoError
 from neo_jax.evaluation import wikitext
-from neo_jax.files.compression import open_unpacked, unpacked_name
+from neo_jax.files.compression import unpacked_name
 from neo_jax.files.paths import make_path
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.score import score_ids
@@ -58,12 +59,7 @@ def count_words(text: str) -> int:
 
 def read_pages(path: str) -> Iterator[str]:
     """Returns the pages of one of WikiText's raw files."""
-    with open_unpacked(make_path(path)) as file:
-        try:
-            text = file.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise NeoError(f"{path} is not UTF-8: {error}.") from error
-    return wikitext.pages(text)
+    return wikitext.pages(TextFile(make_path(path)).text)
 
 
 def _texts(paths: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from neo_jax.data import sources, tokenizing
+from neo_jax.data import text_file, tokenizing
 from neo_jax.data.cutting import LINES, divide, exact_cuts
 from neo_jax.data.prepare import prepare
 from neo_jax.data.tokenizer_training import train_byte_pairs
@@ -131,7 +131,7 @@ def test_long_documents_are_written_in_pieces(
     """To the same files, in the same split."""
     results = []
     for part, batch in ((1 << 16, 1 << 20), (100, 250)):
-        monkeypatch.setattr(sources, "PART", part)
+        monkeypatch.setattr(text_file, "PART", part)
         monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", batch)
         out = tmp_path / f"out{part}"
         sizes = watched(monkeypatch)
@@ -160,7 +160,7 @@ def test_long_pairs_are_written_in_pieces(tmp_path, monkeypatch, tokenizer_folde
     (tmp_path / "in.jsonl").write_text(line + "\n" + line.replace(TEXT[:30], "", 1))
     results = []
     for part in (1 << 16, 100):
-        monkeypatch.setattr(sources, "PART", part)
+        monkeypatch.setattr(text_file, "PART", part)
         out = tmp_path / f"out{part}"
         fields = prepare([tmp_path / "in.jsonl"], out, tokenizer_folders["bytes"])
         results.append((fields, {path.name: path.read_bytes() for path in out.rglob("*.*")}))
@@ -172,7 +172,7 @@ def test_what_is_tokenized_whole_is_reported_once(
 ):
     prepare([long_documents], tmp_path / "short", tokenizer_folders["pieces"])
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sources, "PART", 100)
+    monkeypatch.setattr(text_file, "PART", 100)
     prepare([long_documents], tmp_path / "out", tokenizer_folders["pieces"])
     err = capsys.readouterr().err
     assert err.count("\n") == err.count("are tokenized whole, and take memory by their length") == 1
@@ -185,7 +185,7 @@ def test_what_is_tokenized_whole_is_reported_once(
 def test_a_tokenizer_learns_the_same_of_pieces(tmp_path, monkeypatch, long_documents, kind):
     results = []
     for part in (1 << 16, 100):
-        monkeypatch.setattr(sources, "PART", part)
+        monkeypatch.setattr(text_file, "PART", part)
         out = tmp_path / f"out{part}"
         options = {"train_tokenizer": 297, "tokenizer_kind": kind, "held_out": 0.5}
         prepare([long_documents], out, progress=False, **options)
@@ -197,11 +197,11 @@ def test_text_is_decoded_in_parts(tmp_path, monkeypatch):
     """Characters, the mark at the beginning and bytes that are none, wherever a part ends."""
     path = tmp_path / "a.txt"
     for size in range(1, 12):
-        monkeypatch.setattr(sources, "PART", size)
+        monkeypatch.setattr(text_file, "PART", size)
         for text in ("", "\ufeff", "\ufeff\ufeffaß日🙂\ufeff\r\n", "日本語"):
             path.write_bytes(text.encode())
-            parts = list(sources.TextFile(path).parts())
-            assert "".join(parts) == text.removeprefix("\ufeff")
+            parts = list(text_file.TextFile(path).parts())
+            assert "".join(parts) == text.removeprefix("\ufeff").replace("\r\n", "\n")
             assert all(0 < len(part) <= size for part in parts)
         for data, place in (
             (b"ab\xff", 2),
@@ -210,7 +210,7 @@ def test_text_is_decoded_in_parts(tmp_path, monkeypatch):
         ):
             path.write_bytes(data)
             with pytest.raises(NeoError, match=f"not UTF-8: byte {place} is 0x{data[place]:02x};"):
-                list(sources.TextFile(path).parts())
+                list(text_file.TextFile(path).parts())
 
 
 MEMORY = """

@@ -104,7 +104,7 @@ def test_folders_and_globs_are_sorted(tmp_path):
 
 def test_text_is_taken_as_it_is(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\u2028three\n".encode())
-    assert list(documents([tmp_path])) == ["one\r\ntwo\u2028three\n"]
+    assert list(documents([tmp_path])) == ["one\ntwo\u2028three\n"]
     (tmp_path / "a.txt").unlink()
     data = '{"text": "a\u2028b"}\n\n  \n{"text": ""}\r\n{"text": "no newline"}'
     (tmp_path / "b.jsonl").write_bytes(data.encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from neo_jax.cli import main
-from neo_jax.data import sources, tokenizing, writer
+from neo_jax.data import text_file, tokenizing, writer
 from neo_jax.data.atomic_folder import staging
 from neo_jax.data.prepare import prepare
 from neo_jax.errors import NeoError
@@ -169,7 +169,7 @@ def test_a_long_document_is_begun_again(inputs, tmp_path, monkeypatch, tokenizer
     for i, name in enumerate(("a_long.txt", "c_long.txt", "e.jsonl", "f.txt")):
         data = f"{i} {text}"
         (inputs / name).write_text(json.dumps({"text": data}) if "json" in name else data)
-    monkeypatch.setattr(sources, "PART", 300)
+    monkeypatch.setattr(text_file, "PART", 300)
     monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1000)
     encode, batches, stop_at = BytePairTokenizer.encode_batch, itertools.count(), -1
 
@@ -197,7 +197,7 @@ def test_stopped_within_the_first_document(
 ):
     """There is nothing to go on from, nor another input than before."""
     (inputs / "a.txt").write_text("a long text, in pieces " * 200)
-    monkeypatch.setattr(sources, "PART", 300)
+    monkeypatch.setattr(text_file, "PART", 300)
     monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1000)
     encode, batches = tokenizing._encode, itertools.count()
     monkeypatch.setattr(
