@@ -68,12 +68,13 @@ def test_sections_are_those_of_the_whole_text(tmp_path_factory, pieces, separato
         assert texts(sections(path, separators)) == expected_sections("".join(pieces), separators)
 
 
-def test_long_sections_of_a_packed_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pack", [bytes, bz2.compress])
+def test_long_sections(tmp_path, monkeypatch, pack):
     monkeypatch.setattr(text_file, "_MOST", 100)
     monkeypatch.setattr(text_file, "PART", 64)
-    path = tmp_path / "a.txt.bz2"
+    path = tmp_path / ("a.txt" if pack is bytes else "a.txt.bz2")
     long = ["é" * n for n in (500, 30, 700)]
-    path.write_bytes(bz2.compress(f"\n{END_OF_TEXT}\n".join(long).encode()))
+    path.write_bytes(pack(f"\n{END_OF_TEXT}\n".join(long).encode()))
     documents = list(sections(path, [END_OF_TEXT]))
     assert [type(each) for each in documents] == [TextFile, str, TextFile]
     assert texts(documents) == long
