@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
+from neo_jax.checkpoints.load import cached_dtype
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model import tensor_table
 from neo_jax.model.transformer import Neo, init_params
-from neo_jax.text.language_model import cached_dtype
 
 CASES = {  # batch, tokens of the prompt, new tokens
     "decode, batch 1": (1, 32, 64),

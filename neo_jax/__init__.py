@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from neo_jax.errors import NeoError
     from neo_jax.model.transformer import Neo
     from neo_jax.sharding.rules import Sharding, make_sharding
-    from neo_jax.text.language_model import LanguageModel, load
+    from neo_jax.text.language_model import LanguageModel
+    from neo_jax.text.load import load
 
 __version__ = "0.1.0"
 
@@ -27,9 +28,13 @@ _HOMES = {
     "Neo": "model.transformer",
     "NeoError": "errors",
     "Sharding": "sharding.rules",
-    "load": "text.language_model",
+    "load": "text.load",
     "make_sharding": "sharding.rules",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -375,3 +375,12 @@ def preset(name: str) -> ModelConfig:
     if name not in _PRESETS:
         raise NeoError(f"no preset is called '{name}'.{suggest(name, _PRESETS)}")
     return ModelConfig(**_PRESETS[name])
+
+
+def find_preset(config: ModelConfig) -> str:
+    """Returns the name of the preset that has a model's shape, whatever its vocabulary, or ""."""
+    return next((name for name in PRESETS if _shape(preset(name)) == _shape(config)), "")
+
+
+def _shape(config: ModelConfig) -> tuple[object, ...]:
+    return config.num_layers, config.embed_dim, config.num_heads, config.attention_types

@@ -81,7 +81,7 @@ def test_the_test_of_imports_sees_them_all():
     assert {"neo_jax.model.cache", "neo_jax.config", "neo_jax.ops.attention"} <= found[
         "neo_jax.model.transformer"
     ]
-    assert {"neo_jax.checkpoints.hub", "neo_jax.decode.options"} <= found[
+    assert {"neo_jax.checkpoints.save", "neo_jax.decode.options"} <= found[
         "neo_jax.text.language_model"
     ]
     assert "neo_jax.training.loop" in found["neo_jax.cli.train"]  # inside a function

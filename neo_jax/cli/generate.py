@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import jax
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from neo_jax import __version__
 from neo_jax.checkpoints.checksums import checksums
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
 
     OnFinish = Callable[[int, list[Sample]], None]
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class Options(TextOptions):
     """Continues a prompt, or each line of a file, with a GPT-Neo."""
 
-    prompt: Positional[str] = ""  # the text to continue
+    # the text to continue; "" begins one; - or none is what is piped in
+    prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT]")] = ()
     prompts_file: str = ""  # many: .txt, a prompt a line; or .jsonl, {"prompt": ...}, {"ids": ...}
     # a .jsonl file for the samples, with ids and log-probabilities; an interrupted run goes on
     output: str = ""
@@ -62,16 +66,36 @@ class Options(TextOptions):
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(UseAppendAction[Options], "generate", args)
-    if bool(options.prompt) == bool(options.prompts_file):
-        raise UsageError("give either a prompt or --prompts-file, as in: neo-jax generate 'Hello'")
+    if len(options.prompt) > 1:
+        words = " ".join(options.prompt)
+        raise UsageError(
+            f"put a text of several words in quotes, as in: neo-jax generate '{words}'"
+        )
+    if options.prompt and options.prompts_file:
+        raise UsageError(_EITHER)
     prompts: list[Prompt] = (
         list(read_prompts(options.prompts_file, "prompt"))
         if options.prompts_file
-        else [options.prompt]
+        else [*options.prompt]
+        if options.prompt not in ((), ("-",))
+        else [_piped()]
     )
     check_output(options.output, options.prompts_file)
     with options.cluster.joined(options.model.is_split):
         _generate(prompts, options, said_in(args))
+
+
+_EITHER = "give either a prompt or --prompts-file, as in: neo-jax generate 'Hello'"
+
+
+def _piped() -> str:
+    """Returns the text on stdin, without the end of its last line."""
+    text = ""
+    with contextlib.suppress(OSError):  # closed, or not for reading
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    if not text:
+        raise UsageError(_EITHER)
+    return text.removesuffix("\n")
 
 
 def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str]) -> None:
@@ -86,7 +110,7 @@ def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str
     cut = 0
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids = lm.encode(prompt)
+            ids = lm.prompt_ids(prompt)
             cut += len(fit(lm.model, ids, options)) < len(ids)
         except NeoError as error:
             where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
@@ -101,7 +125,7 @@ def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str
         and len(prompts) == options.num_samples == jax.process_count() == 1
     )
     if plain and one and sys.stdout.isatty():
-        _stream(lm, options)
+        _stream(lm, prompts[0], options)
     else:
         _write(lm, draft, prompts, options, plain)
 
@@ -124,17 +148,28 @@ def _filled(lm: "LanguageModel", options: Options, said: Container[str]) -> Opti
     )
 
 
-def _stream(lm: "LanguageModel", options: Options) -> None:
-    print(options.prompt, end="", flush=True)
-    for text in lm.stream(
-        options.prompt,
+def _stream(lm: "LanguageModel", prompt: "Prompt", options: Options) -> None:
+    texts = lm.stream(
+        prompt,
         options.max_new_tokens,
         stop=options.stop,
         on_overflow=options.on_overflow,
         **dataclasses.asdict(options.sampling),
-    ):
+    )
+    for text in itertools.chain([prompt], _announced(texts)):
         print(text, end="", flush=True)
     print()
+
+
+def _announced(items: Iterator[T]) -> Iterator[T]:
+    """Yields items; a terminal's stderr says what happens until the first is there."""
+    shows = is_leader() and sys.stderr.isatty()
+    if shows:
+        print("\0337 (compiling…)", end="", file=sys.stderr, flush=True)
+    for i, item in enumerate(items):
+        if shows and i == 0:
+            print("\0338\033[J", end="", file=sys.stderr, flush=True)  # back, and clear
+        yield item
 
 
 def _write(
@@ -174,7 +209,7 @@ def _write(
 def _print(samples: Iterator["Sample"], output: str, plain: bool) -> None:
     """Writes samples one after another, in the order of the prompts."""
     with output_lines(output) as file:
-        for sample in samples:
+        for sample in _announced(samples):
             if plain:
                 new = sample.ids if sample.text is None else sample.text
                 print(f"{sample.prompt}{new}", file=file, flush=True)
@@ -224,7 +259,7 @@ def _what_decides(
         ]
         for each in models
     ]
-    return [__version__, command, prompts, [lm.encode(prompt) for prompt in prompts], loaded]
+    return [__version__, command, prompts, [lm.prompt_ids(prompt) for prompt in prompts], loaded]
 
 
 @contextlib.contextmanager

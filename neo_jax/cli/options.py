@@ -26,7 +26,7 @@ class ModelOptions(LoadOptions):
 
     def load(self) -> "LanguageModel":
         """Loads the model; of a run, reports on stderr which of its folders that is."""
-        from neo_jax.text.language_model import load
+        from neo_jax.text.load import load
 
         others = {name: value for name, value in vars(self).items() if name != "model"}
         lm = load(self.model or None, **others)

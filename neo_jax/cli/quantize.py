@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> None:
             "name a model and the folder to write, as in: neo-jax quantize gpt-neo-1.3b small"
         )
     from neo_jax.checkpoints.save import new_folder, save_int8
-    from neo_jax.text.language_model import load
+    from neo_jax.text.load import load
 
     with new_folder(options.output) as folder:
         lm = load(options.source, quantize="int8", dtype="float32")

@@ -4,6 +4,7 @@ Every setting is an array, so that requests with different settings share one co
 """
 
 import dataclasses
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -63,7 +64,7 @@ class SamplingOptions:
     no_repeat_ngram_size: int = number(0, least=0, below=2**31, words=_COUNT)
     # the end of text cannot come before
     min_new_tokens: int = number(0, least=0, below=2**31, words=_COUNT)
-    # the same prompt, options and seed give the same text
+    # the same prompt, options and seed give the same text; in Python None draws one
     seed: int = number(
         0, least=0, below=2**32, words="be a whole number from 0 to 2**32 - 1, not {}"
     )
@@ -77,6 +78,8 @@ class SamplingOptions:
     forced_eos_token_id: int = number(-1, least=-1, below=2**31, words=_FORCED)
 
     def __post_init__(self) -> None:
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(2**32))
         check(self)
         for name in ("forced_bos_token_id", "forced_eos_token_id"):
             forced = getattr(self, name)

@@ -26,7 +26,8 @@ from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.evaluation.loglikelihood import Continuation, score_continuations
 from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerprint
 from neo_jax.files.paths import cache_folder
-from neo_jax.text.language_model import LanguageModel, load
+from neo_jax.text.language_model import LanguageModel
+from neo_jax.text.load import load
 from neo_jax.text.options import TextOptions, check_together, read_options, reseeded
 from neo_jax.text.score import score_ids
 

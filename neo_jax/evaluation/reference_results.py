@@ -6,7 +6,7 @@ The numbers are those of the tables in the README of github.com/EleutherAI/gpt-n
 import dataclasses
 from collections.abc import Mapping
 
-from neo_jax.config import ModelConfig, preset
+from neo_jax.config import ModelConfig, find_preset
 
 SOURCE = "README of github.com/EleutherAI/gpt-neo"
 
@@ -75,11 +75,5 @@ PUBLISHED: Mapping[str, tuple[float | None, ...]] = {
 
 def find_published(config: ModelConfig) -> str:
     """Returns the name in `PUBLISHED` of the model that has a shape, or ""."""
-    for name in PUBLISHED:
-        if _shape(preset(name)) == _shape(config):
-            return name
-    return ""
-
-
-def _shape(config: ModelConfig) -> tuple[object, ...]:
-    return config.num_layers, config.embed_dim, config.num_heads, config.attention_types
+    name = find_preset(config)
+    return name if name in PUBLISHED else ""

@@ -7,23 +7,26 @@ import jax
 import numpy as np
 
 from neo_jax.axes import Array, Float, Int, Params
-from neo_jax.decode.capacity import padded_length
+from neo_jax.decode.capacity import padded_length, round_up
 from neo_jax.decode.engine import check_tokens
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, checked
 from neo_jax.model.transformer import Neo, Output
+from neo_jax.ops import tuning
 from neo_jax.ops.attention import Mask
 from neo_jax.ops.attention.dense import weights
 from neo_jax.sharding.rules import padded_rows
 
 
-def hidden_states(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.ndarray:
-    """Returns the hidden states [T, D] of a text, float32.
+def hidden_states(
+    model: Neo, params: Params, texts: Sequence[Sequence[int]], layer: int
+) -> list[np.ndarray]:
+    """Returns the hidden states [T, D] of each text, float32; those of like length in a batch.
 
     Args:
       model: the model.
       params: its parameters.
-      ids: the text, within the context.
+      texts: ids, each within the context.
       layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
 
     Raises:
@@ -32,8 +35,19 @@ def hidden_states(model: Neo, params: Params, ids: Sequence[int], layer: int) ->
     layer, last = checked("layer", layer, int), model.config.num_layers
     if not -last - 1 <= layer <= last:
         raise NeoError(f"layer {layer} is not one of 0 to {last}, or -1.")
-    states = _hidden_states(model, layer, params, _padded(model, ids))
-    return to_host(states[0, : len(ids)])
+    for ids in texts:
+        check_tokens(model, ids)
+    found = [np.empty(0)] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    while order:
+        width = padded_length(len(texts[order[0]]), model.config.max_length)
+        most = max(tuning.forward_tokens(model.sharding) // width, 1)
+        batch, order = order[:most], order[most:]
+        rows = _padded(model, [texts[i] for i in batch], width, round_up(len(batch), most))
+        states = to_host(_hidden_states(model, layer, params, rows))
+        for i, state in zip(batch, states, strict=False):
+            found[i] = state[: len(texts[i])].copy()  # without the padding
+    return found
 
 
 def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.ndarray:
@@ -54,16 +68,17 @@ def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.
     layer = checked("layer", layer, int)
     if not 0 <= layer < model.config.num_layers:
         raise NeoError(f"layer {layer} is not one of 0 to {model.config.num_layers - 1}.")
-    maps = _attention(model, layer, params, _padded(model, ids))
+    check_tokens(model, ids)
+    width = padded_length(len(ids), model.config.max_length)
+    maps = _attention(model, layer, params, _padded(model, [ids], width, 1))
     return to_host(maps[0, :, : len(ids), : len(ids)])
 
 
-def _padded(model: Neo, ids: Sequence[int]) -> np.ndarray:
-    """Returns ids as a batch of a length that rarely compiles anew, padded on the right."""
-    check_tokens(model, ids)
-    width = padded_length(len(ids), model.config.max_length)
-    padded = np.zeros((padded_rows(model.sharding, 1), width), np.int32)
-    padded[0, : len(ids)] = ids
+def _padded(model: Neo, texts: Sequence[Sequence[int]], width: int, size: int) -> np.ndarray:
+    """Returns texts as a batch of at least `size` rows, padded on the right."""
+    padded = np.zeros((padded_rows(model.sharding, size), width), np.int32)
+    for row, ids in zip(padded, texts, strict=False):
+        row[: len(ids)] = ids
     return padded
 
 

@@ -1,4 +1,4 @@
-"""`neo_jax.load(...)`: a model, its parameters and its tokenizer in one hand."""
+"""A model, its parameters and its tokenizer in one hand."""
 
 import math
 import os
@@ -10,19 +10,17 @@ from typing import Any, overload
 import numpy as np
 
 from neo_jax.axes import Params
-from neo_jax.checkpoints import hub, peft
-from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, load_model
-from neo_jax.checkpoints.options import LoadOptions
-from neo_jax.config import ModelConfig
+from neo_jax.checkpoints import save
+from neo_jax.config import ModelConfig, find_preset
 from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.decode.speculative import Draft
-from neo_jax.devices.compilation_cache import enable_compilation_cache
+from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, brief, checked
 from neo_jax.fields import takes
+from neo_jax.files.paths import make_path
 from neo_jax.model.transformer import Neo
-from neo_jax.sharding.rules import Sharding, make_sharding
 from neo_jax.text import defaults, generate, inspection
-from neo_jax.text.defaults import Defaults, read_defaults
+from neo_jax.text.defaults import Defaults
 from neo_jax.text.generate import Prompt, Sample, fit, make_strategy
 from neo_jax.text.options import (
     TextOptions,
@@ -34,7 +32,8 @@ from neo_jax.text.options import (
     spread,
 )
 from neo_jax.text.score import Score, score_ids
-from neo_jax.text.tokenizer import Tokenizer, find_tokenizer, has_tokenizer, load_tokenizer
+from neo_jax.text.tokenizer import Tokenizer
+from neo_jax.transforms.quantize import is_quantized
 
 
 class LanguageModel:
@@ -58,6 +57,17 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.folder = folder
+
+    def __repr__(self) -> str:
+        config, sharding = self.config, self.model.sharding
+        sizes = sharding.mesh.shape.items() if sharding else ()
+        parts = [
+            find_preset(config) or config.family.name,
+            f"{config.num_params:,} parameters",
+            "int8" if is_quantized(self.params) else str(self.model.dtype),
+            *(["mesh " + ",".join(f"{axis}={size}" for axis, size in sizes)] if sizes else []),
+        ]
+        return f"LanguageModel({', '.join(parts)}, {str(self.folder)!r})"
 
     @property
     def config(self) -> ModelConfig:
@@ -85,6 +95,28 @@ class LanguageModel:
             raise NeoError("the prompt is empty; give at least one token.")
         return ids
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Returns the ids that are continued: those of `encode`; of "" the end of text alone.
+
+        Behind the end of one text another begins. Raises as `encode`.
+        """
+        end = self.tokenizer.eos_id if self.tokenizer else None
+        is_empty = isinstance(prompt, str) and not prompt
+        return [end] if is_empty and end is not None else self.encode(prompt)
+
+    @overload
+    def generate(
+        self, prompts: str, max_new_tokens: int | None = ..., *, num_samples: int, **options: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = ...,
+        *,
+        num_samples: int,
+        **options: Any,
+    ) -> list[list[str]]: ...
     @overload
     def generate(self, prompts: str, max_new_tokens: int | None = ..., **options: Any) -> str: ...
     @overload
@@ -93,13 +125,19 @@ class LanguageModel:
     ) -> list[str]: ...
     @takes(SamplingOptions, BeamOptions, TextOptions)
     def generate(
-        self, prompts: str | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
-    ) -> str | list[str]:
+        self,
+        prompts: str | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        num_samples: int | None = None,
+        **options: Any,
+    ) -> str | list[str] | list[list[str]]:
         """Continues a text, or each of several; returns the new text.
 
         Args:
-          prompts: a text, or a list of texts or lists of ids.
+          prompts: a text, or a list of texts or lists of ids; "" begins a text.
           max_new_tokens: where to stop at the latest; None is what `defaults` say, or 64.
+          num_samples: where given, so many new texts in a list take the place of each one.
           **options: fields of `SamplingOptions`, such as temperature (0 is greedy), top_p and seed;
             of `BeamOptions`, such as num_beams; and what `samples` takes: stop, batch_size,
             on_overflow, draft, num_drafted. What is left out is what `defaults` say, else what
@@ -111,7 +149,11 @@ class LanguageModel:
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
         many = [prompts] if isinstance(prompts, str) else _listed(prompts)
         sampling, others = self._filled(options | {"max_new_tokens": max_new_tokens})
-        texts = [sample.text or "" for sample in self.samples(many, sampling=sampling, **others)]
+        count = 1 if num_samples is None else num_samples
+        found = self.samples(many, sampling=sampling, num_samples=count, **others)
+        texts: list[Any] = [sample.text or "" for sample in found]
+        if num_samples is not None:
+            texts = [texts[first : first + count] for first in range(0, len(texts), count)]
         return texts[0] if isinstance(prompts, str) else texts
 
     def sample(self, *args: Any, **options: Any) -> list[Sample]:
@@ -172,7 +214,7 @@ class LanguageModel:
             self.params,
             self.tokenizer,
             prompts,
-            [fit(self.model, self.encode(prompt), text) for prompt in prompts],
+            [fit(self.model, self.prompt_ids(prompt), text) for prompt in prompts],
             several,
             text,
             on_finish,
@@ -206,17 +248,22 @@ class LanguageModel:
         said = options | {"max_new_tokens": max_new_tokens, "num_beams": 1}
         sampling, others = self._filled(said)
         text, tokenizer = TextOptions(**pick(others, TextOptions)), self._tokenizer
-        ids = fit(self.model, self.encode(prompt), text)
+        ids = fit(self.model, self.prompt_ids(prompt), text)
         return generate.stream(self.model, self.params, tokenizer, ids, sampling, text)
 
-    def score(self, texts: Sequence[Prompt], stride: int = 0) -> list[Score]:
-        """Returns how well each text is predicted; texts may be longer than the context.
+    @overload
+    def score(self, texts: str, stride: int = ...) -> Score: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, texts: Sequence[Prompt], stride: int = ...) -> list[Score]: ...
+    def score(self, texts: str | Sequence[Prompt], stride: int = 0) -> Score | list[Score]:
+        """Returns how well a text is predicted, or each of several, of any length.
 
         Args:
-          texts: texts or ids.
+          texts: a text, or a list of texts or lists of ids.
           stride: see `neo_jax.text.score`; matters beyond the context only.
         """
-        return list(self.scores(texts, stride))
+        scores = list(self.scores([texts] if isinstance(texts, str) else texts, stride))
+        return scores[0] if isinstance(texts, str) else scores
 
     def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
         """Like `score`, one at a time as they are computed."""
@@ -228,15 +275,41 @@ class LanguageModel:
             loss = -float(logprobs.mean(dtype=np.float64)) if len(logprobs) else math.nan
             yield Score(ids, logprobs, loss, self._num_bytes(text, ids))
 
-    def embed(self, texts: Sequence[Prompt], layer: int = -1) -> list[np.ndarray]:
-        """Returns hidden states as features, float32 [T, D] for each text.
+    @overload
+    def embed(  # type: ignore[overload-overlap]
+        self, texts: str, layer: int = ...
+    ) -> np.ndarray: ...
+    @overload
+    def embed(self, texts: Sequence[Prompt], layer: int = ...) -> list[np.ndarray]: ...
+    def embed(
+        self, texts: str | Sequence[Prompt], layer: int = -1
+    ) -> np.ndarray | list[np.ndarray]:
+        """Returns hidden states as features, float32 [T, D] for a text, or for each of several.
 
         Args:
-          texts: texts or ids, each within the context.
+          texts: a text, or a list of texts or lists of ids, each within the context.
           layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
+
+        Raises:
+          NeoError: no such layer, or more tokens than the context holds.
         """
-        encoded = map(self.encode, _listed(texts))
-        return [inspection.hidden_states(self.model, self.params, ids, layer) for ids in encoded]
+        many = [self.encode(t) for t in ([texts] if isinstance(texts, str) else _listed(texts))]
+        states = inspection.hidden_states(self.model, self.params, many, layer)
+        return states[0] if isinstance(texts, str) else states
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a folder that `load` reads, and transformers too unless weights are int8.
+
+        Args:
+          folder: made where it does not exist; what it holds of a model is replaced.
+
+        Raises:
+          NeoError: the folder cannot be written.
+        """
+        write = save.save_int8 if is_quantized(self.params) else save.save_pretrained
+        write(folder, self.config, self.params, tokenizer=self.tokenizer)
+        if is_leader():
+            self.defaults.save(make_path(folder))
 
     def attention(self, text: Prompt, layer: int) -> np.ndarray:
         """Returns what the heads of a layer attend to, float32 [N, T, T].
@@ -278,77 +351,6 @@ class LanguageModel:
         # A character that the first token leaves unfinished is for the others to predict.
         first = self.tokenizer.decode(ids[:1]).rstrip("\ufffd")
         return len(whole.encode()) - len(first.encode())
-
-
-@takes(LoadOptions)
-def load(
-    model: str | os.PathLike[str] | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
-    sharding: Sharding | None = None,
-    **options: Any,
-) -> LanguageModel:
-    """Loads a checkpoint in Hugging Face's format.
-
-    Where it is an adapter in PEFT's format, the model that it names is loaded, and the adapter
-    merged into it.
-
-    Args:
-      model: a folder, also gs://bucket/folder; a hub name such as "EleutherAI/gpt-neo-1.3B"; or
-        None for the bundled model.
-      revision: of the hub repository: a branch, tag or commit.
-      token: for gated or private repositories; else HF_TOKEN or the stored login is used.
-      tokenizer: in the place of the checkpoint's: one, its folder or file, or a model's name.
-      sharding: a strategy in the place of mesh and rules.
-      dtype: "float32", "bfloat16", "float16" for GPUs that lack it, such as a T4, or "auto":
-        float32 on CPUs, else the one of the others that the device multiplies.
-      quantize: "int8" rounds kernels and the table of tokens to 8-bit integers, one after another
-        as they are read; an adapter is merged first, for which the whole model is held as it is
-        stored.
-      cache_dtype: of the keys and values of a sequence being generated: "float32", "bfloat16",
-        "float16", "int8", or "auto" for `dtype`, on CPUs for float32, in which they attend.
-      kernel: the attention implementation: "auto", "dense", "blocked", "splash" (TPUs) or "cudnn".
-      mesh: how to split the model, as in "fsdp=4,model=2"; empty for one device.
-      rules: how the mesh splits it, "tensor" or "embed:fsdp,heads:model"; see
-        `neo_jax.sharding.rules`. Empty is "decode", as far as the mesh has its axes.
-      **options: these six; `neo_jax.checkpoints.options.LoadOptions` declares them.
-
-    Raises:
-      NeoError: whatever is wrong with the name, the files or the mesh, in one line.
-    """
-    check_names(options, names(LoadOptions))
-    enable_compilation_cache()
-    if not isinstance(sharding, Sharding | None):
-        raise NeoError(f"sharding is what `make_sharding` returns, not {brief(sharding)}.")
-    chosen = LoadOptions(**options)
-    sharding = sharding or make_sharding(chosen.mesh, chosen.rules, default="decode")
-    folder = hub.resolve(model, revision=revision or None, token=token)
-    base = peft.base_folder(folder, token=token)
-    compute, cached = compute_dtype(chosen.dtype), cached_dtype(chosen.cache_dtype)
-    config, params = load_model(folder, base, compute, sharding, chosen.quantize)
-    params = lay_out(config, params)
-    said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
-    found = _find_tokenizer(tokenizer, folder, base, config.vocab_size)
-    model = Neo(config, compute, chosen.kernel, sharding, cache_dtype=cached)
-    return LanguageModel(model, params, found, folder, said)
-
-
-def _find_tokenizer(
-    named: Tokenizer | str | os.PathLike[str] | None, folder: Path, base: Path, vocab_size: int
-) -> Tokenizer | None:
-    """Returns the tokenizer that is named, else that of an adapter or of its model."""
-    if named is None or named == "":
-        home = folder if has_tokenizer(folder) else base
-        return load_tokenizer(home) if has_tokenizer(home) else None
-    tokenizer = find_tokenizer(named) if isinstance(named, str | os.PathLike) else named
-    if tokenizer.vocab_size > vocab_size:
-        raise NeoError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}; name the "
-            "one that the model was trained with."
-        )
-    return tokenizer
 
 
 def _listed(prompts: Any) -> list[Prompt]:

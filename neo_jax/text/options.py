@@ -70,10 +70,31 @@ def pick(options: dict[str, Any], kind: type) -> dict[str, Any]:
     return {name: options[name] for name in names(kind) if name in options}
 
 
+_ELSEWHERE = {
+    "do_sample": "texts are drawn unless temperature is 0, which is greedy",
+    "max_length": "max_new_tokens counts the new tokens, without the prompt",
+    "max_tokens": "here it is max_new_tokens",
+    "min_length": "min_new_tokens counts the new tokens, without the prompt",
+    "num_return_sequences": "here it is num_samples",
+    "n": "here it is num_samples",
+    "stop_strings": "here it is stop",
+    "assistant_model": "here it is draft",
+    "torch_dtype": "here it is dtype",
+    "device": "models go to JAX's default device, or over a mesh, as in mesh='fsdp=-1'",
+    "device_map": "here it is mesh, as in mesh='fsdp=-1' for all devices",
+    "load_in_8bit": "here it is quantize='int8'",
+    "pad_token_id": "leave it out: padding is never seen",
+    "eos_token_id": "it is the model's own; stop takes texts to end at",
+}
+"""What other libraries call an option, and what there is here."""
+
+
 def check_names(options: Iterable[str], known: Iterable[str]) -> None:
     """Raises NeoError for an option that does not exist; the message suggests one that does."""
     for name in options:
         if name not in known:
+            if name in _ELSEWHERE:
+                raise NeoError(f"unknown option '{name}': {_ELSEWHERE[name]}.")
             raise NeoError(f"unknown option '{name}'.{suggest(name, known)}")
 
 

@@ -21,6 +21,12 @@ def is_rounded(tensor: Tensor) -> bool:
     return bool(tensor.num_inputs) or tensor.axes[0] == VOCAB
 
 
+def is_quantized(params: Params) -> bool:
+    """Returns whether any parameters are int8 weights."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+    return any(isinstance(leaf, Int8) for leaf in leaves)
+
+
 def quantize_one(
     tensor: Tensor, array: Array, dtype: DTypeLike, sharding: Sharding | None = None
 ) -> Int8 | Array:

@@ -14,7 +14,7 @@ import json, re, sys, threading
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-from neo_jax.text.language_model import load
+from neo_jax.text.load import load
 from neo_jax.sharding.rules import tree_shardings
 
 def anonymous():

@@ -148,10 +148,10 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         ),
         (
             ["generate", "hi", "there, you"],
-            "Unrecognized options: there, you; put a text of several words in quotes.",
+            "put a text of several words in quotes, as in: neo-jax generate 'hi there, you'",
         ),
         (["generate"], "give either a prompt or --prompts-file"),
-        (["generate", ""], "give either a prompt or --prompts-file"),
+        (["generate", "-"], "give either a prompt or --prompts-file"),
         (["generate", "hi", "--prompts-file", "a.txt"], "give either a prompt or --prompts-file"),
         (
             ["generate", "hi", "--num-samples", "0"],
@@ -179,7 +179,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
             ["bench", "--batch", "x"],
             "--batch: Could not find valid parse for arguments: ['x']; see neo-jax bench --help.",
         ),
-        (["prepare", "--output", "x"], "name files, as in"),
+        (["prepare", "--output", "x"], "name the files to prepare"),
         (["prepare", "a.txt", "--output", "x"], "give either --tokenizer, as in"),
         (
             ["prepare", "a.txt", "--output", "x", "--tokenizer", "t", "--train-tokenizer", "9"],

@@ -1,6 +1,7 @@
 """neo-jax generate."""
 
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -74,6 +75,29 @@ def test_a_terminal_gets_a_stream(succeed, model, lm, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     out = succeed("generate", "The fox", *model, *OPTIONS)
     assert out == f"The fox{lm.generate('The fox', 12, temperature=0)}\n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_terminal_is_told_why_it_waits(run, model, monkeypatch, stream):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: stream)
+    args = ["generate", "The fox", *model, *OPTIONS]
+    assert run(*args)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, out, err = run(*args)
+    assert (status, err) == (0, "\0337 (compiling…)\0338\033[J")
+    assert out.startswith("The fox")
+
+
+@pytest.mark.parametrize("args", [[], ["-"]])
+def test_a_prompt_may_be_piped_in(succeed, model, monkeypatch, args):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The fox\nCall me\n"))
+    out = succeed("generate", *args, *model, *OPTIONS)
+    assert out == succeed("generate", "The fox\nCall me", *model, *OPTIONS)
+
+
+def test_no_text_is_continued_by_one_that_begins(succeed, model, lm):
+    out = succeed("generate", "", *model, *OPTIONS)
+    assert out == f"{lm.generate('', 12, temperature=0)}\n"
 
 
 def test_a_terminal_gets_no_prompt_that_cannot_be_continued(fail, model, monkeypatch):

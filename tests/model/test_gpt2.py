@@ -21,7 +21,7 @@ from neo_jax.model.flops import flops_per_token
 from neo_jax.model.scan import stack, unstack
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.text.language_model import load
+from neo_jax.text.load import load
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.objectives.next_token import Batch
 from neo_jax.training.optimizer import make_optimizer

@@ -8,6 +8,7 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,12 @@ from transformers import GPTNeoForCausalLM
 
 import neo_jax
 from neo_jax.checkpoints import load
+from neo_jax.config import preset
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
+from neo_jax.text import inspection
 from neo_jax.text.score import score_ids
 from neo_jax.text.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 
@@ -35,6 +39,11 @@ def models(checkpoints):
 @pytest.fixture(params=["pieces", "bytes"])
 def lm(models, request):
     return models[request.param]
+
+
+@pytest.fixture(scope="module")
+def one(models):
+    return models["bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +287,8 @@ def test_arguments_of_another_kind_are_named(models):
         (lambda: lm.generate([[1.5]]), "a token id must be a whole number, not 1.5."),
         (lambda: lm.generate([np.ones((2, 2))]), "a token id must be a whole number, not array("),
         (lambda: next(lm.stream(["a"])), "a token id must be a whole number, not 'a'."),
-        (lambda: lm.score("text"), "this takes several, not 'text': give a list"),
+        (lambda: lm.score(5), "this takes several, not 5: give a list"),
+        (lambda: lm.embed({"a": 1}), "this takes several, not {'a': 1}: give a list"),
         (lambda: lm.score(["text"], "a"), "stride must be a whole number, not 'a'."),
         (lambda: lm.embed(["a"], layer=99), "layer 99 is not one of 0 to 2, or -1."),
         (lambda: lm.embed(["a"], layer="x"), "layer must be a whole number, not 'x'."),
@@ -399,14 +409,18 @@ def test_options_that_do_not_exist_suggest_one_that_does(lm):
 
 
 def test_prompts_that_are_none(lm):
-    for call in (lm.generate, lm.sample, lm.score, lm.embed):
+    for call in (lm.score, lm.embed):
         assert "the prompt is empty" in refused(call, [""])
+    for call in (lm.generate, lm.sample, lm.score, lm.embed):
         assert "the prompt is empty" in refused(call, [[]])
         assert "3 is not a prompt; give a text or a list of token ids" in refused(call, [3])
-    assert "the prompt is empty" in refused(lm.generate, "")
-    assert "the prompt is empty" in refused(lambda: next(lm.stream("")))
-    for call in (lm.sample, lm.score, lm.embed):
-        assert "give a list of prompts" in refused(call, "one text")
+    assert "give a list of prompts" in refused(lm.sample, "one text")
+
+
+def test_an_empty_text_begins_one(one):
+    behind = one.generate([[one.tokenizer.eos_id]], 8, seed=1)
+    assert one.generate("", 8, seed=1) == behind[0]
+    assert "".join(one.stream("", 8, seed=1)) == behind[0]
 
 
 def test_more_than_the_context_holds(lm):
@@ -420,6 +434,7 @@ def test_names_of_the_package():
         "make_sharding",
     }  # fmt: skip
     assert all(getattr(neo_jax, name) for name in neo_jax.__all__)
+    assert dir(neo_jax) == sorted(neo_jax.__all__)  # what tab completion shows
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         neo_jax.laod  # noqa: B018
 
@@ -436,3 +451,87 @@ def test_options_are_seen_from_outside():
     assert all(names.count("model") <= 1 and "options" not in names for names in shown.values())
     with pytest.raises(NeoError, match=r"unknown option 'mesg'\. Did you mean 'mesh'\?"):
         neo_jax.load(mesg="fsdp=2")
+
+
+def test_one_text_has_one_result_and_many_those_of_each(one, text):
+    alone, (first,) = one.score(text), one.score([text])
+    assert (alone.ids, alone.loss) == (first.ids, first.loss)
+    np.testing.assert_array_equal(alone.logprobs, first.logprobs)
+    texts = ["The quick brown fox", "a", text[:40], "Call me Ishmael", "the dog"]
+    for layer in (0, 1, -1):
+        together = one.embed(texts, layer)
+        for each, states in zip(texts, together, strict=True):
+            assert states.shape == (len(one.encode(each)), one.config.embed_dim)
+            np.testing.assert_allclose(one.embed(each, layer), states, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_many_texts_take_few_passes(one, monkeypatch):
+    passes = []
+    forward = inspection._hidden_states
+    monkeypatch.setattr(
+        inspection, "_hidden_states", lambda *args: passes.append(args[3].shape) or forward(*args)
+    )
+    one.embed(["the dog"] * 20)
+    assert passes == [(32, 16)]
+
+
+def test_several_samples_of_a_text_are_a_list(one):
+    options = {"max_new_tokens": 5, "temperature": 1.0, "seed": 3}
+    several = one.generate("Call me", num_samples=3, **options)
+    assert several == [s.text for s in one.sample(["Call me"], 5, 3, SamplingOptions(1.0, seed=3))]
+    assert len(set(several)) > 1
+    assert one.generate(["Call me", "the fox"], num_samples=3, **options)[0] == several
+    assert one.generate("Call me", num_samples=1, **options) == several[:1]
+    assert one.generate("Call me", **options) == several[0]
+
+
+def test_without_a_seed_each_call_draws_one(one):
+    assert len({SamplingOptions(seed=None).seed for _ in range(5)}) > 1
+    options = {"max_new_tokens": 24, "temperature": 2.0, "top_p": 1.0}
+    texts = {one.generate("Call me", seed=None, **options) for _ in range(4)}
+    assert len(texts) > 1
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("do_sample", "temperature is 0"),
+        ("max_length", "max_new_tokens"),
+        ("max_tokens", "max_new_tokens"),
+        ("num_return_sequences", "num_samples"),
+    ],
+)
+def test_options_of_other_libraries_say_what_is_here(one, option, words):
+    message = refused(lambda: one.generate("Call me", **{option: 1}))
+    assert message.startswith(f"unknown option '{option}': ")
+    assert words in message
+
+
+def test_a_dtype_may_be_jax_s_own(checkpoints):
+    lm = neo_jax.load(checkpoints["bytes"], dtype=jnp.bfloat16, cache_dtype=np.float32)
+    assert lm.model.dtype == lm.params["wte"]["embedding"].dtype == jnp.bfloat16
+    assert lm.model.cache_dtype == np.float32
+    message = refused(lambda: neo_jax.load(checkpoints["bytes"], dtype=jnp.int32))
+    assert "dtype must be 'auto'" in message
+
+
+def test_a_model_is_shown_in_a_line(one, checkpoints):
+    assert repr(one) == (
+        f"LanguageModel(gpt_neo, {one.config.num_params:,} parameters, float32, "
+        f"'{checkpoints['bytes']}')"
+    )
+    whole = neo_jax.load(checkpoints["bytes"], mesh="data=2,model=2", quantize="int8")
+    assert "int8, mesh data=2,model=2, " in repr(whole)
+    model = Neo(dataclasses.replace(preset("gpt2-medium"), vocab_size=9), jnp.dtype("bfloat16"))
+    shown = repr(neo_jax.LanguageModel(model, {}, None, "x"))
+    assert shown.startswith("LanguageModel(gpt2-medium, ")
+    assert shown.endswith(" parameters, bfloat16, 'x')")
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_what_is_saved_is_loaded_again(checkpoints, tmp_path, quantize):
+    lm = neo_jax.load(checkpoints["bytes"], quantize=quantize)
+    lm.save_pretrained(tmp_path / "copy")
+    copy = neo_jax.load(tmp_path / "copy")
+    jax.tree.map(np.testing.assert_array_equal, copy.params, lm.params)
+    assert copy.generate("Call me", 5) == lm.generate("Call me", 5)
