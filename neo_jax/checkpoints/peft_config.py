@@ -29,7 +29,7 @@ MERGE = "merge the adapter into its model with PEFT's merge_and_unload, if it ca
 
 # A pattern is a regular expression of somebody else's: one that repeats what repeats takes forever.
 _LONGEST_PATTERN = 200
-_REPEATS = re.compile(r"\)[*+{]|(?:[^*+{]*[*+{]){3}")
+_REPEATS = re.compile(r"\)[*+{]|(?:[^*+{]*[*+{]){4}")
 
 
 @dataclasses.dataclass(frozen=True)
