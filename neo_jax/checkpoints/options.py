@@ -19,7 +19,8 @@ class LoadOptions:
       NeoError: a value is none of those that the option takes.
     """
 
-    # a folder, also gs://, or a hub name such as EleutherAI/gpt-neo-1.3B; else the bundled one
+    # a folder, also gs:// or a run's; a hub name such as EleutherAI/gpt-neo-1.3B; gpt-neo-125m,
+    # gpt-neo-1.3b, gpt-neo-2.7b, distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl; else bundled
     model: str = ""
     revision: str = ""  # of a hub repository: a branch, tag or commit
     # auto: float32 on CPUs, float16 on GPUs without bfloat16 (such as a T4), else bfloat16

@@ -36,6 +36,7 @@ class Options:
     remat: Remat = "none"  # of training: computed again in the backward pass: none, products, full
     json: bool = False  # print JSON
     picture: str = ""  # draw a roofline into this PNG file
+    # which model, and how to hold it
     model: OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
 
 

@@ -5,9 +5,9 @@ import importlib.util
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import check_output, output_lines, print_json, print_table
@@ -24,8 +24,9 @@ class Options:
 
     # a folder with safetensors, pytorch_model.bin, flax_model.msgpack or a checkpoint of
     # TensorFlow; a run of neo-jax train; a hub name; or a .json config
-    source: Positional[str] = ""
-    output: Positional[str] = ""  # a new folder, or the .py file to write
+    source: Annotated[Positional[str], arg(metavar="SOURCE")] = ""
+    # a new folder, or the .py file to write
+    output: Annotated[Positional[str], arg(metavar="OUTPUT")] = ""
     revision: str = ""  # of a hub repository
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # to store
     tokenizer: str = ""  # of a model, by name, or a folder of one, where the source has none

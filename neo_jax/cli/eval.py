@@ -50,7 +50,9 @@ class Options:
     # rows of a forward pass; 0 is as many as have some thousand tokens
     batch_size: int = number(0, least=0)
     json: bool = False  # print an object, not a table
+    # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
+    # where a mesh spans several processes; each of them runs the same command
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
     def __post_init__(self) -> None:

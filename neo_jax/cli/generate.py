@@ -53,9 +53,13 @@ class Options(TextOptions):
     # looks them up in the text: quicker, with the same distribution
     draft_model: str = ""
     defaults: bool = True  # options that are left out are those of the model's own configuration
+    # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
+    # how tokens are chosen
     sampling: OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
+    # search of the likeliest text, instead of sampling
     beams: OmitArgPrefixes[BeamOptions] = dataclasses.field(default_factory=BeamOptions)
+    # where a mesh spans several processes; each of them runs the same command
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
     def __post_init__(self) -> None:

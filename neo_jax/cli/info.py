@@ -5,27 +5,31 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from neo_jax.checkpoints import hub, open_model
 from neo_jax.checkpoints.peft import describe_adapter, is_adapter
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
 from neo_jax.config import PRESETS, ModelConfig, preset
+from neo_jax.devices.memory import bytes_text, tree_bytes
 from neo_jax.model.cache import sequence_bytes
+from neo_jax.model.tensor_table import tensors
 from neo_jax.sharding.rules import Sharding, make_sharding
 from neo_jax.text.tokenizer import has_tokenizer, load_tokenizer
 from neo_jax.tools.layout_report import describe, lines
+from neo_jax.transforms.quantize import quantized_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Tells what a checkpoint, an adapter or a preset holds, without reading its weights."""
 
-    name: Positional[str] = ""  # a folder, also gs://, hub name or preset; else the bundled model
+    # a folder, also gs://, hub name or preset; else the bundled model
+    name: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
     model: str = ""  # the same, as other verbs take it
     revision: str = ""  # of a hub repository
     mesh: str = ""  # show how everything would be laid out on these devices, as in fsdp=4,model=2
@@ -51,7 +55,7 @@ def main(args: Sequence[str]) -> None:
         print_json(fields | ({"sharding": describe(config, sharding)} if sharding else {}))
         return
     placement = ["", *lines(config, sharding)] if sharding else []
-    print_table([(name.replace("_", " "), _format(v)) for name, v in fields.items()])
+    print_table([(name.replace("_", " "), _format(v, name)) for name, v in fields.items()])
     print(*placement, sep="\n", end="\n" if placement else "")
 
 
@@ -90,6 +94,7 @@ def _describe(config: ModelConfig, folder: Path | None, name: str, is_int8: bool
         "model": str(folder or name),
         "family": config.family.name,
         "parameters": config.num_params,
+        **_weight_bytes(config),
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
         "global_layers": config.num_layers - local,
         "local_layers": local,
@@ -108,6 +113,17 @@ def _describe(config: ModelConfig, folder: Path | None, name: str, is_int8: bool
     return fields
 
 
+def _weight_bytes(config: ModelConfig) -> dict[str, int]:
+    """Returns what the weights take in each dtype that a model is loaded in."""
+    count = sum(math.prod(tensor.shape) for tensor in tensors(config))  # padded, as in memory
+    sizes = {name: count * jnp.dtype(name).itemsize for name in _FLOATS}
+    sizes["int8"] = tree_bytes(quantized_shapes(config, jnp.bfloat16), tiled=False)
+    return {f"weight_bytes_{name}": size for name, size in sizes.items()}
+
+
+_FLOATS = ("float32", "bfloat16")
+
+
 def _cache_bytes(config: ModelConfig) -> dict[str, int]:
     """Returns what the cache of one sequence takes a token, and for the whole context."""
     fields = {}
@@ -119,7 +135,9 @@ def _cache_bytes(config: ModelConfig) -> dict[str, int]:
     return fields
 
 
-def _format(value: Any) -> str:
+def _format(value: Any, name: str = "") -> str:
+    if "_bytes" in name:
+        return bytes_text(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):

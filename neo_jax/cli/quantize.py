@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from neo_jax.cli import UsageError, parse
 
@@ -12,8 +13,10 @@ from neo_jax.cli import UsageError, parse
 class Options:
     """Writes a checkpoint with int8 weights, which every verb but train and convert takes."""
 
-    source: Positional[str] = ""  # a folder, also gs://, a hub name, or an adapter
-    output: Positional[str] = ""  # the folder to write; new, or empty
+    # a folder, also gs://, a hub name, or an adapter
+    source: Annotated[Positional[str], arg(metavar="SOURCE")] = ""
+    # the folder to write; new, or empty
+    output: Annotated[Positional[str], arg(metavar="OUTPUT")] = ""
 
 
 def main(args: Sequence[str]) -> None:

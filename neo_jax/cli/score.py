@@ -34,7 +34,9 @@ class Options:
     output: str = ""  # a .jsonl file; stdout if not given
     json: bool = False  # print JSON lines, as it does anyway
     stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
+    # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
+    # where a mesh spans several processes; each of them runs the same command
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
 

@@ -25,6 +25,7 @@ class Options:
     """Trains by a config, each field of which is an option. A config is a program that runs."""
 
     config: Annotated[TrainConfig, arg(name="")]
+    # where a mesh spans several processes; each of them runs the same command
     cluster: OmitArgPrefixes[ClusterOptions]
 
 

@@ -1,5 +1,6 @@
 """What the devices at hand can do, for rooms that are to work alike on all of them."""
 
+import functools
 import math
 import time
 
@@ -8,6 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.devices.chips import BFLOAT16_CAPABILITY, chip, compute_capability
+from neo_jax.files.streams import muted
+
+
+@functools.cache
+def start() -> None:
+    """Lets JAX find its devices, without what libtpu prints where it finds no TPU."""
+    with muted():
+        jax.devices()
 
 
 def fast_dtype() -> np.dtype:

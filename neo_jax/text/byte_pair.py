@@ -6,8 +6,6 @@ those of transformers 5; a folder is refused where its files contradict each oth
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 from neo_jax.errors import NeoError, brief, reason
 from neo_jax.families import FAMILIES
 from neo_jax.files.json_text import read_json
+from neo_jax.files.streams import muted
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -66,19 +65,6 @@ def library(words: str) -> Iterator[None]:
         raise NeoError(words.replace("{}", reason(error))) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what the library prints to stderr: of a panic, before it can be caught."""
-    with tempfile.TemporaryFile() as printed:
-        stderr = os.dup(2)
-        os.dup2(printed.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
 def build(folder: Path, file: Path | None) -> Built:
     """Returns the tokenizer of a folder.
 
@@ -93,11 +79,14 @@ def build(folder: Path, file: Path | None) -> Built:
     kind = _kind(folder, config)
     document = read_json(file) if file else {}
     if file:
-        with _quiet(), library(f"{file} is not a tokenizer.json ({{}}); is it whole?"):
+        with muted(), library(f"{file} is not a tokenizer.json ({{}}); is it whole?"):
             tokenizer = _from_json(document, kind, config)
     else:
         vocab, merges = find_byte_pairs(folder) or (folder / name for name in _FILES[0])
-        with _quiet(), library(f"cannot read {vocab} and {merges.name} ({{}}); are they whole?"):
+        with (
+            muted(),
+            library(f"cannot read {vocab} and {merges.name} ({{}}); are they whole?"),
+        ):
             tokenizer = _from_vocab_and_merges(vocab, merges, config)
     if not tokenizer.get_vocab_size():
         raise NeoError(f"{folder}: the tokenizer's vocabulary is empty; is it whole?")

@@ -10,6 +10,7 @@ import numpy as np
 from neo_jax.checkpoints import hub, peft
 from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, load_model
 from neo_jax.checkpoints.options import LoadOptions
+from neo_jax.devices import probe
 from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError, brief
 from neo_jax.fields import takes
@@ -63,6 +64,7 @@ def load(
     """
     check_names(options, names(LoadOptions))
     enable_compilation_cache()
+    probe.start()
     if not isinstance(sharding, Sharding | None):
         raise NeoError(f"sharding is what `make_sharding` returns, not {brief(sharding)}.")
     for name in options.keys() & {"dtype", "cache_dtype"}:

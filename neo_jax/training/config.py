@@ -48,6 +48,7 @@ class TrainConfig:
     pretrained: str = ""
     # Rows added to the vocabulary of `pretrained`, each the mean of those that are there.
     new_tokens: int = number(0, least=0)
+    # Adapters of low rank, in the place of all weights.
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
     across_documents: bool = True  # whether tokens see the documents before theirs in a sequence

@@ -17,6 +17,7 @@ from neo_jax.data.feed import HostBatch, batches, evaluation_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.devices import probe
 from neo_jax.devices.processes import holding, is_leader
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> TrainState:
       NeoError: see `check_run`; the data set does not fit the model, or the folder cannot be
         written, or another run writes to it.
     """
+    probe.start()
     with holding(make_path(config.output), inside=True):
         return _train(config)
 

@@ -1,6 +1,7 @@
 """cli: help, real processes, and command lines that cannot be understood."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 import neo_jax
+from neo_jax.checkpoints.hub import PUBLISHED
 from neo_jax.cli import VERBS
 
 # What `neo-jax VERB --help` must name.
@@ -110,6 +112,53 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+GROUPS = {
+    "model": "which model, and how to hold it",
+    "sampling": "how tokens are chosen",
+    "beams": "search of the likeliest text, instead of sampling",
+    "cluster": "where a mesh spans several processes; each of them runs the same command",
+    "lora": "Adapters of low rank, in the place of all weights.",
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "groups"),
+    [
+        (["generate"], ["model", "sampling", "beams", "cluster"]),
+        (["score"], ["model", "cluster"]),
+        (["eval"], ["model", "cluster"]),
+        (["bench"], ["model"]),
+        (["train", "bundled"], ["lora", "cluster"]),
+    ],
+)
+def test_help_says_what_each_group_of_options_is(succeed, verb, groups):
+    words = " ".join(re.sub(r"[^\w;,. ]", " ", succeed(*verb, "--help")).split())  # without boxes
+    for name in groups:
+        assert f" {name} options {GROUPS[name]} " in words
+
+
+@pytest.mark.parametrize(
+    ("verb", "names"),
+    [
+        ("generate", ["[PROMPT]"]),
+        ("prepare", ["FILE..."]),
+        ("info", ["[MODEL]"]),
+        ("quantize", ["SOURCE", "OUTPUT"]),
+        ("convert", ["SOURCE", "OUTPUT"]),
+    ],
+)
+def test_arguments_without_a_flag_have_names(succeed, verb, names):
+    usage = succeed(verb, "--help").splitlines()[0]
+    assert usage.startswith(f"usage: neo-jax {verb} [-h] ")
+    assert usage.endswith(f" {' '.join(names)}")
+
+
+@pytest.mark.parametrize("verb", ["generate", "score", "eval", "bench"])
+def test_help_lists_the_published_models(succeed, verb):
+    words = succeed(verb, "--help").replace("│", " ").replace(",", " ").replace(";", " ").split()
+    assert set(PUBLISHED) <= set(words)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -143,8 +192,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         ),
         (["generate", "hi", "--seed", "-1"], "--seed must be a whole number from 0"),
         (
-            ["generate", "hi", "--dtype", "float16"],
-            "'float16' for argument '--dtype'. Expected one of ('auto', 'float32', 'bfloat16'",
+            ["generate", "hi", "--dtype", "float64"],
+            "'float64' for argument '--dtype'. Expected one of ('auto', 'float32', 'bfloat16'",
         ),
         (
             ["generate", "hi", "there, you"],
@@ -193,8 +242,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
             "--optimizer.learning-rate: could not convert string to float: 'fast'; see neo-jax",
         ),
         (
-            ["train", "bundled", "--model.activation", "silu"],
-            "for argument '--model.activation'. Expected one of ('gelu_new', 'gelu', 'relu')",
+            ["train", "bundled", "--model.activation", "softplus"],
+            "for argument '--model.activation'. Expected one of ('gelu_new', 'gelu', 'relu'",
         ),
         (["train", "bundled", "--steps", "0"], "--steps must be at least 1, not 0"),
         (["train", "bundled", "--lora.rank", "-1"], "--lora.rank must be 0 (off) or more"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import neo_jax
 from neo_jax.checkpoints.open_model import read_config
 from neo_jax.cli import main
 from neo_jax.config import PRESETS, preset
@@ -58,7 +59,20 @@ def test_a_table_for_people(succeed, checkpoints):
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert rows["attention types"] == "global, local"
     assert rows["tokenizer"] == "none"
+    # 37,792 parameters, and rows of 32 up to a vocabulary of 384; 88 slots of a key, a value of 32
+    # numbers, and their position
+    assert rows["weight bytes float32"] == "158.46 kB"
+    assert rows["weight bytes bfloat16"] == "79.23 kB"
+    assert rows["cache bytes float32"] == "22.88 kB"
     assert rows["parameters"] == f"{327 * 32 + 64 * 32 + 2 * 12_608 + 64:,}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_bytes_of_the_weights_are_those_of_the_arrays(succeed, checkpoints, dtype):
+    fields = json.loads(succeed("info", checkpoints["bytes"], "--json"))
+    options = {"quantize": "int8", "dtype": "bfloat16"} if dtype == "int8" else {"dtype": dtype}
+    params = neo_jax.load(checkpoints["bytes"], **options).params
+    assert fields[f"weight_bytes_{dtype}"] == tree_bytes(params, tiled=False)
 
 
 def test_an_adapter_alone(succeed, fail, tmp_path):
