@@ -195,9 +195,10 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
             if rows[0].path[-1] in ("kernel", "embedding"):
                 changes |= _changes(source, found, rows, said)
         for name in [*found]:
-            if rows := groups.get(name.removeprefix(_PREFIX).replace(".base_layer.", ".")):
-                whole = _read(source, found.pop(name), name, rows[0].places["hf"].whole)
-                for row in rows:
+            same = groups.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."))
+            if same:
+                whole = _read(source, found.pop(name), name, same[0].places["hf"].whole)
+                for row in same:
                     replaced[row.path] = copy(row.of("hf", whole), whole.dtype, row.shape)
     if found or not changes:
         what = f"the tensor {next(iter(found))}" if found else "no adapters"
