@@ -111,9 +111,9 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._trace.close()
         if kind is None:
             self.flush()
-        self._trace.close()
         self._progress.stop()
         for sink in (*self._sinks, *self._samples):
             sink.close()
