@@ -435,7 +435,7 @@ def test_a_tokenizer_is_named_by_its_folder(tmp_path):
         ({"tokenizer": Bytes(), "held_out": -0.1}, "not -0.1"),
         ({"tokenizer": Bytes(), "held_out": 1e-9}, "split 'held_out'; choose a larger share"),
         ({"tokenizer": Bytes(), "held_out": 0.999999}, "split 'train'; choose a smaller share"),
-        ({"tokenizer": "nowhere"}, "nowhere does not exist"),
+        ({"tokenizer": "nowhere"}, "no folder and no published model .nowhere"),
         ({"train_tokenizer": 9999}, "too small for 9999 pieces"),
         ({"train_tokenizer": 9999, "tokenizer_kind": "bpe"}, "too small for 9999 tokens; ask for"),
         ({"train_tokenizer": 256, "tokenizer_kind": "bpe"}, "256 tokens are too few for bytes"),
