@@ -1,8 +1,8 @@
 """All weights of GPT-Neo 125M on a text of your own, for one accelerator or a patient CPU.
 
-  neo-jax prepare my.txt --tokenizer EleutherAI/gpt-neo-125M --held-out 0.03
-  neo-jax train finetune-125m --data data --output runs/x
-  neo-jax generate "It was" --model runs/x
+  neo-jax prepare my.txt --tokenizer EleutherAI/gpt-neo-125M --held-out 0.03 --output data
+  neo-jax train finetune-125m
+  neo-jax generate "It was" --model runs/finetune-125m
 
 GPUs of Turing, such as a T4, and most CPUs multiply bfloat16 slowly: add --dtype float32 there.
 

