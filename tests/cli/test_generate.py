@@ -354,7 +354,6 @@ def test_a_mesh_and_a_dtype(succeed, model, lm):
         ("a.jsonl", b'{"ids": [1, 2.5]}', 'a.jsonl:1: expected {"prompt": "text"}'),
         ("a.jsonl", b'{"ids": [true]}', 'a.jsonl:1: expected {"prompt": "text"}'),
         ("a.jsonl", b'{"ids": []}', "the prompt is empty; give at least one token"),
-        ("a.jsonl", b'{"ids": []}', "the prompt is empty; give at least one token"),
         ("a.jsonl", b'{"ids": [327]}', "token id 327 is not in the vocabulary, 0 to 326"),
         ("a.jsonl", b'{"ids": [-1]}', "token id -1 is not in the vocabulary"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "the lone surrogate '\\ud800'"),
