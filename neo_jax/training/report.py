@@ -104,7 +104,7 @@ class Report:
         if 2 * warmup > steps:
             self._say(
                 f"optimizer.warmup_steps {warmup} is more than half of {steps} steps: the learning "
-                f"rate rises for most of the run; {max(steps // 10, 1)} would do"
+                f"rate rises for most of the run; {steps // 10} would do"
             )
         if not LossPlot.available:
             self._say("no loss.png without matplotlib; pip install 'neo_jax[plot]'")

@@ -473,13 +473,13 @@ def test_a_held_out_split_too_short_to_evaluate_matters_only_where_it_is(config,
     short = tmp_path / "short"
     short.mkdir()
     fields = json.loads((data / "dataset.json").read_text())
-    fields["splits"]["held_out"]["tokens"] = 7
+    fields["splits"]["held_out"]["tokens"] = 1
     (short / "dataset.json").write_text(json.dumps(fields))
     (short / "train").symlink_to(data / "train")
     (short / "tokenizer.model").symlink_to(data / "tokenizer.model")
     (short / "held_out").mkdir()
-    (short / "held_out" / "tokens.bin").write_bytes(bytes(14))
+    (short / "held_out" / "tokens.bin").write_bytes(bytes(2))
     config = dataclasses.replace(config, data=str(short), steps=1)
-    with pytest.raises(NeoError, match=r"split 'held_out' of .* has 7 tokens, too few"):
+    with pytest.raises(NeoError, match=r"split 'held_out' of .* has 1 tokens, too few"):
         train(dataclasses.replace(config, eval_every=1))
     assert int(train(config).step) == 1
