@@ -252,6 +252,8 @@ def _what_decides(
     command = dataclasses.asdict(options)
     for name in ("output", "json", "batch_size", "prompts_file", "cluster"):
         del command[name]
+    del command["model"]["tokenizer"]  # what it names is loaded
+    command["prompt"] = ""  # it is one of the prompts
     models = [lm] if isinstance(draft, str | None) else [lm, draft]
     loaded = [
         [

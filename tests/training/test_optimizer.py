@@ -51,6 +51,15 @@ def test_the_corners_of_the_schedule():
     assert corners == pytest.approx([0, 1.5e-2, 3e-2, 1.8e-2, 6e-3], rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_warm_up_longer_than_the_run_ends_with_its_last_step(steps):
+    schedule = make_schedule(dataclasses.replace(CONFIG, warmup_steps=50), steps)
+    rates = [float(schedule(step)) for step in range(steps)]
+    warmup = max(steps - 1, 1)
+    expected = [CONFIG.learning_rate * step / warmup for step in range(steps)]
+    assert rates == pytest.approx(expected if steps > 1 else [CONFIG.learning_rate], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "values"), [("linear", [0, 3e-2, 1.8e-2, 6e-3]), ("constant", [0, 3e-2, 3e-2, 3e-2])]
 )
