@@ -187,7 +187,7 @@ def test_configs_that_are_wrong(fail, config_file, change, message):
         (["prepare", "nowhere.txt", "--output", "out", "--train-tokenizer", "300"],
          "nowhere.txt does not exist"),
         (["prepare", "text.jsonl", "--output", "out", "--tokenizer", "nowhere"],
-         "nowhere does not exist; name a folder that holds a tokenizer's files"),
+         "there is no folder and no published model 'nowhere'; give a folder"),
         (["prepare", "text.jsonl", "--output", "out", "--train-tokenizer", "99999"],
          "the text is too small for 99999 pieces; ask for at most"),
         (["prepare", "text.jsonl", "--output", "out", "--train-tokenizer", "300", "--held-out",
