@@ -2,6 +2,7 @@
 
 import collections
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,12 @@ def test_damaged_folders(folders, tmp_path, monkeypatch, kind):
     for case in range(60):
         if case % 10 == 0:
             tracemalloc.start()
-        message = refusal(1, case, kind, folders)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            message = refusal(1, case, kind, folders)
         outcomes["read" if message is None else "refused"] += 1
-        assert message is None or (message.strip() and message.isprintable()), case
+        lines = [str(warning.message) for warning in caught] + ([message] if message else [])
+        assert message != "", case
+        assert all(line.strip() and line.isprintable() for line in lines), case
         if case % 10 == 0:
             # A change adds at most some megabytes to a file.
             assert tracemalloc.get_traced_memory()[1] < 100 * size + 20_000_000, case

@@ -24,9 +24,15 @@ def test_the_verbs_declare_no_option_again():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "half"}, "dtype must be 'auto', 'float32' or 'bfloat16', not 'half'."),
+        (
+            {"dtype": "half"},
+            "dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not 'half'.",
+        ),
         ({"quantize": "int4"}, "quantize must be 'none' or 'int8', not 'int4'."),
-        ({"cache_dtype": None}, "cache_dtype must be 'auto', 'float32', 'bfloat16' or 'int8', not"),
+        (
+            {"cache_dtype": None},
+            "cache_dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'int8', not",
+        ),
         (
             {"kernel": "fast"},
             "kernel must be 'auto', 'dense', 'blocked', 'splash' or 'cudnn', not 'fast'.",
