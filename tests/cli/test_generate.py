@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import neo_jax
 from neo_jax.checkpoints.peft import save_adapter
 from neo_jax.cli.generate import Options, _what_decides
-from neo_jax.cli.options import ModelOptions
+from neo_jax.cli.options import TextModelOptions
 from neo_jax.cli.sample_file import Kept, kept_samples
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.model.scan import stack, unstack
@@ -225,7 +225,7 @@ def test_another_model_behind_the_same_names_starts_over(checkpoints, tmp_path):
     adapters = init_adapters(lm.config, lora, jax.random.key(0))
     params = unstack(add_adapters(stack(lm.params, lm.config), adapters, lora.scale), lm.config)
     save_adapter(tmp_path / "adapter", lm.config, lora, params, base=str(base))
-    options = Options(prompt="The fox", model=ModelOptions(model=str(tmp_path / "adapter")))
+    options = Options(prompt="The fox", model=TextModelOptions(model=str(tmp_path / "adapter")))
     weights = load_file(base / "model.safetensors")
     adapted, drafted = [], []
     for change in (0.0, 0.0, 1e-4):  # the second time nothing but the time of the file
