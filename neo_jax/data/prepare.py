@@ -76,7 +76,7 @@ def prepare(
       tokenizer_kind: of the tokenizer to train: SentencePiece, or byte-level BPE as GPT-2's.
       new_tokens: special tokens to add to the tokenizer; not for SentencePiece.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
-      separator: of documents in .txt files, in addition to "<|endoftext|>".
+      separator: of documents in .txt files, in addition to `<|endoftext|>`.
       held_out: the share of documents to hold out, at least 0 and less than 1.
       progress: show a progress bar on stderr; None shows it where stderr is a terminal.
 

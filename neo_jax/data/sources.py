@@ -64,7 +64,7 @@ def find_sources(
       inputs: files, folders and globs, as `files.data_files` takes them; and
         hf://NAME:CONFIG:SPLIT.
       text_field: the name of the text in a JSON line or a row, and of the ids in a TFRecord.
-      separator: what else than "<|endoftext|>" stands between the documents of a .txt file; that
+      separator: what else than `<|endoftext|>` stands between the documents of a .txt file; that
         this does is reported on stderr where it is found.
 
     Raises:
