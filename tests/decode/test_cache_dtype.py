@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import neo_jax
+from neo_jax.checkpoints.load import cached_dtype
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.model.cache import SLACK, num_bytes, num_slots
 from neo_jax.model.transformer import Neo
-from neo_jax.text.language_model import cached_dtype
 
 HELD_OUT = Path(__file__).parents[1] / "corpora" / "held_out.jsonl.xz"
 GREEDY = SamplingOptions(temperature=0)
