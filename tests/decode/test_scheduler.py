@@ -315,3 +315,18 @@ def test_a_request_that_bans_more_than_there_is_room_for_is_refused(params):
     scheduler = Scheduler(MODEL, params, ROWS, size_of_bans([many]))
     scheduler.submit(request)
     assert not set(scheduler.step()[0].completion.ids) & set(range(17))
+
+
+def test_a_prompt_that_is_read_and_waits_for_a_row_can_be_cancelled(params):
+    """Its prompt was read with that of the text which has the only row."""
+    first, second = make_requests([3, 4], [6, 6], stream=True)
+    rows = Scheduler(MODEL, params, rows=2)
+    running = rows.submit(dataclasses.replace(first, options=OPTIONS[:2]))
+    waiting = rows.submit(second)
+    assert {event.request for event in rows.step()} == {running}
+    rows.cancel(waiting)
+    events = []
+    while rows.busy:
+        events += rows.step()
+    assert {event.request for event in events} == {running}
+    assert sum(event.completion is not None for event in events) == 2
