@@ -29,7 +29,7 @@ _POLL = 0.02  # seconds between two looks for one
 
 # In their frames, or in frames that they have called, an exception may be lost or crash.
 _UNSAFE = {
-    "jax", "jaxlib", "flax", "optax", "orbax",
+    "jax", "jaxlib", "flax", "optax", "orbax", "sentencepiece", "tokenizers",
     "importlib", "_frozen_importlib", "_frozen_importlib_external", "weakref",
 }  # fmt: skip
 

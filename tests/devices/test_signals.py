@@ -75,7 +75,9 @@ def test_a_verb_leaves_things_as_they_are_to_be_left(wait):
     assert interrupted(body, signal.SIGTERM) == (STATUS, "left\n", LINE)
 
 
-@pytest.mark.parametrize("module", ["jax._src.interpreters.mlir", "importlib", "weakref"])
+@pytest.mark.parametrize(
+    "module", ["jax._src.interpreters.mlir", "sentencepiece", "importlib", "weakref"]
+)
 def test_nothing_is_raised_where_it_would_be_lost(module):
     """Neither in such a frame nor in one that it called."""
     body = f"""
