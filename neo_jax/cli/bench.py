@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import ModelOptions, check_output, print_json, write_picture
-from neo_jax.config import PRESETS, preset
+from neo_jax.config import PRESETS, ModelConfig, preset
 from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
 
@@ -63,7 +63,6 @@ def main(args: Sequence[str]) -> None:
 
 
 def _setup(options: Options) -> "Setup":
-    from neo_jax.checkpoints import hub, open_model, peft
     from neo_jax.checkpoints.load import compute_dtype
     from neo_jax.devices.compilation_cache import enable_compilation_cache
     from neo_jax.devices.memory import check_batch
@@ -74,12 +73,7 @@ def _setup(options: Options) -> "Setup":
     chosen = options.model
     if chosen.quantize != "none" or chosen.cache_dtype != "auto":
         raise UsageError("bench measures models of floats, without --quantize and --cache-dtype.")
-    drawn = chosen.model in PRESETS  # its weights
-    if drawn:
-        config = preset(chosen.model)
-    else:
-        folder = hub.resolve(chosen.model or None, revision=chosen.revision or None)
-        config = open_model.read_config(peft.base_folder(folder))
+    config, drawn = _config(chosen)
     context = config.max_length
     usual = {min(_LENGTH, context), min(_LENGTH, context) if options.quick else context}
     lengths = options.length or tuple(usual)
@@ -100,6 +94,16 @@ def _setup(options: Options) -> "Setup":
         options.remat,
         options.seconds or (60.0 if options.quick else 600.0),
     )
+
+
+def _config(chosen: ModelOptions) -> tuple[ModelConfig, bool]:
+    """Returns the shape of a model, and whether it is a preset, whose weights are to be drawn."""
+    if chosen.model in PRESETS:
+        return preset(chosen.model), True
+    from neo_jax.checkpoints import hub, open_model, peft
+
+    folder = hub.resolve(chosen.model or None, revision=chosen.revision or None)
+    return open_model.read_config(peft.base_folder(folder)), False
 
 
 def _report(step: "Measurement") -> None:

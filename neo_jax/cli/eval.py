@@ -87,7 +87,11 @@ def main(args: Sequence[str]) -> None:
 
 
 def check_harness() -> None:
-    """Raises `NeoError` where the harness is not installed."""
+    """Checks that the harness is installed.
+
+    Raises:
+      NeoError: it is not.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -140,7 +144,11 @@ def _fields(total: "Total") -> dict[str, Any]:
 def _cells(total: "Total") -> list[str]:
     counts = (total.documents, total.tokens, total.words, total.num_bytes)
     perplexities = (total.token_perplexity, total.word_perplexity)
-    return [*map(str, counts), f"{total.bits_per_byte:.4f}", *map("{:.6g}".format, perplexities)]
+    return [
+        *map(str, counts),
+        f"{total.bits_per_byte:.4f}",
+        *(f"{perplexity:.6g}" for perplexity in perplexities),
+    ]
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

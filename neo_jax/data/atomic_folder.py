@@ -86,7 +86,11 @@ def _upload(folder: Path, target: Path) -> None:
 
 
 def _check_new(target: Path) -> None:
-    """Checks that nothing is lost where the data set will be."""
+    """Checks that nothing is lost where the data set will be.
+
+    Raises:
+      NeoError: there is a file, or a folder that holds more than an upload that was killed.
+    """
     if not target.exists():
         return
     fix = "choose another output, or remove it first."

@@ -37,6 +37,9 @@ def batches(
     An epoch holds every sequence once; a batch may hold the end of one and the start of the next.
     Of a mixture each part has epochs of its own, and its share of every stretch of sequences. The
     first batch is that of `start_step`; of each some rows are yielded in their order, or all.
+
+    Raises:
+      NeoError: a number is out of range.
     """
     if batch_size < 1:
         raise NeoError(f"a batch of {batch_size} holds nothing; give it at least one sequence.")

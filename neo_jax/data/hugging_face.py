@@ -43,7 +43,11 @@ class HubDataset:
         return f"{self._builder.hash} {[(stat.st_size, stat.st_mtime_ns) for stat in stats]}"
 
     def texts(self) -> Iterator[str]:
-        """Yields the text of every row."""
+        """Yields the text of every row.
+
+        Raises:
+          NeoError: there is no such split or column, or reading fails.
+        """
         try:
             rows = iter(self._builder.as_streaming_dataset(split=self._split or "train"))
             for number, row in enumerate(rows):

@@ -65,6 +65,9 @@ def parse_data(text: str) -> list[tuple[str, float]]:
     """Returns folders with their shares, of a folder or of several as in "pile=0.7,books=0.3".
 
     A text that names a folder as it stands is that folder.
+
+    Raises:
+      NeoError: a part is not a folder and a positive number.
     """
     if "=" not in text or make_path(text).exists():
         return [(text, 1.0)]

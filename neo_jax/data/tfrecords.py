@@ -49,6 +49,9 @@ def read_records(file: IO[bytes], name: str, feature: str) -> Iterator[Record]:
     records are of one length (but for the last of the file, which may be shorter) holds pieces of
     a stream, any other documents. The ids are those of a feature of int64; errors call the file by
     its name.
+
+    Raises:
+      NeoError: a record is damaged, or has no such feature.
     """
     records = _numbered(file, name, feature)
     first = list(itertools.islice(records, 8))

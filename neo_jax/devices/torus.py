@@ -16,6 +16,9 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarr
     """Returns the devices as an array over the mesh, neighbours where the hardware has them.
 
     One axis spans the slices: `data`, which communicates least, or the first that they divide.
+
+    Raises:
+      NeoError: no axis divides over the slices.
     """
     slices = collections.defaultdict(list)
     for device in devices:

@@ -22,7 +22,7 @@ _COLORS = {
 _OURS, _INK, _FAINT = "#d9480f", "#222222", "#8a8a8a"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """A measure of a model, next to the published one; accuracies in %."""
 
@@ -45,13 +45,17 @@ def rows(results: Mapping[str, Any], published: str) -> list[Entry]:
     numbers = PUBLISHED.get(published, (None,) * len(MEASURES))
     found = []
     for measure, number in zip(MEASURES, numbers, strict=True):
-        task, scale = BENCHMARKS[measure.benchmark].task, 100 if measure.is_accuracy else 1
+        task = BENCHMARKS[measure.benchmark].task
         row = Entry(measure, published=number)
         if values := results["results"].get(task):
-            row.examples = results["n-samples"][task]["effective"]
-            row.value = scale * values[f"{measure.metric},none"]
+            scale = 100 if measure.is_accuracy else 1
             error = values.get(f"{measure.metric}_stderr,none")
-            row.error = scale * error if isinstance(error, float) else None
+            row = dataclasses.replace(
+                row,
+                examples=results["n-samples"][task]["effective"],
+                value=scale * values[f"{measure.metric},none"],
+                error=scale * error if isinstance(error, float) else None,
+            )
         found.append(row)
     return found
 

@@ -34,6 +34,9 @@ def score_continuations(
     """Yields the index of each request and its answer, as batches are finished.
 
     A context too long for the model loses its beginning. Of the batch size see `score_rows`.
+
+    Raises:
+      NeoError: a token that the model does not know.
     """
     vocab = model.config.vocab_size
     for number, each in enumerate(requests, 1):

@@ -31,7 +31,11 @@ _PILE = {
 
 
 def read_data(words: Sequence[str]) -> dict[str, str]:
-    """Returns the files of benchmarks by name, of words such as "lambada=test.jsonl"."""
+    """Returns the files of benchmarks by name, of words such as "lambada=test.jsonl".
+
+    Raises:
+      NeoError: a word of another form, a name that is unknown or there twice.
+    """
     files: dict[str, str] = {}
     for word in words:
         name, equals, file = word.partition("=")

@@ -39,7 +39,11 @@ class _Tasks(TaskManager):
 
 
 def open_tasks(include_path: Sequence[str] = ()) -> TaskManager:
-    """Returns the harness's tasks and those of further folders, which take precedence."""
+    """Returns the harness's tasks and those of further folders, which take precedence.
+
+    Raises:
+      NeoError: a folder that is none.
+    """
     for folder in include_path:
         if not Path(folder).is_dir():
             raise NeoError(f"{folder} is no folder; name one that holds task files (.yaml).")
@@ -48,7 +52,11 @@ def open_tasks(include_path: Sequence[str] = ()) -> TaskManager:
 
 
 def find_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
-    """Returns the tasks and groups that names and patterns mean, and paths of task files."""
+    """Returns the tasks and groups that names and patterns mean, and paths of task files.
+
+    Raises:
+      NeoError: one that does not exist.
+    """
     found: list[str] = []
     for name in names:
         if name.endswith((".yaml", ".yml")):

@@ -58,7 +58,11 @@ def count_words(text: str) -> int:
 
 
 def read_pages(path: str) -> Iterator[str]:
-    """Returns the pages of one of WikiText's raw files."""
+    """Returns the pages of one of WikiText's raw files.
+
+    Raises:
+      NeoError: a file that cannot be read, or is not UTF-8.
+    """
     return wikitext.pages(TextFile(make_path(path)).text)
 
 

@@ -39,7 +39,11 @@ def as_png(figure: Any) -> bytes:
 
 
 def write(path: Path, picture: bytes) -> None:
-    """Writes a picture; a reader sees the file as it was, or all of the new one."""
+    """Writes a picture; a reader sees the file as it was, or all of the new one.
+
+    Raises:
+      NeoError: it cannot be written.
+    """
     try:
         write_whole(path, picture)
     except OSError as error:

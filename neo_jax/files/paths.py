@@ -149,7 +149,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def rmtree(folder: Path) -> None:
-    """Removes a folder with all that it holds."""
+    """Removes a folder with all that it holds.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
     if is_remote(folder):
         folder.rmtree()  # type: ignore[attr-defined]  # of epath
     else:
@@ -171,7 +175,11 @@ def move_folder(folder: Path, to: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Tries whether files can be written in a folder; makes it where it is local and missing."""
+    """Tries whether files can be written in a folder; makes it where it is local and missing.
+
+    Raises:
+      NeoError: they cannot.
+    """
     probe = folder / f".neo_jax-{uuid.uuid4().hex}"
     try:
         if not is_remote(folder):  # an object store has no folders

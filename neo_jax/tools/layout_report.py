@@ -53,7 +53,11 @@ def _part(
 
 
 def parameters(config: ModelConfig, sharding: Sharding) -> list[Part]:
-    """Returns what a device holds of the parameters, float32; optimizer slots have their layout."""
+    """Returns what a device holds of the parameters, float32; optimizer slots have their layout.
+
+    Raises:
+      NeoError: the strategy cannot split this model; see `Sharding.spec`.
+    """
     found = collections.Counter(
         (re.sub(r"^h_\d+", "h_*", "/".join(tensor.path)), tensor.axes, tensor.shape)
         for tensor in tensors(config)

@@ -92,7 +92,11 @@ class TrainConfig:
             self.check_length()
 
     def check_length(self) -> None:
-        """Checks that sequences fit the model."""
+        """Checks that sequences fit the model.
+
+        Raises:
+          NeoError: they are longer than its context, or their tokens too many.
+        """
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "

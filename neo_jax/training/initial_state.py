@@ -88,7 +88,11 @@ def _grow(table: Array, before: ModelConfig, after: ModelConfig) -> Array:
 
 
 def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:
-    """Reads the weights of a checkpoint into the stacked tree; each array is where it lives."""
+    """Reads the weights of a checkpoint into the stacked tree; each array is where it lives.
+
+    Raises:
+      NeoError: see `neo_jax.checkpoints.load.load_params`.
+    """
     stacked = functools.partial(stack, config=model.config)
     before = after = None
     if model.sharding:

@@ -47,7 +47,11 @@ def check_run(
 
 
 def check_size(config: TrainConfig, model: Neo) -> None:
-    """Checks that the residual stream alone, once, is not larger than the memory of the devices."""
+    """Checks that a batch is not beyond all measure; what a step takes in full, the compiler knows.
+
+    Raises:
+      NeoError: the residual stream alone, once, is larger than the memory of the devices.
+    """
     length = config.sequence_length
     num_devices = model.sharding.mesh.size if model.sharding else 1
     stream = 4 * length * config.model.embed_dim

@@ -62,7 +62,11 @@ class LineFile:
     """
 
     def __init__(self, path: Path, start_step: int):
-        """Opens the file, dropping lines of steps after `start_step`."""
+        """Opens the file, dropping lines of steps after `start_step`.
+
+        Raises:
+          NeoError: it cannot be written.
+        """
         self._path = path
         kept = [line for line in self.read() if line["step"] <= start_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -86,7 +90,11 @@ class LineFile:
         return lines
 
     def write(self, step: int, **values: float | str) -> None:
-        """Appends one line: the step, and the values, numbers rounded to six digits."""
+        """Appends one line: the step, and the values, numbers rounded to six digits.
+
+        Raises:
+          NeoError: the disk is full.
+        """
         rounded = {
             name: value if isinstance(value, str) else float(f"{value:.6g}")
             for name, value in values.items()

@@ -208,7 +208,11 @@ def read_model(folder: Path) -> tuple[ModelConfig, str]:
 
 
 def read_params(folder: Path, config: ModelConfig) -> Params:
-    """Reads the canonical parameters of a checkpoint, as numpy arrays, and nothing else."""
+    """Reads the canonical parameters of a checkpoint, as numpy arrays, and nothing else.
+
+    Raises:
+      NeoError: it is damaged.
+    """
     folder, handler = absolute(folder), ocp.PyTreeCheckpointHandler()
     with _explained(folder):
         metadata = handler.metadata(folder / "state")

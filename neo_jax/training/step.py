@@ -99,7 +99,11 @@ def abstract_inputs(
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state of a run that starts from stacked parameters, or from adapters."""
+    """Returns the state of a run that starts from stacked parameters, or from adapters.
+
+    Raises:
+      NeoError: parameters are int8.
+    """
     if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params)):
         raise NeoError("int8 weights cannot be trained; start from the model of floats.")
     zero = jnp.zeros((), jnp.int32)
