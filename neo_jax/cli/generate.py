@@ -25,7 +25,7 @@ from neo_jax.cli.options import (
 )
 from neo_jax.cli.sample_file import keeps, kept_samples
 from neo_jax.decode.options import BeamOptions, SamplingOptions
-from neo_jax.devices.processes import is_leader
+from neo_jax.devices.processes import is_leader, say
 from neo_jax.devices.signals import WATCH
 from neo_jax.errors import NeoError
 from neo_jax.text.generate import fit
@@ -119,9 +119,9 @@ def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str
         except NeoError as error:
             where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
             raise NeoError(f"{where}{error}") from error
-    if cut and is_leader():
+    if cut:
         room = lm.config.max_length - options.max_new_tokens
-        print(f"{cut} of {len(prompts)} prompts cut to their newest {room} tokens", file=sys.stderr)
+        say(f"{cut} of {len(prompts)} prompts cut to their newest {room} tokens")
     plain = not (options.json or options.output)
     one = (
         not draft
@@ -140,8 +140,8 @@ def _filled(lm: "LanguageModel", options: Options, said: Container[str]) -> Opti
     values = {"max_new_tokens": options.max_new_tokens, "stop": options.stop, **sampling, **beams}
     given = {name: value for name, value in values.items() if name in said}
     given |= {"draft": options.draft_model} if options.draft_model else {}
-    if is_leader() and (line := lm.defaults.report(given)):
-        print(line, file=sys.stderr)
+    if line := lm.defaults.report(given):
+        say(line)
     taken = values | lm.defaults.fill(given)
     return dataclasses.replace(
         options,
@@ -205,9 +205,8 @@ def _write(
         _keep(samples, prompts, options.output, _what_decides(lm, draft, prompts, options))
     else:
         _print(samples(prompts, lambda index, done: None), options.output, plain)
-    if drafted and is_leader():
-        share = f"{accepted / drafted:.0%}"
-        print(f"{accepted} of {drafted} drafted tokens taken, {share}", file=sys.stderr)
+    if drafted:
+        say(f"{accepted} of {drafted} drafted tokens taken, {accepted / drafted:.0%}")
 
 
 def _print(samples: Iterator["Sample"], output: str, plain: bool) -> None:

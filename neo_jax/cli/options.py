@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.data.sources import json_lines, text_lines
-from neo_jax.devices.processes import is_leader
+from neo_jax.devices.processes import holding, is_leader, say
 from neo_jax.errors import NeoError, reason
 from neo_jax.files import figure
 from neo_jax.files.compression import unpacked_name
@@ -30,8 +30,8 @@ class ModelOptions(LoadOptions):
 
         others = {name: value for name, value in vars(self).items() if name != "model"}
         lm = load(self.model or None, **others)
-        if is_leader() and self.model and lm.folder.parent == make_path(self.model):
-            print(f"model: {lm.folder}", file=sys.stderr)
+        if self.model and lm.folder.parent == make_path(self.model):
+            say(f"model: {lm.folder}")
         return lm
 
 
@@ -108,8 +108,6 @@ def output_lines(path: str) -> Iterator[IO[str]]:
     Raises:
       NeoError: the file cannot be written, or another run is writing it.
     """
-    from neo_jax.devices.processes import holding
-
     if not path:
         yield sys.stdout
         return

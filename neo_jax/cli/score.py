@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from neo_jax.cli.options import (
     print_json,
     read_prompts,
 )
-from neo_jax.devices.processes import is_leader
+from neo_jax.devices.processes import say
 
 if TYPE_CHECKING:
     from neo_jax.text.language_model import Prompt
@@ -74,5 +73,4 @@ def _score(texts: Sequence["Prompt"], options: Options) -> None:
         summary += f", {nats / math.log(2) / num_bytes:.4f} bits a byte over {num_bytes} bytes"
     context = lm.config.max_length
     stride = options.stride or context // 2
-    if is_leader():
-        print(f"{summary}; context {context}, stride {stride}", file=sys.stderr)
+    say(f"{summary}; context {context}, stride {stride}")

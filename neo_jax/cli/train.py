@@ -4,7 +4,6 @@ import dataclasses
 import os
 import re
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +43,7 @@ def main(args: Sequence[str]) -> None:
     default = Options(load_config(args[0]), ClusterOptions())
     options = parse(Options, "train", args[1:], default=default)
     from neo_jax.devices.compilation_cache import enable_compilation_cache
-    from neo_jax.devices.processes import is_leader
+    from neo_jax.devices.processes import say
     from neo_jax.training.checkpoint import SaveError
     from neo_jax.training.loop import train
 
@@ -55,9 +54,8 @@ def main(args: Sequence[str]) -> None:
             step = int(train(config).step)
             if step >= config.steps:
                 print(f"{config.output}/model")
-            elif is_leader():
-                line = f"stopped after step {step}; the same command goes on from there"
-                print(line, file=sys.stderr)
+            else:
+                say(f"stopped after step {step}; the same command goes on from there")
     except SaveError as error:
         os._exit(explain(error))  # the usual way out would wait for orbax's threads
 
