@@ -10,7 +10,7 @@ import numpy as np
 from hlo import Program
 
 from neo_jax.config import ModelConfig
-from neo_jax.decode import engine
+from neo_jax.decode import engine, prefill
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
@@ -35,11 +35,43 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
     Raises:
       jax.errors.JaxRuntimeError: the devices are too small.
     """
+    model, params = _on(topology, config)
+    state = _state(model, params, batch, room)
+    compiled = engine.run.on(model).lower(model, params, state, 1).compile()
+    program = Program(compiled.as_text(), trips=batch)
+    traffic = max(map(program.traffic, program.loops()))
+    return _step(params, state.cache, compiled, traffic)
+
+
+def compile_chunk(
+    config: ModelConfig, topology: str, trips: int = 2, chunk: int = 256, room: int = 2048
+) -> Step:
+    """Compiles `prefill.next_chunk` of one prompt in bfloat16, as `compile_step` does.
+
+    A loop that writes it runs `trips` times, two for two slices.
+    """
+    model, params = _on(topology, config)
+    state = _state(model, params, 1, room)
+    tokens = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
+    number, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    first = functools.partial(prefill.first_chunk, model)
+    cache = jax.eval_shape(lambda *args: first(*args, room)[1], params, tokens, lengths)
+    cache = _placed_cache(model, cache)
+    # A function of its own: one that is traced anew, with the ways of writing as they are now.
+    next_chunk = jax.jit(prefill.next_chunk.__wrapped__, static_argnums=0, donate_argnums=5)
+    compiled = next_chunk.lower(model, params, tokens, number, lengths, cache).compile()
+    program = Program(compiled.as_text(), trips)
+    assert state.cache[0].k.shape[2] == cache[0].k.shape[2] == room
+    return _step(params, cache, compiled, program.traffic(list(program.computations)[-1]))
+
+
+def _on(topology: str, config: ModelConfig) -> tuple[Neo, dict]:
+    """A model with its heads over the devices of a topology, and its parameters there."""
     devices = find_topology(topology).devices
     sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
     model = Neo(config, jnp.bfloat16, sharding=sharding)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    params = jax.tree.map(
+    return model, jax.tree.map(
         lambda leaf, axes: jax.ShapeDtypeStruct(
             leaf.shape,
             jnp.bfloat16,
@@ -48,17 +80,20 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
         shapes,
         logical_axes(model),
     )
-    state = _state(model, shapes, batch, room)
-    compiled = engine.run.on(model).lower(model, params, state, 1).compile()
-    leaves = jax.tree.leaves(state.cache)
-    text = compiled.as_text()
-    program = Program(text, trips=batch)
+
+
+def _step(
+    params: dict, cache: caching.Cache, compiled: jax.stages.Compiled, traffic: float
+) -> Step:
+    leaves = jax.tree.leaves(cache)
     return Step(
         weights=sum(_bytes(leaf) for leaf in jax.tree.leaves(params | {"wpe": None})),
         cache=sum(map(_bytes, leaves)),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        traffic=max(map(program.traffic, program.loops())),
-        copies=_copies(text, {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}),
+        traffic=traffic,
+        copies=_copies(
+            compiled.as_text(), {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}
+        ),
     )
 
 
@@ -70,19 +105,24 @@ def _state(model: Neo, params: dict, batch: int, room: int) -> engine.DecodeStat
     prefill = functools.partial(engine.prefill, model, room)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     state = jax.eval_shape(prefill, params, prompts, rows, rows, settings)
-
-    def put(leaf: jax.ShapeDtypeStruct, axes: tuple) -> jax.ShapeDtypeStruct:
-        place = model.sharding.named(axes, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
     placed = jax.tree.map(
-        lambda leaf: put(leaf, ("batch", *[None] * (leaf.ndim - 1))), state._replace(cache=())
+        lambda leaf: _put(model, leaf, ("batch", *[None] * (leaf.ndim - 1))),
+        state._replace(cache=()),
     )
-    cache = [
-        caching.LayerCache(*(put(leaf, caching.LOGICAL_AXES[n]) for n, leaf in layer.items()))
-        for layer in (layer._asdict() for layer in state.cache)
-    ]
-    return placed._replace(cache=tuple(cache))
+    return placed._replace(cache=_placed_cache(model, state.cache))
+
+
+def _placed_cache(model: Neo, cache: caching.Cache) -> caching.Cache:
+    axes = caching.LOGICAL_AXES
+    return tuple(
+        caching.LayerCache(*(_put(model, leaf, axes[n]) for n, leaf in layer._asdict().items()))
+        for layer in cache
+    )
+
+
+def _put(model: Neo, leaf: jax.ShapeDtypeStruct, axes: tuple) -> jax.ShapeDtypeStruct:
+    place = model.sharding.named(axes, leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> float:

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
-from neo_jax.decode.engine import DecodeState
 from neo_jax.decode.options import BeamOptions, Settings
 from neo_jax.decode.processors import is_end
 from neo_jax.decode.sampling import processed
+from neo_jax.decode.state import DecodeState
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
@@ -96,9 +96,13 @@ def search(
         jnp.bool_(options.early_stopping == "never" and options.length_penalty > 0),
     )
     found = jax.tree.map(to_host, run(model, beams, params, state, rule))
+    endless = to_host(settings.ignore_eos)
     return [
         [
-            Beam(*engine.completion(model, tokens, logprobs, length, len(prompt)), float(score))
+            Beam(
+                *engine.completion(model, tokens, logprobs, length, len(prompt), endless[row]),
+                float(score),
+            )
             for tokens, logprobs, length, score in zip(
                 *(leaf[row, :num_return] for leaf in found), strict=True
             )
@@ -155,7 +159,8 @@ def _step(model: Neo, params: Params, rule: Rule, state: BeamState) -> BeamState
         sums,
     )
     num_new = candidates.lengths - running.prompt_lengths[parents]
-    ended = is_end(tokens, eos) | (candidates.lengths >= running.limits[parents])
+    ends = is_end(tokens, eos) & ~running.settings.ignore_eos[parents]
+    ended = ends | (candidates.lengths >= running.limits[parents])
 
     finishes = ended & (jnp.arange(count) < beams)[None] & ~state.done[:, None]
     scores = sums / _power(num_new, rule.length_penalty)

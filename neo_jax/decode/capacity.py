@@ -40,6 +40,14 @@ def capacity(length: int, context: int) -> int:
     return round_up(max(length, _MIN_CAPACITY), context, steps=2, unit=LENGTH_UNIT)
 
 
+def coarse_capacity(length: int, context: int) -> int:
+    """Returns the slots for texts of up to a length: 64, 128, 256, ... tokens.
+
+    For a server, whose clients wait for each program that is new.
+    """
+    return round_up(max(length, _MIN_CAPACITY), context, unit=LENGTH_UNIT)
+
+
 def scored_length(longest: int, context: int) -> int:
     """Returns the length to which texts to score are padded: 16, 32, 48, ..., 128, 160, ... tokens.
 

@@ -8,18 +8,19 @@ program. Lengths are rounded up, see `capacity`, so that another prompt rarely c
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
+from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.capacity import capacity, padded_length
-from neo_jax.decode.options import SamplingOptions, Settings, stack_settings
+from neo_jax.decode.options import Settings
 from neo_jax.decode.prefill import read
-from neo_jax.decode.processors import History, is_end
+from neo_jax.decode.processors import is_end
 from neo_jax.decode.sampling import choose, logprobs_of
+from neo_jax.decode.state import CHECKED_STEPS, Alternatives, DecodeState, begin_rows, place
 from neo_jax.devices.memory import check_batch
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
@@ -27,27 +28,7 @@ from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache
 from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import Loop
-from neo_jax.sharding.rules import Sharding, constrain, padded_rows
-
-T = TypeVar("T")
-
-
-class DecodeState(NamedTuple):
-    """A batch of sequences that are being generated; every leaf leads with batch."""
-
-    tokens: Int[Array, "B S"]  # the prompt, then what was generated, then zeros
-    logprobs: Float[Array, "B S"]  # the model's log p of each generated token, without truncation
-    lengths: Int[Array, "B"]  # tokens so far
-    prompt_lengths: Int[Array, "B"]
-    limits: Int[Array, "B"]  # lengths at which to stop
-    done: Bool[Array, "B"]
-    settings: Settings
-    cache: Cache  # holds every token but the newest
-
-    @property
-    def history(self) -> History:
-        """The texts, as sampling looks at them."""
-        return History(self.tokens, self.lengths, self.prompt_lengths, self.limits)
+from neo_jax.sharding.rules import padded_rows
 
 
 def check_tokens(model: Neo, tokens: Sequence[int]) -> None:
@@ -144,99 +125,9 @@ def prefill(
     settings: Settings,
 ) -> DecodeState:
     """Returns the state after prompts [B, T] of these lengths, with a capacity of `slots`."""
-    state = DecodeState(
-        tokens=jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1]))),
-        logprobs=jnp.zeros((tokens.shape[0], slots), jnp.float32),
-        lengths=lengths,
-        prompt_lengths=lengths,
-        limits=limits,
-        done=lengths >= limits,
-        settings=settings,
-        # The newest token is left to the first step, which so is a step like all others.
-        cache=read(model, params, tokens, lengths - 1, slots),
-    )
-    return _place(model.sharding, state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def empty_state(model: Neo, rows: int, like: DecodeState) -> DecodeState:
-    """Returns a state of rows that are all done, with the capacity of another state."""
-    state = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), like)
-    neutral = [SamplingOptions(temperature=0.0)] * rows  # what no request wants costs nothing
-    _, *bans = like.settings.bans.shape
-    state = state._replace(
-        lengths=jnp.ones(rows, jnp.int32),
-        limits=jnp.ones(rows, jnp.int32),
-        done=jnp.ones(rows, bool),
-        settings=stack_settings(neutral, (bans[0], bans[1])),
-        cache=caching.clear_rows(state.cache, jnp.arange(rows)),
-    )
-    return _place(model.sharding, state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def resize(model: Neo, slots: int, state: DecodeState) -> DecodeState:
-    """Makes a state one for texts of up to `slots` tokens; those that are not done must fit."""
-
-    def fit(leaf: Array) -> Array:
-        return jnp.pad(leaf[:, :slots], ((0, 0), (0, max(slots - leaf.shape[1], 0))))
-
-    cache = caching.resize(model.config, state.cache, slots)
-    tokens, logprobs = fit(state.tokens), fit(state.logprobs)
-    state = state._replace(tokens=tokens, logprobs=logprobs, cache=cache)
-    return _place(model.sharding, state)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def insert(
-    model: Neo,
-    state: DecodeState,
-    new: DecodeState,
-    sources: Int[Array, "B"],
-    rows: Int[Array, "B"],
-    count: Int[Array, ""],
-    settings: Settings,
-) -> DecodeState:
-    """Puts rows of another state in the place of rows of this one; consumes `state`.
-
-    Args:
-      model: the model.
-      state: what takes them.
-      new: where they are; its capacity is no larger.
-      sources: rows of `new`; one may stand several times.
-      rows: the row of `state` for each of them.
-      count: how many of these are inserted.
-      settings: of each.
-    """
-
-    def take(tree: T, row: Array) -> T:
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), tree)
-
-    def put_one(i: Array, state: DecodeState) -> DecodeState:
-        row = rows[i]
-        piece = take(new, sources[i])._replace(settings=take(settings, i))
-        state = state._replace(cache=caching.clear_rows(state.cache, row))
-        return jax.tree.map(
-            lambda old, piece: jax.lax.dynamic_update_slice_in_dim(old, piece, row, 0), state, piece
-        )
-
-    return _place(model.sharding, jax.lax.fori_loop(0, count, put_one, state))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def stop_rows(model: Neo, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
-    """Makes rows done; consumes `state`."""
-    return _place(model.sharding, state._replace(done=state.done | rows))
-
-
-def _place(sharding: Sharding | None, state: DecodeState) -> DecodeState:
-    """Tells the compiler how a state is sharded."""
-
-    def rows(x: Array) -> Array:
-        return constrain(sharding, x, (BATCH, *[None] * (x.ndim - 1)), "the decoding state")
-
-    placed = jax.tree.map(rows, state._replace(cache=()))
-    return placed._replace(cache=tuple(caching.place(sharding, layer) for layer in state.cache))
+    # The newest token is left to the first step, which so is a step like all others.
+    cache = read(model, params, tokens, lengths - 1, slots)
+    return place(model.sharding, begin_rows(tokens, lengths, limits, settings, cache, slots))
 
 
 @functools.partial(Loop, static_argnums=0, donate_argnums=2)
@@ -273,7 +164,7 @@ def run(
 
     start = (jnp.int32(0), state._replace(cache=carried(state.cache)))
     _, state = jax.lax.while_loop(unfinished, advance, start)
-    return _place(model.sharding, state._replace(cache=restored(state.cache)))
+    return place(model.sharding, state._replace(cache=restored(state.cache)))
 
 
 def next_logits(
@@ -307,14 +198,33 @@ def _step(model: Neo, params: Params, state: DecodeState) -> DecodeState:
     logprob = logprobs_of(logits, token[:, None])[:, 0]
     where = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # done rows write nowhere
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
-    ended = is_end(token, eos) | (lengths >= state.limits)
+    ended = (is_end(token, eos) & ~state.settings.ignore_eos) | (lengths >= state.limits)
     return state._replace(
         tokens=state.tokens.at[rows, where].set(token, mode="drop"),
         logprobs=state.logprobs.at[rows, where].set(logprob, mode="drop"),
         lengths=lengths,
         done=state.done | ended,
+        alternatives=_with_alternatives(state, logits[:, 0]),
         cache=cache,
     )
+
+
+def _with_alternatives(state: DecodeState, logits: Float[Array, "B V"]) -> Alternatives:
+    """Returns a state's alternatives with those of the next token, where a row wants any."""
+    old, wanted = state.alternatives, state.settings.alternatives
+    if not wanted.shape[1]:
+        return old
+
+    def add() -> Alternatives:
+        logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), wanted.shape[1])
+        rows = jnp.arange(wanted.shape[0])
+        places = jnp.where(state.done, CHECKED_STEPS, state.lengths % CHECKED_STEPS)
+        return Alternatives(
+            old.ids.at[rows, places].set(ids, mode="drop"),
+            old.logprobs.at[rows, places].set(logprobs, mode="drop"),
+        )
+
+    return jax.lax.cond(jnp.any(wanted), add, lambda: old)
 
 
 class Completion(NamedTuple):
@@ -346,7 +256,9 @@ def generate(
 
 def completions(model: Neo, state: DecodeState) -> list[Completion]:
     """Returns what was generated in each row so far."""
-    leaves = (state.tokens, state.logprobs, state.lengths, state.prompt_lengths)
+    leaves = (
+        state.tokens, state.logprobs, state.lengths, state.prompt_lengths, state.settings.ignore_eos
+    )  # fmt: skip
     return [completion(model, *row) for row in zip(*map(to_host, leaves), strict=True)]
 
 
@@ -356,9 +268,10 @@ def completion(
     logprobs: np.ndarray,
     length: int | np.integer,
     prompt_length: int | np.integer,
+    ignore_eos: bool | np.bool_ = False,
 ) -> Completion:
     """Returns what a row holds after its prompt: tokens [S] and their logprobs [S], of a length."""
-    ended = length > prompt_length and tokens[length - 1] in model.config.eos_ids
+    ended = length > prompt_length and tokens[length - 1] in model.config.eos_ids and not ignore_eos
     new = slice(prompt_length, length - 1 if ended else length)
     reason = "eos" if ended else "length"
     return Completion(tokens[new].tolist(), logprobs[new].tolist(), reason)
@@ -376,10 +289,11 @@ def stream(
     Raises:
       NeoError: see `check_prompts`.
     """
+    ends = () if to_host(settings.ignore_eos)[0] else model.config.eos_ids
     state = start(model, params, [prompt], max_new_tokens, settings)
     for position in range(len(prompt), len(prompt) + max_new_tokens):
         state = run(model, params, state, 1)
         token = int(to_host(state.tokens[0, position]))
-        if token in model.config.eos_ids:
+        if token in ends:
             return
         yield token

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import Array, Bool, Float, Int, UInt
+from neo_jax.decode.capacity import round_up
 from neo_jax.errors import NeoError, brief, checked
 from neo_jax.fields import check, choice, converted, number
 
 _LARGEST = 1e6  # of what divides logits: float32 holds what comes of it
 _COUNT = "be a whole number from 0 (off) to 2**31 - 1, not {}"
+_PENALTY = "lie between -1e+06 and 1e+06, not be {}; 0 is off"
 _FORCED = "be an id, or -1 for none, not {}"
 
 
@@ -31,6 +33,20 @@ def _ids(name: str, values: Any) -> tuple[int, ...]:
     if not all(0 <= i < 2**31 for i in ids):
         raise NeoError(f"{name} holds {min(ids) if min(ids) < 0 else max(ids)}, which is no id.")
     return ids
+
+
+def _biases(name: str, values: Any) -> tuple[tuple[int, float], ...]:
+    """Returns ids and what is added to their logits, of a mapping or of pairs."""
+    pairs = values.items() if isinstance(values, Mapping) else _listed(name, values)
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise NeoError(f"{name} must map ids to numbers, not hold {brief(pair)}.")
+        (token,) = _ids(name, pair[:1])
+        biases[token] = checked(f"the bias of id {token} in {name}", pair[1], float)
+        if not abs(biases[token]) <= _LARGEST:
+            raise NeoError(f"{name} adds {biases[token]} to id {token}; take at most 1e+06.")
+    return tuple(biases.items())
 
 
 def _words(name: str, values: Any) -> tuple[tuple[int, ...], ...]:
@@ -76,6 +92,14 @@ class SamplingOptions:
     forced_bos_token_id: int = number(-1, least=-1, below=2**31, words=_FORCED)
     # the id that comes last where max_new_tokens end a text; -1: off
     forced_eos_token_id: int = number(-1, least=-1, below=2**31, words=_FORCED)
+    # subtracted from the logits of tokens that the new text holds; 0 is off
+    presence_penalty: float = number(0.0, least=-_LARGEST, most=_LARGEST, words=_PENALTY)
+    # subtracted once for each time that the new text holds a token; 0 is off
+    frequency_penalty: float = number(0.0, least=-_LARGEST, most=_LARGEST, words=_PENALTY)
+    # added to the logits of ids, as in {50256: -100}
+    logit_bias: tuple[tuple[int, float], ...] = converted((), _biases)
+    # the end of text is a token like all others, and max_new_tokens end a text
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.seed is None:
@@ -132,44 +156,79 @@ class Settings(NamedTuple):
     # Ids of which the last may not follow the others; -1 before them is any token, all of them none
     bans: Int[Array, "B N L"]
     bans_first: Bool[Array, "B N"]  # whether that is for the first new token alone
+    presence_penalty: Float[Array, "B"]
+    frequency_penalty: Float[Array, "B"]
+    ignore_eos: Bool[Array, "B"]
+    bias_ids: Int[Array, "B M"]  # -1 is none
+    biases: Float[Array, "B M"]
+    alternatives: Bool[Array, "B K"]  # which of the K likeliest tokens are kept with each
 
 
 _COLUMNS = {
-    field.name: {int: np.int32, float: np.float32}[type(field.default)]
+    field.name: {int: np.int32, float: np.float32, bool: np.bool_}[type(field.default)]
     for field in dataclasses.fields(SamplingOptions)
     if type(field.default) is not tuple
 } | {"seed": np.uint32}
 
 
-def size_of_bans(options: Iterable[SamplingOptions]) -> tuple[int, int]:
-    """Returns how many bans rows have room for, and of how many ids: few sizes, as few programs."""
+class Room(NamedTuple):
+    """How much a row has room for of what has no fixed size: few sizes, as few programs."""
+
+    bans: int = 16
+    ban_length: int = 4  # ids
+    biases: int = 0
+    alternatives: int = 0  # likeliest tokens that may be kept next to each new one
+
+
+ROOM = Room()
+"""For requests without much of it."""
+
+
+def room_for(options: Iterable[SamplingOptions]) -> Room:
+    """Returns a room for what these options ban and favour."""
+    options = list(options)
     bans = [each.bans for each in options]
     most = max((len(each) for each in bans), default=0)
     longest = max((len(ids) for each in bans for ids, _ in each), default=0)
-    return max(16, 1 << (most - 1).bit_length()), max(4, 1 << (longest - 1).bit_length())
+    biases = max((len(each.logit_bias) for each in options), default=0)
+    return Room(
+        max(ROOM.bans, round_up(most)) if most else ROOM.bans,
+        max(ROOM.ban_length, round_up(longest)) if longest else ROOM.ban_length,
+        max(16, round_up(biases)) if biases else 0,
+    )
 
 
 def stack_settings(
-    options: Sequence[SamplingOptions], size: tuple[int, int] | None = None
+    options: Sequence[SamplingOptions],
+    room: Room | None = None,
+    num_alternatives: Sequence[int] = (),
 ) -> Settings:
     """Returns a row for each of several options.
 
     Args:
       options: of the rows.
-      size: see `size_of_bans`; where these options join others it is that of all.
+      room: see `Room`; where these options join others it is that of all.
+      num_alternatives: for each of the options, or none of all.
     """
     # Filled by numpy: jnp.full would compile a program for each.
-    bans = np.full((len(options), *(size or size_of_bans(options))), -1, np.int32)
+    rows, room = len(options), room or room_for(options)
+    bans = np.full((rows, room.bans, room.ban_length), -1, np.int32)
     first = np.zeros(bans.shape[:2], bool)
+    bias_ids = np.full((rows, room.biases), -1, np.int32)
+    biases = np.zeros(bias_ids.shape, np.float32)
     for row, each in enumerate(options):
         for i, (ids, is_first) in enumerate(each.bans):
             bans[row, i, -len(ids) :] = ids
             first[row, i] = is_first
+        for i, (token, bias) in enumerate(each.logit_bias):
+            bias_ids[row, i], biases[row, i] = token, bias
     columns: dict[str, Any] = {
         name: np.array([getattr(each, name) for each in options], dtype)
         for name, dtype in _COLUMNS.items()
     }
-    columns |= {"bans": bans, "bans_first": first}
+    counts = np.array(num_alternatives or [0] * rows)[:, None]
+    columns |= {"bans": bans, "bans_first": first, "bias_ids": bias_ids, "biases": biases}
+    columns |= {"alternatives": np.arange(room.alternatives)[None] < counts}
     return Settings(**{name: jnp.asarray(column) for name, column in columns.items()})
 
 

@@ -1,12 +1,19 @@
 """Reading prompts into a cache: in one pass, or where that would be large, by pieces."""
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from neo_jax.axes import Array, Int, Params
+from neo_jax.axes import Array, Float, Int, Params
+from neo_jax.decode.capacity import padded_length
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache
 from neo_jax.model.transformer import Neo
+from neo_jax.sharding.rules import pick
 
 PIECE = 512  # tokens of each row that are read at one time
 WHOLE = 8192  # tokens of all rows, padding included, that are still read in one pass
@@ -44,20 +51,118 @@ def read_in_pieces(
     Memory next to the cache is that of one piece, whose logits against all keys are the most of it:
     8192 tokens take a tenth of what one pass takes. What is beyond the longest row is not read.
     """
-    config = model.config
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % piece)))
-    _, first = model.apply({"params": params}, tokens[:, :piece], method=Neo.hidden)
-    # Until all is read, local layers keep what the first token of a piece sees, and the piece.
-    known = jnp.minimum(lengths, piece)
-    cache = caching.from_sequence(config, first, known, slots, slack=piece - 1)
+    _, cache = _first(model, params, tokens[:, :piece], lengths, slots)
 
     def read_piece(i: Array, cache: Cache) -> Cache:
-        start = i * piece
-        positions = start + jnp.arange(piece)[None]
-        positions = jnp.where(positions < lengths[:, None], positions, -1)
-        new = jax.lax.dynamic_slice_in_dim(tokens, start, piece, axis=1)
-        return model.apply({"params": params}, new, positions, cache, method=Neo.hidden)[1]
+        new = jax.lax.dynamic_slice_in_dim(tokens, i * piece, piece, axis=1)
+        return _next(model, params, new, i * piece, lengths, cache)[1]
 
     pieces = -(-jnp.max(lengths) // piece)
     cache = jax.lax.fori_loop(1, pieces, read_piece, cache)
-    return caching.from_sequence(config, cache, lengths, slots, model.cache_dtype)
+    return caching.from_sequence(model.config, cache, lengths, slots, model.cache_dtype)
+
+
+def _first(
+    model: Neo, params: Params, tokens: Int[Array, "B C"], lengths: Int[Array, "B"], slots: int
+) -> tuple[Float[Array, "B C D"], Cache]:
+    """Reads the first piece; returns its hidden states, and a cache for pieces of this size.
+
+    Until all is read, local layers keep what the first token of a piece sees, and the piece.
+    """
+    piece = tokens.shape[1]
+    hidden, sequence = model.apply({"params": params}, tokens, method=Neo.hidden)
+    known = jnp.minimum(lengths, piece)
+    return hidden, caching.from_sequence(model.config, sequence, known, slots, slack=piece - 1)
+
+
+def _next(
+    model: Neo,
+    params: Params,
+    tokens: Int[Array, "B C"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    cache: Cache,
+) -> tuple[Float[Array, "B C D"], Cache]:
+    """Reads the piece that begins at a position; what lies beyond a row's length is dropped."""
+    positions = start + jnp.arange(tokens.shape[1])[None]
+    positions = jnp.where(positions < lengths[:, None], positions, -1)
+    return model.apply({"params": params}, tokens, positions, cache, method=Neo.hidden)
+
+
+first_chunk = jax.jit(_first, static_argnums=(0, 4))
+next_chunk = jax.jit(_next, static_argnums=0, donate_argnums=5)
+
+
+class Reading:
+    """Prompts that are read together, a chunk at a time: others work between two of them.
+
+    Prompts of no more than a chunk are read at once, at their padded length; longer ones on top of
+    a cache of its own, as large as the context.
+    """
+
+    def __init__(
+        self, model: Neo, params: Params, prompts: Sequence[Sequence[int]], rows: int, chunk: int
+    ):
+        """Reads nothing yet.
+
+        Args:
+          model: the model.
+          params: its parameters.
+          prompts: ids, of one padded length if that is no longer than a chunk.
+          rows: of the batch, no fewer than there are prompts.
+          chunk: tokens of each prompt that are read at one time.
+        """
+        self._model, self._params = model, params
+        self._slots = padded_length(max(map(len, prompts)), model.config.max_length)
+        if self._slots > chunk:
+            self._slots = model.config.max_length
+        self.chunk = min(chunk, self._slots)
+        self.lengths = np.ones(rows, np.int32)
+        self.tokens = np.zeros((rows, self._slots + -self._slots % self.chunk), np.int32)
+        for row, ids in enumerate(prompts):
+            self.tokens[row, : len(ids)], self.lengths[row] = ids, len(ids)
+        self.start = 0  # tokens of each that have been read
+        self.cache: Cache = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every prompt has been read."""
+        return bool(self.start >= np.max(self.lengths))
+
+    def advance(self) -> Float[Array, "B C D"]:
+        """Reads the next chunk; returns the hidden states of its tokens."""
+        model, params, start = self._model, self._params, self.start
+        tokens = self.tokens[:, start : start + self.chunk]
+        if start:
+            position = np.int32(start)
+            hidden, self.cache = next_chunk(
+                model, params, tokens, position, self.lengths, self.cache
+            )
+        else:
+            hidden, self.cache = first_chunk(model, params, tokens, self.lengths, self._slots)
+        self.start += self.chunk
+        return hidden
+
+
+class Judged(NamedTuple):
+    """How likely the model finds given tokens, and which it finds likeliest in their place."""
+
+    logprobs: Float[Array, "B C"]
+    ids: Int[Array, "B C K"]  # likeliest first
+    likeliest: Float[Array, "B C K"]  # and their log p
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def judge(
+    model: Neo,
+    count: int,
+    params: Params,
+    hidden: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+) -> Judged:
+    """Says of the token that follows each hidden state how likely it is, next to `count` others."""
+    logits = model.apply({"params": params}, hidden, method=Neo.unembed)
+    logprobs = jax.nn.log_softmax(logits)
+    likeliest, ids = jax.lax.top_k(logprobs, count)
+    return Judged(pick(logprobs, targets), ids, likeliest)

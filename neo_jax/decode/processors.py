@@ -4,10 +4,10 @@ A processor looks at a `Context`. It returns whether any row wants a change, and
 makes it: where no row does, a step skips it. Which processors there are is fixed for a program; the
 settings are arrays, so that a request with others compiles nothing.
 
-They act in transformers' order: repetition penalty (Keskar et al., 2019), no repeated n-grams
-(Paulus et al., 2018), banned tokens, the least number of new tokens and forced tokens on every row;
-then, on rows that draw, temperature, top-k, top-p (Holtzman et al., 2020) and min-p (Nguyen et al.,
-2024).
+They act in transformers' order, around which OpenAI's stand as vLLM has them: biases, repetition
+penalty (Keskar et al., 2019), presence and frequency, no repeated n-grams (Paulus et al., 2018),
+banned tokens, the least number of new tokens and forced tokens on every row; then, on rows that
+draw, temperature, top-k, top-p (Holtzman et al., 2020) and min-p (Nguyen et al., 2024).
 """
 
 import functools
@@ -57,6 +57,33 @@ def penalize_repetition(context: Context) -> Change:
         return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
     return jnp.any(settings.repetition_penalty != 1), change
+
+
+def penalize_new(context: Context) -> Change:
+    """Subtracts from logits of tokens that the new text holds: once, and for each time."""
+    settings, history = context.settings, context.history
+    presence, frequency = settings.presence_penalty, settings.frequency_penalty
+
+    def change(logits: Array) -> Array:
+        indices = jnp.arange(history.tokens.shape[1])[None]
+        is_new = (indices >= history.prompt_lengths[:, None]) & (indices < history.lengths[:, None])
+        rows = jnp.arange(logits.shape[0])[:, None]
+        ids = jnp.where(is_new, history.tokens, logits.shape[1])
+        counts = jnp.zeros_like(logits).at[rows, ids].add(1, mode="drop")
+        return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+
+    return jnp.any((presence != 0) | (frequency != 0)), change
+
+
+def add_biases(context: Context) -> Change:
+    """Adds to the logits of tokens what the settings say."""
+    ids, biases = context.settings.bias_ids, context.settings.biases
+
+    def change(logits: Array) -> Array:
+        rows = jnp.arange(logits.shape[0])[:, None]
+        return logits.at[rows, jnp.where(ids < 0, logits.shape[1], ids)].add(biases, mode="drop")
+
+    return jnp.any(ids >= 0), change
 
 
 def ban_ngrams(context: Context) -> Change:
@@ -130,7 +157,9 @@ def truncate(context: Context) -> Change:
 
 
 PROCESSORS: tuple[Processor, ...] = (
+    add_biases,
     penalize_repetition,
+    penalize_new,
     ban_ngrams,
     ban_words,
     delay_end,

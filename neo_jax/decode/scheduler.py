@@ -1,81 +1,42 @@
 """Continuous batching: requests arrive and leave at any time, and share the rows of one batch.
 
-A prompt is read once, however many samples of it are drawn, and enters the batch by
-`engine.insert`; a row whose text is finished, or was cancelled, takes the next text in the next
-step. The batch's capacity, which grows and shrinks, is that of its longest text. A text depends on
-its prompt, its options and its seed: not on the other rows or its turn.
+A prompt is read once, however many samples of it are drawn, and enters the batch; a row whose text
+is finished, or was cancelled, takes the next text in the next step. The batch's capacity, which
+grows and shrinks, is that of its longest text. A text depends on its prompt, its options and its
+seed: not on the other rows or its turn.
+
+Prompts are read whole, as many as there are free rows, which is fastest; or a chunk a step, so that
+texts that are being written wait for one chunk at most. With chunks, what a prompt says of itself
+can be requested too: `Request.prompt`.
 
 Programs are few, whatever the requests. With c capacities (`capacity.capacity`), b padded lengths
-of prompts (these, 16 and 32) and the same number of rows, at most b to read prompts, b for an empty
-batch of the first one's length, b c to insert them, c to write, c to stop rows, and b c to change
-the capacity.
+of prompts (these, 16 and 32) and the same number of rows: at most b to read prompts, c for an empty
+batch, b c to insert them, c to write, c to stop rows, and c c to change the capacity. With chunks c
+is smaller (`capacity.coarse_capacity`), and b counts lengths up to a chunk, each with one row and
+with several, and two more.
 """
 
-import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from neo_jax.axes import Params
 from neo_jax.decode import engine
-from neo_jax.decode.capacity import capacity, padded_length
-from neo_jax.decode.engine import Completion, DecodeState
-from neo_jax.decode.options import SamplingOptions, size_of_bans, stack_settings
+from neo_jax.decode.engine import Completion
+from neo_jax.decode.options import ROOM, Room, room_for
+from neo_jax.decode.readers import ChunkReader, Queue, Reader, WholeReader
+from neo_jax.decode.requests import Event, PromptRead, Request, Text
+from neo_jax.decode.state import CHECKED_STEPS, DecodeState, empty_state, resize, stop_rows
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import padded_rows
 
 WINDOW = 16  # requests for each row that `complete` brings in order of length
-PREFILL_TOKENS = 512  # of prompts that are read together, padding included
-CHECKED_STEPS = 8  # between two looks at texts that may have to stop
 
 T = TypeVar("T")
-
-StopCheck = Callable[[list[int]], int | None]
-"""Takes the new ids of a text since the last call; returns how many of all to keep, to stop it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue, once for each of several options."""
-
-    ids: Sequence[int]
-    max_new_tokens: int
-    options: Sequence[SamplingOptions]
-    stop_checks: Sequence[StopCheck] = ()  # one for each of the options, or none
-    stream: bool = False  # whether every step writes one token, and an event reports it
-
-
-class Event(NamedTuple):
-    """What a step did to a text.
-
-    A text of a request that streams, or has stop checks, has one at each step; others have one,
-    when they are finished.
-    """
-
-    request: int  # what `submit` returned
-    sample: int  # the index of its options
-    ids: list[int]  # new tokens since the text's last event
-    logprobs: list[float]
-    completion: Completion | None  # the whole text, once it is finished; a stop check may cut it
-
-
-@dataclasses.dataclass
-class _Text:
-    """A sample that is being generated, or will be when its prompt has been read."""
-
-    id: int  # of its request
-    request: Request
-    sample: int
-    source: int  # its prompt's row among those that were read together
-    reported: int = 0  # new ids that the stop check and events have had
-
-    @property
-    def is_watched(self) -> bool:
-        return self.request.stream or bool(self.request.stop_checks)
 
 
 class Scheduler:
@@ -85,35 +46,62 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: Neo, params: Params, rows: int, bans: tuple[int, int] = size_of_bans([])
+        self, model: Neo, params: Params, rows: int, room: Room = ROOM, chunk: int | None = None
     ):
-        """Allocates nothing yet; `bans` is the room for what a request bans, see `size_of_bans`."""
-        self._model, self._params, self._bans, self._max_rows = model, params, bans, rows
-        self._rows: list[_Text | None] = [None] * padded_rows(model.sharding, rows)
+        """Allocates nothing yet.
+
+        Args:
+          model: the model.
+          params: its parameters.
+          rows: texts that are written at one time.
+          room: for what requests ban, favour and want to see.
+          chunk: tokens of prompts that are read in a step; None reads them whole.
+        """
+        self._model, self._params, self._room, self._max_rows = model, params, room, rows
+        self._rows: list[Text | None] = [None] * padded_rows(model.sharding, rows)
         self._running = np.zeros(len(self._rows), bool)  # on the device, if it is not stopped
         self._state: DecodeState | None = None
-        self._queue: deque[tuple[int, Request]] = deque()
-        self._read: DecodeState | None = None  # prompts that were read, for `_waiting`
-        self._waiting: deque[_Text] = deque()
+        self._queue: Queue = deque()
+        whole = (model, params, len(self._rows), room)
+        self._reader: Reader = WholeReader(*whole) if chunk is None else ChunkReader(*whole, chunk)
+        self._waiting: deque[Text] = deque()  # for rows; their prompts have been read
         self._submitted = 0
 
     @property
     def busy(self) -> bool:
-        """Whether a text is not finished."""
-        return bool(self._queue or self._waiting or any(self._rows))
+        """Whether a request is not finished."""
+        return bool(self._queue or self._reader.reading or self._waiting or any(self._rows))
+
+    @property
+    def queued(self) -> list[int]:
+        """Requests whose prompts nobody has begun to read, in their order."""
+        return [id for id, _ in self._queue]
+
+    @property
+    def num_running(self) -> int:
+        """Rows that write."""
+        return sum(text is not None for text in self._rows)
+
+    def check(self, request: Request) -> None:
+        """Checks that a request can be done.
+
+        Raises:
+          NeoError: see `check`; or it has more bans, biases or alternatives than there is room for.
+        """
+        check(self._model, [request], self._max_rows)
+        needed = room_for(request.options)._replace(alternatives=request.num_alternatives)
+        for name, most, count in zip(Room._fields, self._room, needed, strict=True):
+            if count > most:
+                words = name.replace("_", " ")
+                raise NeoError(f"a request needs room for {count} {words}, not {most}; take fewer.")
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns the id by which events name it.
 
         Raises:
-          NeoError: see `check`; or it bans more than there is room for.
+          NeoError: see `Scheduler.check`.
         """
-        check(self._model, [request], self._max_rows)
-        if any(a > b for a, b in zip(size_of_bans(request.options), self._bans, strict=True)):
-            raise NeoError(
-                f"more than {self._bans[0]} tokens or words, or a word of more than "
-                f"{self._bans[1]} tokens, are suppressed; suppress fewer."
-            )
+        self.check(request)
         self._submitted += 1
         self._queue.append((self._submitted, request))
         return self._submitted
@@ -121,87 +109,64 @@ class Scheduler:
     def cancel(self, id: int) -> None:
         """Drops what is not finished of a request; the next step gives its rows to others."""
         self._queue = deque(entry for entry in self._queue if entry[0] != id)
+        self._reader.cancel(id)
         self._waiting = deque(text for text in self._waiting if text.id != id)
         self._rows = [None if text and text.id == id else text for text in self._rows]
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[Event | PromptRead]:
         """Fills free rows, then writes until a text is finished or is to be looked at.
 
         Returns:
-          What became of texts; nothing where there are none.
+          What became of prompts and texts; nothing where there are none.
         """
-        self._fill()
+        found: list[Event | PromptRead] = [*self._fill()]
         texts = [text for text in self._rows if text]
-        if not texts:
-            return []
         stopped = self._running & [text is None for text in self._rows]
         if stopped.any():
-            self._state = engine.stop_rows(self._model, self._state, stopped)
+            assert self._state is not None
+            self._state = stop_rows(self._model, self._state, stopped)
+            self._running &= ~stopped
+        if not texts:
+            return found
         steps = max(text.request.max_new_tokens for text in texts)
         if any(text.is_watched for text in texts):
             steps = min(steps, CHECKED_STEPS)
-        if any(text.request.stream for text in texts):
+        if self._reader.reading or any(text.request.stream for text in texts):
             steps = 1
         enough = len(self._rows) - len(texts) + 1
         self._state = engine.run(self._model, self._params, self._state, steps, enough)
-        return list(self._events())
+        return found + list(self._events())
 
-    def _fill(self) -> None:
-        """Gives rows that are free to texts that wait."""
-        free = [row for row, text in enumerate(self._rows) if text is None]
-        while free and (self._waiting or self._queue):
-            if not self._waiting:
-                self._read_prompts()
-            count = min(len(free), len(self._waiting))
-            self._insert({row: self._waiting.popleft() for row in free[:count]})
-            free = free[count:]
-
-    def _read_prompts(self) -> None:
-        """Reads the next prompts of one padded length."""
-        model = self._model
-        length = self._padded_length(self._queue[0])
-        rows = padded_rows(model.sharding, _rows_to_read(length, len(self._rows)))
-        prompts: list[tuple[Sequence[int], int]] = []
-        while self._queue and len(prompts) < rows:
-            if self._padded_length(self._queue[0]) != length:
+    def _fill(self) -> list[PromptRead]:
+        """Gives free rows to texts that wait, and reads prompts for what is free then."""
+        self._insert()
+        found: list[PromptRead] = []
+        while not self._waiting and (self._queue or self._reader.reading):
+            if not self._reader.is_patient and all(self._rows):
                 break
-            id, request = self._queue.popleft()
-            samples = range(len(request.options))
-            self._waiting += [_Text(id, request, i, len(prompts)) for i in samples]
-            prompts.append((request.ids, request.max_new_tokens))
-        batch = engine.batched(prompts, rows, length)
-        settings = stack_settings([SamplingOptions()] * rows, self._bans)
-        self._read = engine.prefill(model, length, self._params, *batch, settings)
+            texts, read = self._reader.read(self._queue)
+            self._waiting += texts
+            found += read
+            self._insert()
+            if self._reader.is_patient:
+                break
+        return found
 
-    def _padded_length(self, entry: tuple[int, Request]) -> int:
-        ids, new = entry[1].ids, entry[1].max_new_tokens
-        slots = capacity(len(ids) + new, self._model.config.max_length)
-        return padded_length(len(ids), slots)  # never longer than the batch's capacity
-
-    def _insert(self, new: dict[int, _Text]) -> None:
-        """Puts texts whose prompts were read into rows."""
-        model = self._model
+    def _insert(self) -> None:
+        """Puts texts whose prompts were read into free rows."""
+        free = [row for row, text in enumerate(self._rows) if text is None]
+        new = {row: self._waiting.popleft() for row in free[: len(self._waiting)]}
+        if not new:
+            return
         for row, text in new.items():
             self._rows[row], self._running[row] = text, True
-        requests = [text.request for text in self._rows if text]
-        longest = max(len(request.ids) + request.max_new_tokens for request in requests)
-        slots = capacity(longest, model.config.max_length)
-        assert self._read is not None
+        model = self._model
+        slots = self._reader.capacity(max(text.length for text in self._rows if text))
         if self._state is None:
-            self._state = engine.empty_state(model, len(self._rows), self._read)
+            self._state = empty_state(model, len(self._rows), slots, self._params, self._room)
         if self._state.tokens.shape[1] != slots:
-            self._state = engine.resize(model, slots, self._state)
-        fill = [0] * (len(self._rows) - len(new))
-        options = [text.request.options[text.sample] for text in new.values()]
-        self._state = engine.insert(
-            model,
-            self._state,
-            self._read,
-            np.array([text.source for text in new.values()] + fill, np.int32),
-            np.array([*new, *fill], np.int32),
-            len(new),
-            stack_settings(options + [SamplingOptions()] * len(fill), self._bans),
-        )
+            self._state = resize(model, slots, self._state)
+        self._state = self._reader.insert(self._state, new)
 
     def _events(self) -> Iterator[Event]:
         """Takes texts that are finished out of the batch."""
@@ -212,21 +177,45 @@ class Scheduler:
             (state.done, state.tokens, state.logprobs, state.lengths, state.prompt_lengths),
         )
         self._running = ~done
+        kept = []
+        if any(text and text.request.num_alternatives for text in self._rows):
+            kept = [to_host(leaf) for leaf in state.alternatives]
         for row, text in enumerate(self._rows):
             if text is None or not (done[row] or text.is_watched):
                 continue
-            written = engine.completion(self._model, *(leaf[row] for leaf in leaves))
-            new = slice(text.reported, None)
-            ids, logprobs = written.ids[new], written.logprobs[new]
-            text.reported = len(written.ids)
+            tokens, logprobs, length, start = (leaf[row] for leaf in leaves)
+            endless = text.options.ignore_eos
+            written = engine.completion(self._model, tokens, logprobs, length, start, endless)
+            new = slice(text.reported, len(written.ids))
+            text.reported = new.stop
             checks = text.request.stop_checks
-            keep = checks[text.sample](ids) if checks else None
+            keep = checks[text.sample](written.ids[new]) if checks else None
+            whole = written
             if keep is not None:
-                written = Completion(written.ids[:keep], written.logprobs[:keep], "stop")
+                whole = Completion(written.ids[:keep], written.logprobs[:keep], "stop")
             finished = bool(done[row]) or keep is not None
             if finished:
                 self._rows[row] = None
-            yield Event(text.id, text.sample, ids, logprobs, written if finished else None)
+            yield Event(
+                text.id,
+                text.sample,
+                written.ids[new],
+                written.logprobs[new],
+                whole if finished else None,
+                _alternatives([leaf[row] for leaf in kept], text, new),
+            )
+
+
+def _alternatives(
+    kept: Sequence[np.ndarray], text: Text, new: slice
+) -> list[list[tuple[int, float]]]:
+    """Returns the alternatives of some new tokens, of what a row keeps: [R, K] ids and log p."""
+    count, start = text.request.num_alternatives, len(text.request.ids)
+    if not count:
+        return []
+    places = [(start + i) % CHECKED_STEPS for i in range(new.start, new.stop)]
+    ids, logprobs = (leaf[places, :count].tolist() for leaf in kept)
+    return [list(zip(*pairs, strict=True)) for pairs in zip(ids, logprobs, strict=True)]
 
 
 def complete(
@@ -241,15 +230,15 @@ def complete(
       NeoError: see `check`; before anything runs.
     """
     rows = min(rows, sum(len(request.options) for request in requests))
-    bans = size_of_bans(each for request in requests for each in request.options)
-    scheduler = Scheduler(model, params, rows, bans)
+    room = room_for(each for request in requests for each in request.options)
+    scheduler = Scheduler(model, params, rows, room)
     indices = {scheduler.submit(requests[i]): i for i in _turns(requests, WINDOW * max(rows, 1))}
 
     def completions() -> Iterator[tuple[int, list[Completion]]]:
         done: dict[int, dict[int, Completion]] = {}
         while scheduler.busy:
             for event in scheduler.step():
-                if event.completion is None:
+                if isinstance(event, PromptRead) or event.completion is None:
                     continue
                 index = indices[event.request]
                 samples = done.setdefault(index, {})
@@ -268,7 +257,10 @@ def check(model: Neo, requests: Sequence[Request], rows: int) -> None:
       NeoError: see `engine.check_prompts` and `engine.check_rows`.
     """
     for request in requests:
-        engine.check_prompts(model, [request.ids], request.max_new_tokens)
+        if request.options:
+            engine.check_prompts(model, [request.ids], request.max_new_tokens)
+        else:
+            engine.check_tokens(model, request.ids)
     longest = max((len(request.ids) + request.max_new_tokens for request in requests), default=1)
     engine.check_rows(model, rows, longest)
 
@@ -289,8 +281,3 @@ def _turns(requests: Sequence[Request], window: int) -> Iterator[int]:
     for first in range(0, len(requests), window):
         some = range(first, min(first + window, len(requests)))
         yield from sorted(some, key=lambda i: len(requests[i].ids))
-
-
-def _rows_to_read(length: int, rows: int) -> int:
-    """Prompts that are read together: one number for a length, so that each has one program."""
-    return max(min(PREFILL_TOKENS // length, rows), 1)

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 
 from neo_jax.axes import Array, Bool, Float, Int, Params
 from neo_jax.decode import engine
-from neo_jax.decode.engine import Completion, DecodeState
+from neo_jax.decode.engine import Completion
 from neo_jax.decode.options import Settings
 from neo_jax.decode.processors import History, is_end
 from neo_jax.decode.sampling import logprobs_of, processed
+from neo_jax.decode.state import DecodeState
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import cache as caching
@@ -238,7 +239,7 @@ def _judge(
 
     # Cut after an end of text, and where there is no more room.
     new = (ahead <= accepted[:, None]) & (places < text.limits[:, None]) & ~text.done[:, None]
-    ends = new & is_end(tokens, eos)
+    ends = new & is_end(tokens, eos) & ~text.settings.ignore_eos[:, None]
     new &= jnp.cumsum(ends, axis=1) - ends == 0
     count = jnp.sum(new, axis=1)
     where = jnp.where(new, places, text.tokens.shape[1])

@@ -11,7 +11,8 @@ from neo_jax.axes import Params
 from neo_jax.decode import beam, speculative
 from neo_jax.decode.engine import Completion
 from neo_jax.decode.options import BeamOptions, stack_settings
-from neo_jax.decode.scheduler import Request, check
+from neo_jax.decode.requests import Request
+from neo_jax.decode.scheduler import check
 from neo_jax.decode.speculative import Draft
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo

@@ -105,6 +105,8 @@ def tiled_bytes(shape: Sequence[int], itemsize: int, order: Sequence[int] | None
     is padding: 768 floats take 1024. (A test compares the compiler's figures.)
     """
     packed = max(1, 4 // itemsize)  # rows that share a word
+    if 0 in shape:
+        return 0
     if len(shape) < 2:
         size = math.prod(shape)
         tile = min(1024, max(128 * packed, _power_of_two(size)))

@@ -24,13 +24,19 @@ class Slots(Protocol):
 
 Layer = TypeVar("Layer", bound=Slots)
 
+FEW = 17
+"""Tokens of a row, those of a draft, that are written one by one where writes are slices."""
+
 
 def write_slots(cache: Layer, new: Layer) -> Layer:
     """Returns the cache with new entries, which have tokens in the place of slots.
 
     A token at position p belongs in slot p modulo the number of slots; tokens at -1 are dropped.
+    More than `FEW` tokens of a row follow each other: position p + i, or -1, comes i after p.
     """
-    return jax.lax.platform_dependent(cache, new, tpu=write_in_turn, default=write_at_once)
+    few = new.positions.shape[1] <= FEW
+    tpu = write_in_turn if few else write_in_blocks
+    return jax.lax.platform_dependent(cache, new, tpu=tpu, default=write_at_once)
 
 
 def slot_axis(ndim: int) -> int:
@@ -59,6 +65,49 @@ def write_in_turn(cache: Layer, new: Layer) -> Layer:
         return jax.tree.map(write, cache, new)
 
     return jax.lax.fori_loop(0, rows * tokens, write_one, cache)
+
+
+def write_in_blocks(cache: Layer, new: Layer) -> Layer:
+    """Writes all tokens of one row after another, as two slices: up to the last slot, and the rest.
+
+    No more than there are slots, and no token before the first that is not dropped. In a loop, for
+    of slices that follow each other in a program a TPU's compiler copies the cache.
+    """
+    rows, tokens = new.positions.shape
+    slots = cache.positions.shape[1]
+    if tokens > slots:
+        return write_in_turn(cache, new)
+
+    def write_block(i: Array, cache: Layer) -> Layer:
+        row, is_rest = i // 2, i % 2
+        mine = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), new)
+        first = jnp.maximum(mine.positions[0, 0], 0) % slots
+        place = jnp.where(is_rest, 0, jnp.minimum(first, slots - tokens))
+        # Token i belongs in slot place + shift + i; the rest is at the end without its beginning.
+        shift = first - jnp.where(is_rest, slots, place)
+        index = jnp.arange(tokens) - shift
+        known = jnp.take(mine.positions[0], index, mode="clip")
+        wanted = (index >= 0) & (index < tokens) & (known >= 0)
+
+        def write(old: Array, new: Array) -> Array:
+            axis = slot_axis(new.ndim)
+            start = [jnp.int32(0)] * new.ndim
+            start[0], start[axis] = row, place
+            here = jax.lax.dynamic_slice(old, start, new.shape)
+            which = wanted.reshape([-1 if i == axis else 1 for i in range(new.ndim)])
+            shifted = cast(_shifted(new, shift, axis), old.dtype)
+            return jax.lax.dynamic_update_slice(old, jnp.where(which, shifted, here), start)
+
+        return jax.tree.map(write, cache, mine)
+
+    return jax.lax.fori_loop(0, 2 * rows, write_block, cache)
+
+
+def _shifted(x: Array, shift: Array, axis: int) -> Array:
+    """Returns element i - shift in the place of element i; where there is none, anything."""
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(size, size) if i == axis else (0, 0) for i in range(x.ndim)])
+    return jax.lax.dynamic_slice_in_dim(padded, size - shift, size, axis)
 
 
 def write_at_once(cache: Layer, new: Layer) -> Layer:

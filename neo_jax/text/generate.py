@@ -8,7 +8,8 @@ from typing import Any
 from neo_jax.axes import Params
 from neo_jax.decode import engine
 from neo_jax.decode.options import BeamOptions, SamplingOptions, make_settings
-from neo_jax.decode.scheduler import Request, complete, in_order
+from neo_jax.decode.requests import Request
+from neo_jax.decode.scheduler import complete, in_order
 from neo_jax.decode.speculative import Draft
 from neo_jax.decode.strategies import Strategy, search_beams, speculate
 from neo_jax.errors import NeoError, brief

@@ -175,11 +175,12 @@ def allowed(model: Neo, options: SamplingOptions) -> SamplingOptions:
     """
     config = model.config
     forced = (options.forced_bos_token_id, options.forced_eos_token_id)
-    for i in (*forced, *(i for ids, _ in options.bans for i in ids)):
+    banned = (i for ids, _ in options.bans for i in ids)
+    for i in (*forced, *banned, *(i for i, _ in options.logit_bias)):
         if i >= config.vocab_size:
             raise NeoError(
                 f"token id {i} is not in the vocabulary, 0 to {config.vocab_size - 1}; leave it "
-                "out of what is suppressed or forced."
+                "out of what is suppressed, forced or biased."
             )
     ends = [(i,) for i in config.eos_ids]
     words = tuple(word for word in options.bad_words_ids if word not in ends)

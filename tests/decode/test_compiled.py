@@ -6,13 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from decode_programs import compile_step
+from decode_programs import compile_chunk, compile_step
 from hlo import Program
 from jax.experimental.layout import Format, Layout
 
 from neo_jax.config import preset
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.ops import cache_write
 from neo_jax.ops.tuning import tpu_layout
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.topology import find_topology
@@ -74,6 +75,17 @@ def test_on_a_tpu_a_step_reads_weights_and_cache_once(name, topology, batch):
     assert step.copies == []
     assert step.temporaries <= 0.05 * step.cache
     assert 0.8 <= step.traffic / (step.weights + step.cache) <= 1.1
+
+
+def test_on_a_tpu_a_chunk_of_a_prompt_is_written_as_slices(monkeypatch):
+    """Two a row and layer in the place of one a token, in a cache that is not copied."""
+    config = dataclasses.replace(preset("gpt-neo-125m"), num_layers=2, vocab_size=1024)
+    chunk = compile_chunk(config, "v5e:1x1")
+    assert chunk.copies == []
+    assert chunk.temporaries <= 0.05 * chunk.cache
+    monkeypatch.setattr(cache_write, "FEW", 256)
+    one_by_one = compile_chunk(config, "v5e:1x1", trips=256)
+    assert chunk.traffic <= 1.02 * one_by_one.traffic
 
 
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])

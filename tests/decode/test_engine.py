@@ -13,7 +13,8 @@ from transformers import GPTNeoForCausalLM
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
-from neo_jax.decode.options import SamplingOptions, make_settings, stack_settings
+from neo_jax.decode.options import ROOM, SamplingOptions, make_settings, stack_settings
+from neo_jax.decode.state import empty_state
 from neo_jax.errors import NeoError
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo, init_params
@@ -265,7 +266,7 @@ def test_state_counts_tokens_and_keeps_the_prompts(params, greedy):
     state = engine.run(model, params, state, 2)
     assert state.lengths.tolist() == [4, 9, 20, 27]
     assert state.done.tolist() == [True, False, False, False]
-    empty = engine.empty_state(model, 2, state).settings  # nothing that a step would have to do
+    empty = empty_state(model, 2, 64, params, ROOM).settings  # nothing for a step to do
     jax.tree.map(np.testing.assert_array_equal, empty, settings_of(GREEDY, 2))
     for row, prompt, completion in zip(state.tokens, PROMPTS, greedy, strict=True):
         length = 3 if prompt is PROMPTS[0] else 4

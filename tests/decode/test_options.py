@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from neo_jax.decode.options import (
+    Room,
     SamplingOptions,
     Settings,
     make_settings,
-    size_of_bans,
+    room_for,
     stack_settings,
 )
 from neo_jax.errors import NeoError
@@ -21,27 +22,42 @@ def test_settings_of_many_rows():
     assert [leaf.tolist() for leaf in made] == [
         [0.5, 0.5], [3, 3], [0.25, 0.25], [0.125, 0.125], [1.5, 1.5], [2, 2], [4, 4],
         [11, 2**32 - 1], [-1, -1], [-1, -1], np.full((2, 16, 4), -1).tolist(),
-        np.zeros((2, 16)).tolist(),
+        np.zeros((2, 16)).tolist(), [0, 0], [0, 0], [False, False], [[], []], [[], []], [[], []],
     ]  # fmt: skip
     assert [leaf.dtype for leaf in made] == [
         np.float32, np.int32, np.float32, np.float32, np.float32, np.int32, np.int32, np.uint32,
-        np.int32, np.int32, np.int32, bool,
+        np.int32, np.int32, np.int32, bool, np.float32, np.float32, bool, np.int32, np.float32,
+        bool,
     ]  # fmt: skip
     assert all(leaf.shape[0] == 0 for leaf in make_settings(options, []))
     both = stack_settings([options, SamplingOptions(seed=5)])
     assert [leaf.tolist()[0] for leaf in both] == [leaf.tolist()[0] for leaf in made]
     plain = {f.name for f in dataclasses.fields(SamplingOptions) if f.default != ()}
-    assert set(Settings._fields) == plain | {"bans", "bans_first"}
+    others = {"bans", "bans_first", "bias_ids", "biases", "alternatives"}
+    assert set(Settings._fields) == plain | others
 
 
-def test_bans_have_room_in_few_sizes():
+def test_there_is_room_in_few_sizes():
     """So that requests share programs; what few requests have fits the smallest."""
     few = SamplingOptions(suppress_tokens=range(16), bad_words_ids=[])
     many = SamplingOptions(bad_words_ids=[range(5), *([i] for i in range(16))])
-    assert size_of_bans([SamplingOptions(), few]) == (16, 4)
-    assert size_of_bans([few, many]) == (32, 8)
-    assert size_of_bans([]) == (16, 4)
-    assert stack_settings([few], (32, 8)).bans.shape == (1, 32, 8)
+    assert room_for([SamplingOptions(), few]) == (16, 4, 0, 0)
+    assert room_for([few, many]) == (32, 8, 0, 0)
+    assert room_for([]) == (16, 4, 0, 0)
+    assert [room_for([biased(n)]).biases for n in (1, 16, 17, 300)] == [16, 16, 32, 512]
+    assert stack_settings([few], Room(32, 8)).bans.shape == (1, 32, 8)
+
+
+def biased(count):
+    return SamplingOptions(logit_bias=dict.fromkeys(range(count), 1.0))
+
+
+def test_biases_and_alternatives_have_a_row_each():
+    options = [biased(2), SamplingOptions(logit_bias=[(7, -100)]), SamplingOptions()]
+    made = stack_settings(options, Room(biases=3, alternatives=2), [0, 2, 1])
+    assert made.bias_ids.tolist() == [[0, 1, -1], [7, -1, -1], [-1, -1, -1]]
+    assert made.biases.tolist() == [[1, 1, 0], [-100, 0, 0], [0, 0, 0]]
+    assert made.alternatives.tolist() == [[False, False], [True, True], [True, False]]
 
 
 @pytest.mark.parametrize(

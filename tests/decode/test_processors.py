@@ -192,6 +192,32 @@ def test_a_repetition_penalty_is_that_of_a_text():
     assert int(choose_after(jnp.array([[3.0, -3.0, 1.75]]), options, history)[0]) == 2
 
 
+@given(
+    biases=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-9, 9, width=16), max_size=20),
+    penalties=st.tuples(*[st.just(0.0) | st.floats(-2, 2, width=16)] * 2),
+    text=st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    prompt=st.integers(1, 12),
+)
+@settings(max_examples=60)
+def test_biases_and_penalties_of_new_tokens_are_those_of_openai(biases, penalties, text, prompt):
+    """Of the new text alone: once for a token that it holds, and for each time that it does."""
+    prompt = min(prompt, len(text))
+    tokens = np.full((1, 16), 3, np.int32)  # what lies beyond the text counts for nothing
+    tokens[0, : len(text)] = text
+    lengths = [np.array([n]) for n in (len(text), prompt, len(text) + 4)]
+    options = SamplingOptions(
+        temperature=0.0, logit_bias=biases, presence_penalty=penalties[0],
+        frequency_penalty=penalties[1],
+    )  # fmt: skip
+    logits = normal((1, VOCAB), len(text))
+    found = processed(logits, stack_settings([options]), History(tokens, *lengths))
+    counts = np.bincount(text[prompt:], minlength=VOCAB)
+    expected = logits[0] - penalties[0] * (counts > 0) - penalties[1] * counts
+    for token, bias in biases.items():
+        expected[token] += bias
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p", "kept"),
     [

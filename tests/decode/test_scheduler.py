@@ -9,9 +9,10 @@ from decode_model import CONFIG, MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neo_jax.decode import engine, scheduler
-from neo_jax.decode.options import SamplingOptions, size_of_bans, stack_settings
-from neo_jax.decode.scheduler import Request, Scheduler, complete, in_order
+from neo_jax.decode import engine, scheduler, state
+from neo_jax.decode.options import SamplingOptions, room_for, stack_settings
+from neo_jax.decode.requests import Request
+from neo_jax.decode.scheduler import Scheduler, complete, in_order
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
@@ -92,7 +93,7 @@ def test_fifty_prompts_compile_few_programs(params):
     """At most as many as the module says, with 6 lengths of prompts and 4 capacities."""
     run = engine.run.on(Neo(CONFIG))
     programs = {
-        engine.prefill: 6, engine.insert: 24, run: 4, engine.resize: 24, engine.empty_state: 6,
+        engine.prefill: 6, state.insert: 24, run: 4, state.resize: 16, state.empty_state: 4,
     }  # fmt: skip
     for program in programs:
         program.clear_cache()
@@ -309,10 +310,10 @@ def test_a_request_compiles_nothing(params, compilations):
 
 def test_a_request_that_bans_more_than_there_is_room_for_is_refused(params):
     many = SamplingOptions(suppress_tokens=range(17))
-    with pytest.raises(NeoError, match="more than 16 tokens or words, or a word of more than 4"):
+    with pytest.raises(NeoError, match="a request needs room for 32 bans, not 16"):
         Scheduler(MODEL, params, ROWS).submit(Request([1], 2, [many]))
     request = Request([1], 2, [many])
-    scheduler = Scheduler(MODEL, params, ROWS, size_of_bans([many]))
+    scheduler = Scheduler(MODEL, params, ROWS, room_for([many]))
     scheduler.submit(request)
     assert not set(scheduler.step()[0].completion.ids) & set(range(17))
 

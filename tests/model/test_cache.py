@@ -18,6 +18,7 @@ CONFIG = ModelConfig(
 )
 extend = jax.jit(extend)
 at_once, in_turn = jax.jit(cache_write.write_at_once), jax.jit(cache_write.write_in_turn)
+in_blocks = jax.jit(cache_write.write_in_blocks)
 
 
 def contents(positions, heads=2, head_dim=3):
@@ -99,6 +100,24 @@ def test_writing_in_turn_is_writing_at_once(history):
             for write, cache in zip((at_once, in_turn), caches, strict=True)
         ]
     for ours, theirs in zip(*caches, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@given(
+    slots=st.sampled_from([8, 20]),
+    width=st.sampled_from([1, 5, 8]),
+    rows=st.lists(st.tuples(st.integers(0, 45), st.integers(0, 8)), min_size=2, max_size=2),
+)
+@settings(max_examples=60)
+def test_writing_in_blocks_is_writing_at_once(slots, width, rows):
+    """What TPUs do with the tokens of a prompt, wherever the last slot is."""
+    index = np.arange(width)
+    chunk = np.stack([np.where(index < count, start + index, -1) for start, count in rows])
+    chunk = chunk.astype(np.int32)
+    held = np.arange(2 * slots, dtype=np.int32).reshape(2, slots) - 3
+    cache = LayerCache(contents(held), -contents(held), jnp.asarray(held))
+    new = LayerCache(contents(chunk), -contents(chunk), jnp.asarray(chunk))
+    for ours, theirs in zip(in_blocks(cache, new), at_once(cache, new), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

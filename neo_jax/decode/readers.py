@@ -1,0 +1,235 @@
+"""How prompts are read for the scheduler: whole, which is fastest, or a chunk at a time."""
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from neo_jax.axes import Array, Params
+from neo_jax.decode import engine
+from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length
+from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
+from neo_jax.decode.prefill import Reading, judge
+from neo_jax.decode.requests import PromptRead, Request, Text
+from neo_jax.decode.state import DecodeState, insert, insert_read
+from neo_jax.devices.processes import to_host
+from neo_jax.model.transformer import Neo
+from neo_jax.sharding.rules import padded_rows
+
+PREFILL_TOKENS = 512  # of prompts that are read together, padding included
+
+Queue = deque[tuple[int, Request]]
+"""Requests that nobody has begun to read, and their ids."""
+
+
+class Reader(Protocol):
+    """Reads prompts, and puts them into rows."""
+
+    is_patient: bool  # whether a step calls `read` no more than once, free rows or none
+
+    @property
+    def reading(self) -> Sequence[int]:
+        """Requests whose prompts have been read in part."""
+        ...
+
+    def capacity(self, length: int) -> int:
+        """Returns the slots of a batch for texts of up to a length."""
+
+    def read(self, queue: Queue) -> tuple[list[Text], list[PromptRead]]:
+        """Reads on; returns the texts that may now enter the batch, before anything else is read.
+
+        What is taken from the queue is in `reading`, or in what is returned.
+        """
+
+    def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:
+        """Puts some of the last texts that `read` returned into rows; consumes `state`."""
+
+    def cancel(self, id: int) -> None:
+        """Drops a request."""
+
+
+class WholeReader:
+    """Reads prompts of one padded length together."""
+
+    is_patient = False
+    reading: Sequence[int] = ()  # none is read in part
+
+    def __init__(self, model: Neo, params: Params, rows: int, room: Room):
+        """Reads for a batch of so many rows, with a room for settings."""
+        self._model, self._params, self._num_rows, self._room = model, params, rows, room
+        self._read: DecodeState | None = None
+
+    def capacity(self, length: int) -> int:
+        """Returns the slots of a batch for texts of up to a length."""
+        return capacity(length, self._model.config.max_length)
+
+    def read(self, queue: Queue) -> tuple[list[Text], list[PromptRead]]:
+        """Reads the next prompts of one padded length."""
+        model = self._model
+        length = self._padded_length(queue[0][1])
+        rows = padded_rows(model.sharding, _rows_to_read(length, self._num_rows))
+        lengths = (self._padded_length(request) for _, request in queue)
+        taken = [queue.popleft() for _ in range(_count(lengths, length, rows))]
+        prompts = [(request.ids, request.max_new_tokens) for _, request in taken]
+        batch = engine.batched(prompts, rows, length)
+        settings = stack_settings([SamplingOptions()] * rows, self._room)
+        self._read = engine.prefill(model, length, self._params, *batch, settings)
+        return _texts(taken), []
+
+    def _padded_length(self, request: Request) -> int:
+        slots = self.capacity(len(request.ids) + request.max_new_tokens)
+        return padded_length(len(request.ids), slots)  # never longer than the batch's capacity
+
+    def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:
+        """Puts some of the last texts into rows."""
+        assert self._read is not None
+        sources, places, _, settings = _entering(rows, state.tokens.shape[0], self._room)
+        return insert(self._model, state, self._read, sources, places, len(rows), settings)
+
+    def cancel(self, id: int) -> None:
+        """Has nothing to drop."""
+
+
+@dataclasses.dataclass
+class _Prompt:
+    """A prompt that is being read by chunks, and what is known of it."""
+
+    id: int
+    request: Request
+    judged: list[list[np.ndarray]] = dataclasses.field(default_factory=list)  # see `Judged`
+    total: np.ndarray | float = 0.0  # of hidden states
+    is_wanted: bool = True
+
+
+class ChunkReader:
+    """Reads a chunk of some prompts at a time, and what is wanted of these."""
+
+    is_patient = True
+
+    def __init__(self, model: Neo, params: Params, rows: int, room: Room, chunk: int):
+        """Reads for a batch of so many rows, with a room for settings, by chunks of tokens."""
+        self._model, self._params, self._num_rows, self._room = model, params, rows, room
+        self._chunk = min(chunk, model.config.max_length)
+        self._prompts: list[_Prompt] = []
+        self._now: Reading | None = None  # of these
+        self._read: Reading | None = None  # of the texts that `read` returned last
+
+    @property
+    def reading(self) -> Sequence[int]:
+        """Requests whose prompts have been read in part."""
+        return [prompt.id for prompt in self._prompts if prompt.is_wanted]
+
+    def capacity(self, length: int) -> int:
+        """Returns the slots of a batch for texts of up to a length."""
+        return coarse_capacity(length, self._model.config.max_length)
+
+    def read(self, queue: Queue) -> tuple[list[Text], list[PromptRead]]:
+        """Reads the next chunk."""
+        if self._now is None:
+            self._begin(queue)
+        assert self._now is not None
+        start, hidden = self._now.start, self._now.advance()
+        self._look_at(start, hidden)
+        if self.reading and not self._now.is_done:
+            return [], []
+        self._read, self._now = self._now, None
+        prompts, self._prompts = self._prompts, []
+        texts = _texts([(prompt.id, prompt.request) for prompt in prompts])
+        wanted = [prompt for prompt in prompts if prompt.is_wanted]
+        ids = [prompt.id for prompt in wanted]
+        return [text for text in texts if text.id in ids], [_found(prompt) for prompt in wanted]
+
+    def _begin(self, queue: Queue) -> None:
+        """Takes prompts: one, or several short ones of a padded length where many wait."""
+        model, context = self._model, self._model.config.max_length
+        length = padded_length(len(queue[0][1].ids), context)
+        most = _rows_to_read(length, self._num_rows) if length <= self._chunk else 1
+        lengths = (padded_length(len(request.ids), context) for _, request in queue)
+        alike = _count(lengths, length, most)
+        count = alike if 2 * alike > most else 1  # few of them are read one by one sooner
+        self._prompts = [_Prompt(*queue.popleft()) for _ in range(count)]
+        ids = [prompt.request.ids for prompt in self._prompts]
+        rows = padded_rows(model.sharding, most if count > 1 else 1)
+        self._now = Reading(model, self._params, ids, rows, self._chunk)
+
+    def _look_at(self, start: int, hidden: Array) -> None:
+        """Keeps what is wanted of the chunk that begins at a token."""
+        now = self._now
+        assert now is not None
+        judged: list[np.ndarray] = []
+        if any(prompt.request.prompt_logprobs for prompt in self._prompts):
+            targets = np.pad(now.tokens, ((0, 0), (0, 1)))[:, start + 1 : start + 1 + now.chunk]
+            count = self._room.alternatives
+            judged = [*map(to_host, judge(self._model, count, self._params, hidden, targets))]
+        states = None
+        if any(prompt.request.prompt_mean for prompt in self._prompts):
+            states = to_host(hidden).astype(np.float64)
+        for row, prompt in enumerate(self._prompts):
+            length = len(prompt.request.ids)
+            if judged and prompt.request.prompt_logprobs:
+                new = slice(max(length - 1 - start, 0))
+                prompt.judged.append([leaf[row, new] for leaf in judged])
+            if states is not None and prompt.request.prompt_mean:
+                prompt.total = prompt.total + states[row, : max(length - start, 0)].sum(axis=0)
+
+    def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:
+        """Puts some of the last texts into rows."""
+        read = self._read
+        assert read is not None
+        sources, places, limits, settings = _entering(rows, state.tokens.shape[0], self._room)
+        return insert_read(
+            self._model, state, read.tokens, read.lengths, read.cache,
+            sources, places, len(rows), limits, settings,
+        )  # fmt: skip
+
+    def cancel(self, id: int) -> None:
+        """Drops a request; what is read together with it goes on."""
+        for prompt in self._prompts:
+            prompt.is_wanted &= prompt.id != id
+
+
+def _found(prompt: _Prompt) -> PromptRead:
+    request = prompt.request
+    mean = None
+    if request.prompt_mean:
+        mean = np.asarray(prompt.total / len(request.ids), np.float32)
+    if not request.prompt_logprobs:
+        return PromptRead(prompt.id, None, None, None, mean)
+    logprobs, ids, likeliest = map(np.concatenate, zip(*prompt.judged, strict=True))
+    return PromptRead(prompt.id, logprobs, ids, likeliest, mean)
+
+
+def _texts(taken: Sequence[tuple[int, Request]]) -> list[Text]:
+    return [
+        Text(id, request, sample, row)
+        for row, (id, request) in enumerate(taken)
+        for sample in range(len(request.options))
+    ]
+
+
+def _count(lengths: Iterable[int], length: int, most: int) -> int:
+    """Returns how many of the first lengths are this one, up to a number."""
+    alike = itertools.takewhile(lambda other: other == length, lengths)
+    return sum(1 for _ in itertools.islice(alike, most))
+
+
+def _entering(
+    rows: Mapping[int, Text], batch: int, room: Room
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Settings]:
+    """Returns sources, rows and limits [B] of texts that enter, and their settings."""
+    texts = list(rows.values())
+    fill = [0] * (batch - len(texts))
+    sources = np.array([text.source for text in texts] + fill, np.int32)
+    limits = np.array([text.length for text in texts] + fill, np.int32)
+    options = [text.options for text in texts] + [SamplingOptions()] * len(fill)
+    counts = [text.request.num_alternatives for text in texts] + fill
+    settings = stack_settings(options, room, counts)
+    return sources, np.array([*rows, *fill], np.int32), limits, settings
+
+
+def _rows_to_read(length: int, rows: int) -> int:
+    """Prompts that are read together: one number for a length, so that each has one program."""
+    return max(min(PREFILL_TOKENS // length, rows), 1)
