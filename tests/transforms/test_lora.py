@@ -35,11 +35,14 @@ def run_stacked(model, params, tokens, segment_starts=None, key=None, **options)
 
 @pytest.fixture(scope="module")
 def adapted(tiny):
-    """A tiny model, its stacked parameters, and adapters of every kernel that are not zero."""
+    """A tiny model, its stacked parameters, and adapters of every kernel that are not zero.
+
+    Small ones: larger ones make a function whose gradients rounding changes in the fourth digit.
+    """
     model, params = tiny
     adapters = init_adapters(model.config, ALL, jax.random.key(1))
     adapters = jax.tree.map(
-        lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) / 4, adapters
+        lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) / 16, adapters
     )
     return model, stack(params, model.config), adapters
 
@@ -83,7 +86,7 @@ def test_merged_is_unmerged_with_its_gradients(adapted, remat):
     ]
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * scale)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * scale)
 
 
 def test_the_decoding_loop_takes_them(adapted):
