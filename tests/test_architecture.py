@@ -17,7 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.p
 ROOMS = [
     "errors", "fields", "axes", "files", "families", "config", "devices", "sharding", "ops",
     "model", "transforms", "checkpoints", "decode", "text", "data", "training", "evaluation",
-    "tools", "cli",
+    "serving", "tools", "cli",
 ]  # fmt: skip
 """In reading order. Imports go to earlier rooms, and within a room."""
 RANK = {room: rank for rank, room in enumerate(ROOMS)}

@@ -4,6 +4,8 @@ Between a power of two and the next there are one, two or four sizes, evenly spa
 them, the more programs, and the less padding. Lengths are multiples of 16 tokens too.
 """
 
+import itertools
+
 LENGTH_UNIT = 16
 """Lengths are multiples of so many tokens."""
 
@@ -46,6 +48,12 @@ def coarse_capacity(length: int, context: int) -> int:
     For a server, whose clients wait for each program that is new.
     """
     return round_up(max(length, _MIN_CAPACITY), context, unit=LENGTH_UNIT)
+
+
+def row_sizes(most: int) -> list[int]:
+    """Returns the numbers of rows that a server's batch may have: 1, 4, 16, ..., and the most."""
+    sizes = itertools.takewhile(lambda size: size < most, (4**i for i in itertools.count()))
+    return [*sizes, most]
 
 
 def scored_length(longest: int, context: int) -> int:

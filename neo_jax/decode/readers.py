@@ -10,7 +10,7 @@ import numpy as np
 
 from neo_jax.axes import Array, Params
 from neo_jax.decode import engine
-from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length
+from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length, row_sizes
 from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
 from neo_jax.decode.prefill import Reading, judge
 from neo_jax.decode.requests import PromptRead, Request, Text
@@ -33,6 +33,11 @@ class Reader(Protocol):
     @property
     def reading(self) -> Sequence[int]:
         """Requests whose prompts have been read in part."""
+        ...
+
+    @property
+    def row_sizes(self) -> Sequence[int]:
+        """Numbers of rows that the batch may have, ascending."""
         ...
 
     def capacity(self, length: int) -> int:
@@ -61,6 +66,11 @@ class WholeReader:
         """Reads for a batch of so many rows, with a room for settings."""
         self._model, self._params, self._num_rows, self._room = model, params, rows, room
         self._read: DecodeState | None = None
+
+    @property
+    def row_sizes(self) -> Sequence[int]:
+        """One, for who waits for all texts."""
+        return [self._num_rows]
 
     def capacity(self, length: int) -> int:
         """Returns the slots of a batch for texts of up to a length."""
@@ -121,6 +131,12 @@ class ChunkReader:
     def reading(self) -> Sequence[int]:
         """Requests whose prompts have been read in part."""
         return [prompt.id for prompt in self._prompts if prompt.is_wanted]
+
+    @property
+    def row_sizes(self) -> Sequence[int]:
+        """A few, for who waits for the next token of one text."""
+        sharding = self._model.sharding
+        return sorted({padded_rows(sharding, size) for size in row_sizes(self._num_rows)})
 
     def capacity(self, length: int) -> int:
         """Returns the slots of a batch for texts of up to a length."""

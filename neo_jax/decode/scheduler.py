@@ -12,8 +12,9 @@ can be requested too: `Request.prompt`.
 Programs are few, whatever the requests. With c capacities (`capacity.capacity`), b padded lengths
 of prompts (these, 16 and 32) and the same number of rows: at most b to read prompts, c for an empty
 batch, b c to insert them, c to write, c to stop rows, and c c to change the capacity. With chunks c
-is smaller (`capacity.coarse_capacity`), and b counts lengths up to a chunk, each with one row and
-with several, and two more.
+is smaller (`capacity.coarse_capacity`), b counts lengths up to a chunk, each with one row and with
+several, and two more, and there are r numbers of rows (`capacity.row_sizes`): r times as many of
+all but what reads prompts, and r r c to change the number of rows.
 """
 
 from collections import deque
@@ -28,12 +29,20 @@ from neo_jax.decode.engine import Completion
 from neo_jax.decode.options import ROOM, Room, room_for
 from neo_jax.decode.readers import ChunkReader, Queue, Reader, WholeReader
 from neo_jax.decode.requests import Event, PromptRead, Request, Text
-from neo_jax.decode.state import CHECKED_STEPS, DecodeState, empty_state, resize, stop_rows
+from neo_jax.decode.state import (
+    CHECKED_STEPS,
+    DecodeState,
+    empty_state,
+    resize,
+    stop_rows,
+    take_rows,
+)
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import padded_rows
 
+PATIENCE = 16  # steps after which rows that nobody needs are given up
 WINDOW = 16  # requests for each row that `complete` brings in order of length
 
 T = TypeVar("T")
@@ -58,12 +67,14 @@ class Scheduler:
           chunk: tokens of prompts that are read in a step; None reads them whole.
         """
         self._model, self._params, self._room, self._max_rows = model, params, room, rows
-        self._rows: list[Text | None] = [None] * padded_rows(model.sharding, rows)
-        self._running = np.zeros(len(self._rows), bool)  # on the device, if it is not stopped
+        whole = (model, params, padded_rows(model.sharding, rows), room)
+        self._reader: Reader = WholeReader(*whole) if chunk is None else ChunkReader(*whole, chunk)
+        self._sizes = self._reader.row_sizes
+        self._rows: list[Text | None] = []
+        self._running = np.zeros(0, bool)  # rows on the device, if they are not stopped
+        self._spare = 0  # steps for which fewer rows would have been enough
         self._state: DecodeState | None = None
         self._queue: Queue = deque()
-        whole = (model, params, len(self._rows), room)
-        self._reader: Reader = WholeReader(*whole) if chunk is None else ChunkReader(*whole, chunk)
         self._waiting: deque[Text] = deque()  # for rows; their prompts have been read
         self._submitted = 0
 
@@ -121,13 +132,16 @@ class Scheduler:
         """
         found: list[Event | PromptRead] = [*self._fill()]
         texts = [text for text in self._rows if text]
-        stopped = self._running & [text is None for text in self._rows]
+        stopped = self._running & np.array([text is None for text in self._rows], bool)
         if stopped.any():
             assert self._state is not None
             self._state = stop_rows(self._model, self._state, stopped)
             self._running &= ~stopped
         if not texts:
             return found
+        self._spare = self._spare + 1 if self._size(len(texts)) < len(self._rows) else 0
+        if self._spare > PATIENCE:
+            self._keep(self._size(len(texts)))
         steps = max(text.request.max_new_tokens for text in texts)
         if any(text.is_watched for text in texts):
             steps = min(steps, CHECKED_STEPS)
@@ -142,7 +156,7 @@ class Scheduler:
         self._insert()
         found: list[PromptRead] = []
         while not self._waiting and (self._queue or self._reader.reading):
-            if not self._reader.is_patient and all(self._rows):
+            if not self._reader.is_patient and self.num_running == self._sizes[-1]:
                 break
             texts, read = self._reader.read(self._queue)
             self._waiting += texts
@@ -154,19 +168,38 @@ class Scheduler:
 
     def _insert(self) -> None:
         """Puts texts whose prompts were read into free rows."""
-        free = [row for row, text in enumerate(self._rows) if text is None]
-        new = {row: self._waiting.popleft() for row in free[: len(self._waiting)]}
-        if not new:
+        running = self.num_running
+        count = min(self._sizes[-1] - running, len(self._waiting))
+        if not count:
             return
-        for row, text in new.items():
-            self._rows[row], self._running[row] = text, True
-        model = self._model
-        slots = self._reader.capacity(max(text.length for text in self._rows if text))
-        if self._state is None:
-            self._state = empty_state(model, len(self._rows), slots, self._params, self._room)
+        texts = [self._waiting.popleft() for _ in range(count)]
+        model, size = self._model, self._size(running + count)
+        slots = self._reader.capacity(max(text.length for text in (*self._rows, *texts) if text))
+        if self._state is None or (not running and size != len(self._rows)):
+            self._rows, self._running = [None] * size, np.zeros(size, bool)
+            self._state = empty_state(model, size, slots, self._params, self._room)
+        if size > len(self._rows):
+            self._keep(size)
         if self._state.tokens.shape[1] != slots:
             self._state = resize(model, slots, self._state)
+        free = (row for row, text in enumerate(self._rows) if text is None)
+        new = dict(zip(free, texts, strict=False))
+        for row, text in new.items():
+            self._rows[row], self._running[row] = text, True
         self._state = self._reader.insert(self._state, new)
+
+    def _size(self, count: int) -> int:
+        """Returns the least number of rows for so many texts."""
+        return next(size for size in self._sizes if size >= count)
+
+    def _keep(self, size: int) -> None:
+        """Gives the batch another number of rows; texts move to the first ones."""
+        rows = [row for row, text in enumerate(self._rows) if text]
+        sources = np.array(rows + [0] * (size - len(rows)), np.int32)
+        self._rows = [self._rows[row] for row in rows] + [None] * (size - len(rows))
+        self._running, self._spare = np.arange(size) < len(rows), 0
+        assert self._state is not None
+        self._state = take_rows(self._model, self._state, sources, len(rows))
 
     def _events(self) -> Iterator[Event]:
         """Takes texts that are finished out of the batch."""

@@ -101,6 +101,16 @@ def resize(model: Neo, slots: int, state: DecodeState) -> DecodeState:
     return place(model.sharding, state)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def take_rows(
+    model: Neo, state: DecodeState, sources: Int[Array, "R"], count: Int[Array, ""]
+) -> DecodeState:
+    """Returns a state of these rows of another; those after the first `count` are done."""
+    state = jax.tree.map(lambda leaf: jnp.take(leaf, sources, axis=0, mode="clip"), state)
+    done = state.done | (jnp.arange(sources.shape[0]) >= count)
+    return place(model.sharding, state._replace(done=done))
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def insert(
     model: Neo,

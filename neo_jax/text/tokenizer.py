@@ -5,6 +5,7 @@ The libraries are imported by the class that uses them, so importing this module
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,17 @@ class Tokenizer(Protocol):
         """Returns the text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def token_name(self, token: int) -> str:
+        """Returns how the vocabulary spells a token; raises NeoError for what is none."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns what a token adds to a text, none for special ones; raises as `token_name`.
+
+        Joined they are the UTF-8 of a text, which SentencePiece begins with a space.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Copies the tokenizer's files into a folder, from which `load_tokenizer` loads it."""
         ...
@@ -76,10 +88,10 @@ class BytePairTokenizer:
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         source = make_path(source)
-        self._folder = source if source.is_dir() else source.parent
+        self.folder = source if source.is_dir() else source.parent
         file = source / "tokenizer.json" if source.is_dir() else source
         self._file = file if file.is_file() else None  # None for vocab.json and merges.txt
-        self._tokenizer, self.eos_id = build(self._folder, self._file)
+        self._tokenizer, self.eos_id = build(self.folder, self._file)
         self._changed = False
         self._count()
 
@@ -100,6 +112,22 @@ class BytePairTokenizer:
         """Returns the text of ids."""
         with library(_FAILS):
             return self._tokenizer.decode(_known(ids, self.vocab_size), skip_special_tokens=True)
+
+    def token_name(self, token: int) -> str:
+        """Returns how the vocabulary spells a token."""
+        name = self._tokenizer.id_to_token(token) if 0 <= token < 2**31 else None
+        return _named(name, token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns what a token adds to a text."""
+        name = self.token_name(token)
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        if added is not None and added.special:
+            return b""
+        if "ByteLevel" not in str(self._tokenizer.decoder):
+            return _piece_bytes(name)
+        spelled = {*name} <= _BYTES.keys()  # else it was added, and stands for itself
+        return bytes(_BYTES[char] for char in name) if spelled else name.encode()
 
     @property
     def pipeline(self) -> Any:
@@ -124,12 +152,12 @@ class BytePairTokenizer:
         config = folder / "tokenizer_config.json"
         if self._changed:  # all is in tokenizer.json, and what else names tokens would be wrong
             self._write(folder)
-            fields = read_json(source) if (source := self._folder / config.name).is_file() else {}
+            fields = read_json(source) if (source := self.folder / config.name).is_file() else {}
             fields.pop("added_tokens_decoder", None)
             self._configure(config, fields)
             return
         for name in _BYTE_PAIR_FILES:
-            _copy(self._folder / name, folder / name)
+            _copy(self.folder / name, folder / name)
         if self._file:
             _copy(self._file, folder / "tokenizer.json")
         else:
@@ -172,6 +200,7 @@ class SentencePieceTokenizer:
 
         source = make_path(source)
         self._file = _model_file(source)
+        self.folder = self._file.parent
         config = source / "tokenizer_config.json"
         kind = read_json(config).get("tokenizer_class") if config.is_file() else None
         if kind:
@@ -203,6 +232,18 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
         return self._pieces.DecodeIds(_known(ids, self.vocab_size))
+
+    def token_name(self, token: int) -> str:
+        """Returns how the vocabulary spells a token."""
+        known = _known([token], self.vocab_size)
+        return _named(self._pieces.IdToPiece(token) if known else None, token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns what a token adds to a text."""
+        name = self.token_name(token)
+        if self._pieces.IsUnknown(token):
+            return self.decode([token]).encode()
+        return b"" if self._pieces.IsControl(token) else _piece_bytes(name)
 
     def save(self, folder: Path) -> None:
         """Copies the model as tokenizer.model."""
@@ -317,6 +358,24 @@ def check_unicode(*texts: str) -> None:
             f"the text is not Unicode: character {error.start} is the lone surrogate "
             f"{text[error.start]!r}; was it read from bytes that are not UTF-8?"
         ) from error
+
+
+def _named(name: str | None, token: int) -> str:
+    if name is None:
+        raise NeoError(f"token id {token} is not in the vocabulary.")
+    return name
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Returns what a piece of SentencePiece stands for: U+2581 is a space, <0x0A> a byte."""
+    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(found[1]) if found else piece.replace("\u2581", " ").encode()
+
+
+# Which bytes characters of GPT-2's vocabulary stand for: those that show, themselves.
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
+_BYTES = {chr(256 + i): b for i, b in enumerate(_HIDDEN)} | {chr(b): b for b in _SHOWN}
 
 
 def _known(ids: Sequence[int], vocab_size: int) -> list[int]:

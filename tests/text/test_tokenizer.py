@@ -92,6 +92,43 @@ def test_a_batch_is_its_texts(loaded, batch):
         assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
 
 
+@given(texts)
+def test_the_bytes_of_tokens_are_those_of_their_text(loaded, text):
+    for name, tokenizer in loaded.items():
+        found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+        space = b" " if name == "pieces" and text else b""
+        assert found == space + text.encode()
+
+
+def test_every_token_has_a_name_and_what_it_adds_to_a_text(loaded, kind):
+    tokenizer = loaded[kind]
+    before = tokenizer.encode("the")
+    for token in range(tokenizer.vocab_size):
+        name, found = tokenizer.token_name(token), tokenizer.token_bytes(token)
+        whole = tokenizer.decode([*before, token])
+        assert whole == "the" + found.decode(errors="replace")
+        assert name
+    assert tokenizer.token_bytes(tokenizer.eos_id) == b""
+    for token in (-1, tokenizer.vocab_size, 2**40):
+        with pytest.raises(NeoError, match="not in the vocabulary"):
+            tokenizer.token_bytes(token)
+
+
+def test_the_bytes_of_added_tokens(folders, tmp_path):
+    """Those that are not special are text; the library reads bytes where they can be spelled."""
+    tokenizer = load_tokenizer(folders["json"])
+    tokenizer.pipeline.add_tokens([" two words", "日本"])
+    tokenizer.add_tokens(["<|user|>"])
+    for token, found in ((400, " two words"), (401, "日本"), (402, "")):
+        assert tokenizer.token_bytes(token).decode() == found == tokenizer.decode([token])
+    assert tokenizer.token_name(402) == "<|user|>"
+    pieces = tokenizers.Tokenizer(models.BPE({"\u2581a": 0, "<0x0A>": 1, "b": 2}, []))
+    pieces.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert b"".join(map(tokenizer.token_bytes, [2, 0, 1])) == b"b a\n"
+
+
 def test_both_byte_pair_formats_agree(loaded):
     for text in [*TEXTS, f"a{END_OF_TEXT}b"]:
         assert loaded["json"].encode(text) == loaded["merges"].encode(text)

@@ -1,0 +1,131 @@
+"""neo-jax serve: an OpenAI-compatible server."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tyro.conf import OmitArgPrefixes, UseAppendAction
+
+from neo_jax import __version__
+from neo_jax.checkpoints.hub import BUNDLED
+from neo_jax.cli import parse
+from neo_jax.cli.options import TextModelOptions
+from neo_jax.devices.processes import say
+from neo_jax.errors import NeoError
+from neo_jax.fields import check, number
+
+if TYPE_CHECKING:
+    from neo_jax.serving.service import Service
+    from neo_jax.text.language_model import LanguageModel
+
+_KEY = "NEO_JAX_API_KEY"
+_DOCS = "https://github.com/neo-jax/neo_jax/blob/main/docs/serve.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Serves a GPT-Neo to clients of OpenAI's API: completions, chat, embeddings.
+
+    Needs pip install 'neo_jax[serve]'. SIGTERM or Ctrl-C: what was accepted is finished first.
+    """
+
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in: give a key too
+    port: int = number(8000, least=0, most=65535)  # 0 takes a free one
+    max_sequences: int = number(16, least=1)  # texts that are written at a time; others wait
+    max_queued_requests: int = number(256, least=1)  # prompts that may wait; more are answered 503
+    # tokens of prompts that may wait; 0 is any number
+    max_queued_tokens: int = number(0, least=0)
+    # likeliest tokens that a request may ask for
+    max_logprobs: int = number(20, least=0, most=1000)
+    # clients must send one of these; may be repeated; also NEO_JAX_API_KEY, which ps does not show
+    api_key: tuple[str, ...] = ()
+    # of conversations: plain, or a file in Jinja; else the checkpoint's own, if it has one
+    chat_template: str = ""
+    # what clients call the model; may be repeated; else what --model says
+    served_model_name: tuple[str, ...] = ()
+    # seconds that requests have after SIGTERM before they are cut
+    shutdown_timeout: float = number(30.0, least=0)
+    # seconds after which a request is cut, or answered 503 where it still waits; 0 is off
+    request_timeout: float = number(0.0, least=0)
+    # which model, and how to hold it
+    model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if "" in (*self.api_key, *self.served_model_name):
+            raise NeoError("a key or a name of the model is empty; leave it out.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may call the model."""
+        return self.served_model_name or (self.model.model or BUNDLED,)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that clients may send."""
+        return (*self.api_key, *filter(None, [os.environ.get(_KEY)]))
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the verb."""
+    options = parse(UseAppendAction[Options], "serve", args)
+    try:
+        from neo_jax.serving import server
+    except ImportError as error:
+        raise NeoError(
+            f"a server needs more packages ({error}); pip install 'neo_jax[serve]'."
+        ) from None
+    with server.bind(options.host, options.port) as bound:  # known before the model is loaded
+        service = _service(options, options.model.load())
+        service.engine.start()
+        try:
+            server.serve(
+                service,
+                bound,
+                options.shutdown_timeout,
+                lambda: say(f"serving {service.names[0]} at {server.url(bound)} (docs: {_DOCS})"),
+                lambda: say(
+                    f"ending: requests have {options.shutdown_timeout:g} s, or a second signal"
+                ),
+            )
+        finally:
+            service.engine.close()
+
+
+def _service(options: Options, lm: "LanguageModel") -> "Service":
+    from neo_jax.serving.engine import Engine
+    from neo_jax.serving.metrics import Metrics
+    from neo_jax.serving.service import Service, find_chat_template
+
+    if lm.tokenizer is None:
+        raise NeoError(f"{lm.folder} holds no tokenizer; name one with --tokenizer.")
+    if line := lm.defaults.report({"num_beams": 1}):
+        say(line)
+    template = find_chat_template(lm, options.chat_template)
+    if template is None:
+        say("chat: the model has no template; --chat-template plain takes a simple one")
+    elif options.chat_template:
+        say("chat: GPT-Neo and GPT-2 are not instruction-tuned; they go on with a conversation")
+    metrics = Metrics(options.names[0])
+    engine = Engine(
+        lm,
+        metrics,
+        max_sequences=options.max_sequences,
+        max_queued_requests=options.max_queued_requests,
+        max_queued_tokens=options.max_queued_tokens,
+        max_alternatives=options.max_logprobs,
+    )
+    return Service(
+        lm,
+        lm.tokenizer,
+        engine,
+        metrics,
+        options.names,
+        template,
+        max_logprobs=options.max_logprobs,
+        max_prompts=options.max_queued_requests,
+        request_timeout=options.request_timeout,
+        api_keys=options.keys,
+        version=__version__,
+    )

@@ -1,0 +1,1 @@
+"""GPT-Neo behind an HTTP interface: continuous batching, OpenAI's API, metrics."""
