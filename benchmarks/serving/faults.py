@@ -3,7 +3,7 @@
   python benchmarks/serving/faults.py [--mutations 2000] [--seed 0]
 
 Mutated requests (wrong types, fields, bytes, nesting, lengths; never a 500, never without an
-answer), bodies of 10 MB, slow ones, floods of headers, bad UTF-8; clients that are killed, streaming
+answer), bodies of 10 MB, slow ones, floods of headers, bad UTF-8; killed clients, streaming
 and not, whose rows must be free within a step; a full queue; wrong keys; SIGTERM under load, which
 must lose no accepted request.
 """
@@ -50,7 +50,7 @@ def odd(rng: random.Random) -> Any:
         [
             None, True, -1, 0, 2**31, 2**63, 2**70, 1e308, -0.0, 0.5, "", "\x00", "é🚀" * 50,
             "\ud800", [], [[]], {}, {"a": {}}, [None], [1, "x"], [-5], [10**9], [True], nested,
-            "a" * 20_000, list(range(3000)), float("nan"), float("inf"), {"role": 5}, [{"role": "x"}]
+            "a" * 20_000, list(range(3000)), float("nan"), float("inf"), {"role": 5}, [{}]
         ]
     )  # fmt: skip
 

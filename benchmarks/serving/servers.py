@@ -26,8 +26,8 @@ class Server:
         found: dict[str, float] = {}
         for line in lines:
             if not line.startswith("#") and "le=" not in line:
-                name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
-                found[name.removeprefix("vllm:")] = found.get(name, 0.0) + value
+                name = line.split("{")[0].removeprefix("vllm:")
+                found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
         return found
 
     def megabytes(self) -> float:
