@@ -36,6 +36,8 @@ class Options:
     max_queued_requests: int = number(256, least=1)  # prompts that may wait; more are answered 503
     # tokens of prompts that may wait; 0 is any number
     max_queued_tokens: int = number(0, least=0)
+    # MB for what prompts began with, which others that begin so need not read; 0 is off
+    prefix_cache: int = number(256, least=0)
     # likeliest tokens that a request may ask for
     max_logprobs: int = number(20, least=0, most=1000)
     # clients must send one of these; may be repeated; also NEO_JAX_API_KEY, which ps does not show
@@ -115,6 +117,7 @@ def _service(options: Options, lm: "LanguageModel") -> "Service":
         max_queued_requests=options.max_queued_requests,
         max_queued_tokens=options.max_queued_tokens,
         max_alternatives=options.max_logprobs,
+        prefix_bytes=10**6 * options.prefix_cache,
     )
     return Service(
         lm,

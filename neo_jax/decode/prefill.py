@@ -10,6 +10,7 @@ import numpy as np
 
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.capacity import padded_length
+from neo_jax.decode.prefixes import Path, PrefixCache, begin_with, put_chunk, take_chunk
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache
 from neo_jax.model.transformer import Neo
@@ -102,7 +103,13 @@ class Reading:
     """
 
     def __init__(
-        self, model: Neo, params: Params, prompts: Sequence[Sequence[int]], rows: int, chunk: int
+        self,
+        model: Neo,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        rows: int,
+        chunk: int,
+        prefixes: PrefixCache | None = None,
     ):
         """Reads nothing yet.
 
@@ -112,6 +119,7 @@ class Reading:
           prompts: ids, of one padded length if that is no longer than a chunk.
           rows: of the batch, no fewer than there are prompts.
           chunk: tokens of each prompt that are read at one time.
+          prefixes: has what others began with, and gets what is read of a longer prompt.
         """
         self._model, self._params = model, params
         self._slots = padded_length(max(map(len, prompts)), model.config.max_length)
@@ -124,6 +132,16 @@ class Reading:
             self.tokens[row, : len(ids)], self.lengths[row] = ids, len(ids)
         self.start = 0  # tokens of each that have been read
         self.cache: Cache = ()
+        self._prefixes = prefixes if self._slots > chunk else None
+        self._path: Path = ()
+        if self._prefixes:
+            self._path = self._prefixes.path(prompts[0])
+            for known in self._prefixes.find(prompts[0]):
+                if self.start:
+                    self.cache = put_chunk(model, self.cache, known)
+                else:
+                    self.cache = begin_with(model, self._slots, chunk, known)
+                self.start += chunk
 
     @property
     def is_done(self) -> bool:
@@ -142,6 +160,9 @@ class Reading:
         else:
             hidden, self.cache = first_chunk(model, params, tokens, self.lengths, self._slots)
         self.start += self.chunk
+        if self._prefixes and self.start // self.chunk <= len(self._path):
+            part = take_chunk(model, self.chunk, self.cache, np.int32(start))
+            self._prefixes.add(self._path[: self.start // self.chunk], part)
         return hidden
 
 

@@ -13,6 +13,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length, row_sizes
 from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
 from neo_jax.decode.prefill import Reading, judge
+from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.requests import PromptRead, Request, Text
 from neo_jax.decode.state import DecodeState, insert, insert_read
 from neo_jax.devices.processes import to_host
@@ -40,6 +41,11 @@ class Reader(Protocol):
         """Numbers of rows that the batch may have, ascending."""
         ...
 
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """What is kept of prompts that have been read, if anything is."""
+        ...
+
     def capacity(self, length: int) -> int:
         """Returns the slots of a batch for texts of up to a length."""
 
@@ -61,6 +67,7 @@ class WholeReader:
 
     is_patient = False
     reading: Sequence[int] = ()  # none is read in part
+    prefixes = None
 
     def __init__(self, model: Neo, params: Params, rows: int, room: Room):
         """Reads for a batch of so many rows, with a room for settings."""
@@ -119,10 +126,13 @@ class ChunkReader:
 
     is_patient = True
 
-    def __init__(self, model: Neo, params: Params, rows: int, room: Room, chunk: int):
+    def __init__(
+        self, model: Neo, params: Params, rows: int, room: Room, chunk: int, prefix_bytes: int = 0
+    ):
         """Reads for a batch of so many rows, with a room for settings, by chunks of tokens."""
         self._model, self._params, self._num_rows, self._room = model, params, rows, room
         self._chunk = min(chunk, model.config.max_length)
+        self.prefixes = PrefixCache(self._chunk, prefix_bytes)
         self._prompts: list[_Prompt] = []
         self._now: Reading | None = None  # of these
         self._read: Reading | None = None  # of the texts that `read` returned last
@@ -169,7 +179,10 @@ class ChunkReader:
         self._prompts = [_Prompt(*queue.popleft()) for _ in range(count)]
         ids = [prompt.request.ids for prompt in self._prompts]
         rows = padded_rows(model.sharding, most if count > 1 else 1)
-        self._now = Reading(model, self._params, ids, rows, self._chunk)
+        requests = [prompt.request for prompt in self._prompts]
+        looked_at = any(each.prompt_logprobs or each.prompt_mean for each in requests)
+        prefixes = None if looked_at or rows > 1 or not self.prefixes.most_bytes else self.prefixes
+        self._now = Reading(model, self._params, ids, rows, self._chunk, prefixes)
 
     def _look_at(self, start: int, hidden: Array) -> None:
         """Keeps what is wanted of the chunk that begins at a token."""

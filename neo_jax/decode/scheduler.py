@@ -27,6 +27,7 @@ from neo_jax.axes import Params
 from neo_jax.decode import engine
 from neo_jax.decode.engine import Completion
 from neo_jax.decode.options import ROOM, Room, room_for
+from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.readers import ChunkReader, Queue, Reader, WholeReader
 from neo_jax.decode.requests import Event, PromptRead, Request, Text
 from neo_jax.decode.state import (
@@ -55,7 +56,13 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: Neo, params: Params, rows: int, room: Room = ROOM, chunk: int | None = None
+        self,
+        model: Neo,
+        params: Params,
+        rows: int,
+        room: Room = ROOM,
+        chunk: int | None = None,
+        prefix_bytes: int = 0,
     ):
         """Allocates nothing yet.
 
@@ -65,10 +72,14 @@ class Scheduler:
           rows: texts that are written at one time.
           room: for what requests ban, favour and want to see.
           chunk: tokens of prompts that are read in a step; None reads them whole.
+          prefix_bytes: that may be kept of prompts which were read by chunks, for others that begin
+            as they do.
         """
         self._model, self._params, self._room, self._max_rows = model, params, room, rows
         whole = (model, params, padded_rows(model.sharding, rows), room)
-        self._reader: Reader = WholeReader(*whole) if chunk is None else ChunkReader(*whole, chunk)
+        self._reader: Reader = (
+            WholeReader(*whole) if chunk is None else ChunkReader(*whole, chunk, prefix_bytes)
+        )
         self._sizes = self._reader.row_sizes
         self._rows: list[Text | None] = []
         self._running = np.zeros(0, bool)  # rows on the device, if they are not stopped
@@ -87,6 +98,11 @@ class Scheduler:
     def queued(self) -> list[int]:
         """Requests whose prompts nobody has begun to read, in their order."""
         return [id for id, _ in self._queue]
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """What is kept of prompts that were read by chunks."""
+        return self._reader.prefixes
 
     @property
     def num_running(self) -> int:

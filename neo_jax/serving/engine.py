@@ -84,6 +84,7 @@ class Engine:
         max_queued_requests: int = 256,
         max_queued_tokens: int = 0,
         max_alternatives: int = 20,
+        prefix_bytes: int = 0,
     ):
         """Starts nothing yet.
 
@@ -94,13 +95,14 @@ class Engine:
           max_queued_requests: jobs that may wait.
           max_queued_tokens: tokens of prompts that may wait; 0 is any number.
           max_alternatives: likeliest tokens that a job may want.
+          prefix_bytes: that may be kept of prompts, for others that begin as they do.
         """
         self._lm, self._metrics, self.max_sequences = lm, metrics, max_sequences
         self._most_jobs, self._most_tokens = max_queued_requests, max_queued_tokens
         room = room_for([SamplingOptions(**pick(dict(lm.defaults.options), SamplingOptions))])
         alternatives = min(max_alternatives, lm.config.vocab_size)
         room = room._replace(biases=MAX_BIASES, alternatives=alternatives)
-        self._scheduler = Scheduler(lm.model, lm.params, max_sequences, room, CHUNK)
+        self._scheduler = Scheduler(lm.model, lm.params, max_sequences, room, CHUNK, prefix_bytes)
         self._changed = threading.Condition()
         # Of what follows, changes are made with `_changed` held.
         self._arrived: list[_Work] = []
@@ -228,6 +230,8 @@ class Engine:
                     if work := works.get(event.request):
                         self._tell(work, event)
                 self._metrics.step(sum(len(e.ids) for e in events if isinstance(e, Event)))
+                if kept := self._scheduler.prefixes:
+                    self._metrics.prefixes(kept.queried, kept.hit, kept.num_bytes)
                 for id in [id for id, work in works.items() if work not in self._open]:
                     del works[id]
         except Exception as error:

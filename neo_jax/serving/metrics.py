@@ -29,6 +29,10 @@ class Metrics:
         self._usage = self._gauge("kv_cache_usage_perc", "Part of the cache's rows in use, 0 to 1.")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were read.")
         self._written = self._counter("generation_tokens", "Tokens that were written.")
+        self._queried = self._counter("prefix_cache_queries", "Tokens of prompts looked up.")
+        self._hit = self._counter("prefix_cache_hits", "Of these, found: not read again.")
+        self._kept = self._gauge("prefix_cache_bytes", "Of keys and values of prompts' beginnings.")
+        self._before = 0, 0  # of the last call of `prefixes`
         self._rejected = self._counter("admission_rejections", "Requests answered by 503.")
         self._finished = Counter(
             "vllm:request_success",
@@ -103,6 +107,13 @@ class Metrics:
         """A step wrote so many tokens."""
         self._written.inc(num_tokens)
         self._steps.observe(num_tokens)
+
+    def prefixes(self, queried: int, hit: int, num_bytes: int) -> None:
+        """So many tokens of prompts were looked up so far, and found; what is kept has a size."""
+        self._queried.inc(queried - self._before[0])
+        self._hit.inc(hit - self._before[1])
+        self._before = queried, hit
+        self._kept.set(num_bytes)
 
     def finished(
         self, finish_reason: str, seconds_total: float, seconds_decoding: float, new_tokens: int

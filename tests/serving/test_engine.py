@@ -276,6 +276,20 @@ def test_a_failure_reaches_every_client(lm, metrics, monkeypatch, caplog):
         assert "no memory" in caplog.text
 
 
+def test_what_prompts_begin_with_is_read_once(lm, metrics):
+    with started(lm, metrics, prefix_bytes=10**8) as engine:
+        beginning = "The law of the land is what the people have made it, and " * 40
+        length = len(lm.prompt_ids(beginning))
+        assert length > 512
+        for end in ("no more.", "it is good.", "no more."):
+            texts, _, _ = asyncio.run(collect(engine, job_of(lm, beginning + end)))
+            expected = lm.generate(beginning + end, 12, temperature=0.9, top_p=0.95, seed=5)
+            assert texts[0, 0] == expected
+        counted = metrics.text().decode()
+        assert f'prefix_cache_hits_total{{model_name="neo"}} {2 * (length // 256) * 256}' in counted
+        assert engine._scheduler.prefixes.num_bytes > 10**6
+
+
 def test_what_happened_is_counted(lm, engine, metrics):
     asyncio.run(collect(engine, job_of(lm, "The people", 7, [DRAWN, DRAWN])))
     asyncio.run(collect(engine, Job(lm.prompt_ids("The people"), mean=True)))

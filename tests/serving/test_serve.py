@@ -118,7 +118,8 @@ def test_a_server_from_its_first_line_to_its_end(monkeypatch, capsys, lm, engine
     status = cli.main(
         ["serve", "--port", str(port), "--served-model-name", "one", "--served-model-name", "two",
          "--shutdown-timeout", "20", "--chat-template", "plain", "--max-sequences", "4",
-         "--max-queued-requests", "7", "--max-queued-tokens", "99", "--max-logprobs", "3"]
+         "--max-queued-requests", "7", "--max-queued-tokens", "99", "--max-logprobs", "3",
+         "--prefix-cache", "5"]
     )  # fmt: skip
     visitor.join()
     assert status == 0
@@ -128,6 +129,7 @@ def test_a_server_from_its_first_line_to_its_end(monkeypatch, capsys, lm, engine
         "max_queued_requests": 7,
         "max_queued_tokens": 99,
         "max_alternatives": 3,
+        "prefix_bytes": 5_000_000,
     }
     assert engine.calls == ["start", "drain 20", "close"]
     lines = capsys.readouterr().err.splitlines()

@@ -137,7 +137,8 @@ def check_places(sharding, state):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim), name
     for leaf in jax.tree.leaves(state._replace(cache=())):
         place = sharding.named(("batch", *[None] * (leaf.ndim - 1)), leaf.shape)
-        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        # What has no entries, where nobody wants alternatives, has no place.
+        assert not leaf.size or leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 @pytest.fixture(scope="module")
