@@ -38,8 +38,9 @@ from neo_jax.serving.replies import DONE, aside, event, to_json, usage
 from neo_jax.serving.requests import embedding_jobs, tokenize
 from neo_jax.serving.service import Service, tokenizer_folder
 from neo_jax.serving.templates import special_tokens
+from neo_jax.serving.web_page import web_page
 
-OPEN = frozenset(["/health", "/ping", "/version", "/metrics"])
+OPEN = frozenset(["/", "/health", "/ping", "/version", "/metrics"])
 """Paths that need no key."""
 
 _LOG = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ def make_app(service: Service) -> ASGIApp:
         "/tokenize": (TokenizeBody, _tokenize),
         "/detokenize": (DetokenizeBody, _detokenize),
     }
+    page = web_page()
     gets: dict[str, Callable[[Service, Request], Response]] = {
+        "/": lambda *_: page,
         "/v1/models": lambda service, _: _json(_models(service)),
         "/v1/models/{model:path}": _model,
         "/tokenizer_info": lambda service, _: _json(tokenizer_info(service)),

@@ -138,7 +138,7 @@ def test_keys(make_client):
         assert found.headers["www-authenticate"] == "Bearer"
     for path in ("/v1/models", "/nothing", "/tokenizer_info", "/v1/models/neo"):
         client("GET", path).error(401)
-    assert {"/health", "/ping", "/version", "/metrics"} == OPEN
+    assert {"/", "/health", "/ping", "/version", "/metrics"} == OPEN
     for path in OPEN:
         assert client("GET", path).status == 200
 
