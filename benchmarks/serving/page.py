@@ -34,7 +34,7 @@ CONTRAST = """() => {
   for (const each of document.querySelectorAll("body *")) {
     const own = [...each.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
     const isField = each.matches("input:not([type=range], [type=checkbox]), textarea");
-    if (!(own || isField) || !each.checkVisibility() || ["SCRIPT", "STYLE"].includes(each.tagName)) continue;
+    if (!(own || isField) || !each.checkVisibility() || each.matches("script, style")) continue;
     let back = [255, 255, 255];
     for (let up = each; up; up = up.parentElement) {
       const color = parse(getComputedStyle(up).backgroundColor);
@@ -45,16 +45,18 @@ CONTRAST = """() => {
     for (const style of styles) {
       const [a, b] = [light(parse(style.color)), light(back)];
       const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-      found.push([ratio, each.tagName + "#" + each.id + "." + each.className + " " + each.textContent.slice(0, 20)]);
+      const text = each.textContent.slice(0, 20);
+      found.push([ratio, `${each.tagName}#${each.id}.${each.className} ${text}`]);
     }
   }
   return found.sort((x, y) => x[0] - y[0])[0];
 }"""
 
 # What can be used, and has no name that a screen reader could say.
-NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, a[href], [role=tab], dialog")]
-  .filter((each) => !(each.textContent.trim() && each.tagName !== "TEXTAREA") && !each.labels?.length
-    && !each.getAttribute("aria-label") && !each.getAttribute("aria-labelledby"))
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, a[href], dialog")]
+  .filter((each) => !(each.textContent.trim() && each.tagName !== "TEXTAREA")
+    && !each.labels?.length && !each.getAttribute("aria-label")
+    && !each.getAttribute("aria-labelledby"))
   .map((each) => each.outerHTML)"""
 
 
@@ -247,6 +249,7 @@ def looks(browser: Browser, url: str, check: Checks, pictures: Path) -> None:
             with opened(browser, url, size, check, color_scheme=scheme) as page:
                 page.fill("#prompt", PROMPT)
                 page.fill("#seed", "7")
+                page.fill("#max_tokens", "50")
                 page.uncheck("#fresh")
                 contrast(page, f"{size}, {scheme}, empty", check)
                 page.click("#write")
@@ -254,7 +257,8 @@ def looks(browser: Browser, url: str, check: Checks, pictures: Path) -> None:
                 contrast(page, f"{size}, {scheme}, text", check)
                 wide = page.evaluate("document.documentElement.scrollWidth")
                 check(f"nothing beyond the side ({size})", wide <= SIZES[size][0], wide)
-                page.locator("#new .t").nth(8).hover()
+                page.evaluate("scrollTo(0, 0)")
+                page.locator("#new .t").nth(3).hover()
                 contrast(page, f"{size}, {scheme}, tip", check)
                 page.screenshot(path=pictures / f"page_{size}_{scheme}.png")
                 page.click("#tab-chat")
