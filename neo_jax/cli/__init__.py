@@ -24,6 +24,7 @@ T = TypeVar("T")
 VERBS = {
     "generate": "continue a prompt, or many",
     "score": "log-probabilities of given texts",
+    "chat": "a conversation in the terminal",
     "serve": "an OpenAI-compatible server",
     "eval": "how well a model predicts texts, and does the tasks of the harness",
     "info": "what a checkpoint holds",

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import threading
 import time
 
 import numpy as np
 import pytest
+import uvicorn
 
 import neo_jax
+from neo_jax.serving import server
 from neo_jax.serving.app import make_app
 from neo_jax.serving.jobs import Busy, Delta, PromptFound, Token
 from neo_jax.serving.metrics import Metrics
@@ -232,3 +235,18 @@ def chat(post):
         return post("/v1/chat/completions", {"messages": messages, **body})
 
     return send
+
+
+@pytest.fixture
+def address(service):
+    """The address of a server that listens."""
+    with server.bind("127.0.0.1", 0) as bound:
+        config = uvicorn.Config(make_app(service), lifespan="off", log_config=None, ws="none")
+        running = uvicorn.Server(config)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not running.started and thread.is_alive():
+            time.sleep(0.01)
+        yield server.url(bound)
+        running.should_exit = True
+        thread.join()

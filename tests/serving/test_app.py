@@ -9,18 +9,16 @@ import hmac
 import json
 import random
 import socket
-import threading
 import time
 
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from neo_jax.errors import NeoError
 from neo_jax.serving import connection, server
-from neo_jax.serving.app import OPEN, make_app
+from neo_jax.serving.app import OPEN
 from neo_jax.serving.jobs import Busy
 from neo_jax.serving.metrics import Metrics
 from neo_jax.serving.protocol import (
@@ -446,21 +444,6 @@ def test_no_request_makes_the_server_fail(client, caplog):
     assert not caplog.records
     assert counts[200] > 200
     assert counts[400] > 500
-
-
-@pytest.fixture
-def address(service):
-    """The address of a server that listens."""
-    with server.bind("127.0.0.1", 0) as bound:
-        config = uvicorn.Config(make_app(service), lifespan="off", log_config=None, ws="none")
-        running = uvicorn.Server(config)
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
-        thread.start()
-        while not running.started and thread.is_alive():
-            time.sleep(0.01)
-        yield server.url(bound)
-        running.should_exit = True
-        thread.join()
 
 
 def test_openai(address, engine):
