@@ -7,6 +7,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
@@ -256,30 +257,39 @@ def _say_cut(count: int) -> None:
 
 def _typed() -> str | None:
     """Returns a line, "" where Ctrl-C left it, and None at Ctrl-D or SIGTERM."""
-    seen, ended = threading.Event(), False
+    main, leaving, taking = threading.get_ident(), threading.Event(), threading.Lock()
 
-    def see() -> bool:
-        seen.set()
+    def wake() -> bool:
+        """Is called in a thread for a signal: input() may have missed it just before it waits."""
+        with taking:
+            WATCH.takes = wake  # a line may be left many times
+            while not leaving.wait(0.05):
+                signal.pthread_kill(main, signal.SIGUSR1)
         return True
 
     def end(*_: object) -> None:
-        nonlocal ended
-        ended = True
         raise EOFError
 
     with (
-        taken(see),
-        _handling(signal.SIGINT, signal.default_int_handler),
+        taken(wake),
+        _handling(signal.SIGUSR1, lambda *_: None),
         _handling(signal.SIGTERM, end),
+        _handling(signal.SIGINT, signal.default_int_handler),
     ):
         try:
             return input("> ").strip()
-        except (KeyboardInterrupt, EOFError, UnicodeDecodeError) as error:
+        except KeyboardInterrupt:
             print()
-            is_signal = ended or isinstance(error, KeyboardInterrupt)
-            if is_signal and WATCH.is_on:
-                seen.wait(1)  # its thread takes the signal too, as long as we are here
-            return "" if isinstance(error, KeyboardInterrupt) else None
+            return ""
+        except (EOFError, UnicodeDecodeError):
+            print()
+            return None
+        finally:
+            leaving.set()
+            if WATCH.is_on:
+                time.sleep(0.02)  # the signal, if there was one, reaches its thread too
+            with taking:
+                pass
 
 
 @contextlib.contextmanager

@@ -98,6 +98,14 @@ def test_what_cannot_be(talk, fail, checkpoints):
     )  # fmt: skip
 
 
+_TAKES_IT = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from neo_jax.__main__ import main
+sys.exit(main())
+"""
+
+
 class Terminal:
     """A process that has one."""
 
@@ -105,10 +113,13 @@ class Terminal:
         self.main, side = pty.openpty()
         env = {**os.environ, "TERM": "dumb", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "neo_jax", *args], stdin=side, stdout=side, stderr=side,
-            env=env, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
+            [sys.executable, "-c", _TAKES_IT, *args],
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            env=env,
+            start_new_session=True,
+        )
         os.close(side)
         self.seen = ""
 
@@ -144,7 +155,9 @@ def test_in_a_terminal():
         terminal.type("\x03")
         assert terminal.until("(stopped)")
         terminal.until("> ")
-        terminal.type("not this\x03")
+        terminal.type("not this")
+        time.sleep(0.3)  # Python is in the middle of reading
+        terminal.type("\x03")
         terminal.until("> ")
         terminal.type("/undo\n")
         terminal.until("(taken back: Tell me)")
