@@ -22,7 +22,8 @@ from neo_jax.devices.signals import WATCH, taken
 from neo_jax.errors import NeoError, suggest
 from neo_jax.fields import check, number
 from neo_jax.text.conversation import Conversation, Reply, read_conversation
-from neo_jax.text.options import TextOptions, pick
+from neo_jax.text.options import TextOptions, check_filter, pick
+from neo_jax.text.word_filter import read_word_filter
 
 HELP = """\
 /retry         another answer to the last question
@@ -49,6 +50,9 @@ class Options:
     chat_template: str = ""
     max_new_tokens: int = number(200, least=1)  # of an answer
     stop: tuple[str, ...] = ()  # ends an answer before this string; may be repeated
+    # a file of words, one a line, before any of which an answer ends; # begins a comment
+    filter: str = ""
+    filter_review: str = ""  # a file to which what the filter withholds is added, for people
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     # how tokens are chosen
@@ -56,6 +60,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
+        check_filter(self.filter, self.filter_review)
+        if self.filter and self.server:
+            raise NeoError("a server has its own --filter; leave it out, or --server.")
         if self.server and (self.model.model or self.chat_template):
             raise NeoError("a server has its own model and template; leave out --server, or these.")
         if self.api_key and not self.server:
@@ -124,7 +131,8 @@ class _Chat:
         template = template or find_template(folder, "plain", tokens)
         assert template
         text = TextOptions(options.max_new_tokens, options.stop)
-        return model_reply(lm, template, lambda: self._sampling, text)
+        words = read_word_filter(options.filter, options.filter_review) if options.filter else None
+        return model_reply(lm, template, lambda: self._sampling, text, words)
 
     def _at_server(self, options: Options, said: Container[str]) -> Reply:
         key = options.api_key or os.environ.get("NEO_JAX_API_KEY", "")

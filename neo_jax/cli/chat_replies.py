@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from neo_jax.decode.options import SamplingOptions
+from neo_jax.devices.processes import say
 from neo_jax.errors import NeoError, brief, reason
 from neo_jax.text.conversation import Message, Reply, TooLong
+from neo_jax.text.generate import stream
 from neo_jax.text.options import TextOptions
+from neo_jax.text.word_filter import WordFilter
 
 if TYPE_CHECKING:
     from neo_jax.serving.templates import Template
     from neo_jax.text.language_model import LanguageModel
+
+WITHHELD = "\n(a filter withholds the rest)"
+"""Is said where it does."""
 
 _POLL = 0.05  # seconds between two looks for whether an answer is to stop
 
@@ -28,9 +34,13 @@ def model_reply(
     template: "Template",
     sampling: Callable[[], SamplingOptions],
     options: TextOptions,
+    words: WordFilter | None = None,
 ) -> Reply:
-    """Returns what answers by a model; every answer is drawn as `sampling` says then."""
+    """Returns what answers by a model, before `words`; it is drawn as `sampling` says then."""
     stop = (*options.stop, *(each for each in template.stop if each not in options.stop))
+    options = dataclasses.replace(options, stop=stop)
+    tokenizer = lm.tokenizer
+    assert tokenizer
 
     def reply(messages: Sequence[Message]) -> Iterator[str]:
         ids = lm.encode(template.render(messages), False)
@@ -40,7 +50,10 @@ def model_reply(
                 f"what was said, {len(ids)} tokens, and {new} new ones exceed the context of "
                 f"{context}; say less, or lower --max-new-tokens."
             )
-        yield from lm.stream(ids, new, stop=stop, **dataclasses.asdict(sampling()))
+        before = words.count if words else 0
+        yield from stream(lm.model, lm.params, tokenizer, ids, sampling(), options, words)
+        if words and words.count > before:
+            say(WITHHELD)
 
     return reply
 
@@ -80,12 +93,16 @@ def server_reply(
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise NeoError(f"cannot reach {url}: {reason(error).rstrip('.')}.") from error
         sock, news = connection.sock, queue.Queue[str | Exception | None]()
-        threading.Thread(target=_read, args=(connection, url, news), daemon=True).start()
+        withheld = threading.Event()
+        arguments = (connection, url, news, withheld)
+        threading.Thread(target=_read, args=arguments, daemon=True).start()
         try:
             while not stopped.is_set():
                 with contextlib.suppress(queue.Empty):
                     new = news.get(timeout=_POLL)
                     if new is None:
+                        if withheld.is_set():
+                            say(WITHHELD)
                         return
                     if isinstance(new, Exception):
                         raise new
@@ -98,9 +115,15 @@ def server_reply(
 
 
 def _read(
-    connection: http.client.HTTPConnection, url: str, news: "queue.Queue[str | Exception | None]"
+    connection: http.client.HTTPConnection,
+    url: str,
+    news: "queue.Queue[str | Exception | None]",
+    withheld: threading.Event,
 ) -> None:
-    """Puts the pieces of an answer into a queue; at the end None, or what went wrong."""
+    """Puts the pieces of an answer into a queue; at the end None, or what went wrong.
+
+    Where a filter ended the answer, that is noted.
+    """
     try:
         with contextlib.closing(connection), connection.getresponse() as answer:
             if answer.status != 200:
@@ -116,6 +139,8 @@ def _read(
                     return
                 for choice in event["choices"]:
                     news.put(choice["delta"].get("content") or "")
+                    if choice.get("finish_reason") == "content_filter":
+                        withheld.set()
             news.put(None)
     except (OSError, http.client.HTTPException) as error:
         news.put(NeoError(f"{url} went away: {reason(error).rstrip('.')}."))

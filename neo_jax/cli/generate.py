@@ -29,7 +29,7 @@ from neo_jax.devices.processes import is_leader, say
 from neo_jax.devices.signals import WATCH
 from neo_jax.errors import NeoError
 from neo_jax.text.generate import fit
-from neo_jax.text.options import TextOptions, check_together, pick
+from neo_jax.text.options import TextOptions, check_together, pick, read_filter
 
 if TYPE_CHECKING:
     from neo_jax.text.language_model import LanguageModel, Prompt, Sample
@@ -158,6 +158,8 @@ def _stream(lm: "LanguageModel", prompt: "Prompt", options: Options) -> None:
         options.max_new_tokens,
         stop=options.stop,
         on_overflow=options.on_overflow,
+        filter=options.filter,
+        filter_review=options.filter_review,
         **dataclasses.asdict(options.sampling),
     )
     for text in itertools.chain([prompt], _announced(texts)):
@@ -249,8 +251,10 @@ def _what_decides(
 ) -> Any:
     """What the samples depend on: the command, the prompts, and all that was loaded."""
     command = dataclasses.asdict(options)
-    for name in ("output", "json", "batch_size", "prompts_file", "cluster"):
+    for name in ("output", "json", "batch_size", "prompts_file", "cluster", "filter_review"):
         del command[name]
+    words = read_filter(dataclasses.replace(options, filter_review=""))
+    command["filter"] = words and words.words  # whatever file holds them
     del command["model"]["tokenizer"]  # what it names is loaded
     command["prompt"] = ""  # it is one of the prompts
     models = [lm] if isinstance(draft, str | None) else [lm, draft]

@@ -14,6 +14,8 @@ from neo_jax.cli.options import TextModelOptions
 from neo_jax.devices.processes import say
 from neo_jax.errors import NeoError
 from neo_jax.fields import check, number
+from neo_jax.text.options import check_filter
+from neo_jax.text.word_filter import WordFilter, read_word_filter
 
 if TYPE_CHECKING:
     from neo_jax.serving.service import Service
@@ -50,11 +52,15 @@ class Options:
     shutdown_timeout: float = number(30.0, least=0)
     # seconds after which a request is cut, or answered 503 where it still waits; 0 is off
     request_timeout: float = number(0.0, least=0)
+    # a file of words, one a line, before any of which a text ends; # begins a comment
+    filter: str = ""
+    filter_review: str = ""  # a file to which what the filter withholds is added, for people
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
 
     def __post_init__(self) -> None:
         check(self)
+        check_filter(self.filter, self.filter_review)
         if "" in (*self.api_key, *self.served_model_name):
             raise NeoError("a key or a name of the model is empty; leave it out.")
 
@@ -78,8 +84,9 @@ def main(args: Sequence[str]) -> None:
         raise NeoError(
             f"a server needs more packages ({error}); pip install 'neo_jax[serve]'."
         ) from None
+    words = read_word_filter(options.filter, options.filter_review) if options.filter else None
     with server.bind(options.host, options.port) as bound:  # known before the model is loaded
-        service = _service(options, options.model.load())
+        service = _service(options, options.model.load(), words)
         service.engine.start()
         try:
             server.serve(
@@ -95,7 +102,7 @@ def main(args: Sequence[str]) -> None:
             service.engine.close()
 
 
-def _service(options: Options, lm: "LanguageModel") -> "Service":
+def _service(options: Options, lm: "LanguageModel", words: WordFilter | None) -> "Service":
     from neo_jax.serving.engine import Engine
     from neo_jax.serving.metrics import Metrics
     from neo_jax.serving.service import Service, find_chat_template
@@ -118,6 +125,7 @@ def _service(options: Options, lm: "LanguageModel") -> "Service":
         max_queued_tokens=options.max_queued_tokens,
         max_alternatives=options.max_logprobs,
         prefix_bytes=10**6 * options.prefix_cache,
+        words=words,
     )
     return Service(
         lm,

@@ -20,6 +20,7 @@ from neo_jax.serving.jobs import (
     Job,
     PromptFound,
     Writer,
+    allowed_token,
     new_tokens,
     prompt_tokens,
 )
@@ -27,6 +28,7 @@ from neo_jax.serving.metrics import Metrics
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.options import pick
 from neo_jax.text.tokenizer import Tokenizer
+from neo_jax.text.word_filter import WordFilter
 
 CHUNK = 256
 """Tokens of prompts that are read between two steps of the texts that are being written."""
@@ -45,9 +47,16 @@ Listener = Callable[[int, Item | Exception], None]
 class _Work:
     """A job in the scheduler, or on its way there."""
 
-    def __init__(self, job: Job, index: int, listener: Listener, tokenizer: Tokenizer | None):
+    def __init__(
+        self,
+        job: Job,
+        index: int,
+        listener: Listener,
+        tokenizer: Tokenizer | None,
+        words: WordFilter | None,
+    ):
         self.job, self.listener, self.index = job, listener, index
-        self.writers = [Writer(tokenizer, job) for _ in job.options]
+        self.writers = [Writer(tokenizer, job, words) for _ in job.options]
         self.left = set(range(len(job.options)))  # samples that are not finished
         self.arrived = self.last = time.monotonic()
         self.admitted = self.first = 0.0  # when its prompt began to be read, and its first token
@@ -85,6 +94,7 @@ class Engine:
         max_queued_tokens: int = 0,
         max_alternatives: int = 20,
         prefix_bytes: int = 0,
+        words: WordFilter | None = None,
     ):
         """Starts nothing yet.
 
@@ -96,7 +106,9 @@ class Engine:
           max_queued_tokens: tokens of prompts that may wait; 0 is any number.
           max_alternatives: likeliest tokens that a job may want.
           prefix_bytes: that may be kept of prompts, for others that begin as they do.
+          words: before which texts end.
         """
+        self._words = words
         self._lm, self._metrics, self.max_sequences = lm, metrics, max_sequences
         self._most_jobs, self._most_tokens = max_queued_requests, max_queued_tokens
         room = room_for([SamplingOptions(**pick(dict(lm.defaults.options), SamplingOptions))])
@@ -195,7 +207,8 @@ class Engine:
                 self._changed.notify_all()
 
     def _submit(self, jobs: Sequence[Job], listener: Listener) -> list[_Work]:
-        works = [_Work(job, i, listener, self._lm.tokenizer) for i, job in enumerate(jobs)]
+        tokenizer = self._lm.tokenizer
+        works = [_Work(job, i, listener, tokenizer, self._words) for i, job in enumerate(jobs)]
         for work in works:
             self._scheduler.check(work.request())
         tokens = sum(len(job.ids) for job in jobs)
@@ -281,6 +294,9 @@ class Engine:
         if isinstance(event, PromptRead):
             self._metrics.read(len(job.ids), now - work.admitted)
             tokens = prompt_tokens(job, event)
+            if self._words:
+                tokenizer = self._lm.tokenizer
+                tokens = [allowed_token(self._words, tokenizer, token) for token in tokens]
             if not job.options:
                 self._finish(work, "stop")
             if tokens or job.mean or not job.options:
@@ -293,9 +309,12 @@ class Engine:
             work.last = now
             work.new_tokens += len(event.ids)
         whole = event.completion
-        tokens = new_tokens(event)
-        text = work.writers[event.sample].new(whole is not None)
+        writer = work.writers[event.sample]
+        text = writer.new(whole is not None)
+        tokens = writer.tokens(new_tokens(event), whole is not None)
         reason = whole and ("length" if whole.finish_reason == "length" else "stop")
+        if reason and writer.is_filtered:
+            reason = "content_filter"
         if reason:
             work.left.discard(event.sample)
             if not work.left:

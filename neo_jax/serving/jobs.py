@@ -10,6 +10,7 @@ from neo_jax.decode.options import SamplingOptions
 from neo_jax.decode.requests import Event, PromptRead
 from neo_jax.text.generate import StopText
 from neo_jax.text.tokenizer import Tokenizer
+from neo_jax.text.word_filter import WordFilter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Delta(NamedTuple):
     sample: int  # the index of its options
     text: str  # whole characters, never a part of what it stops before
     tokens: list[Token]  # the new ones, those that the text does not show included
-    finish_reason: str | None  # "stop", "length" or "abort"; None while it goes on
+    # "stop", "length", "content_filter" or "abort"; None while it goes on
+    finish_reason: str | None
 
 
 class Busy(Exception):  # noqa: N818
@@ -57,11 +59,21 @@ class Busy(Exception):  # noqa: N818
 class Writer:
     """The text of a sample as its ids arrive."""
 
-    def __init__(self, tokenizer: Tokenizer | None, job: Job) -> None:
-        """Begins after the prompt of a job."""
-        self._text = StopText(tokenizer, job.ids, job.stop) if tokenizer else None
+    def __init__(
+        self, tokenizer: Tokenizer | None, job: Job, words: WordFilter | None = None
+    ) -> None:
+        """Begins after the prompt of a job; the text ends before words."""
+        self._text = StopText(tokenizer, job.ids, job.stop, words) if tokenizer else None
         self._stop_ids = frozenset(job.stop_token_ids)
         self._num_ids = self._shown = 0
+        self._words, self._tokenizer = words, tokenizer
+        self._held: list[Token] = []  # whose text may be a part of a word
+        self._num_told = 0
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether the text ends before a word of the filter."""
+        return self._text is not None and self._text.is_filtered
 
     def check(self, ids: list[int]) -> int | None:
         """Takes new ids; returns how many of all to keep, where the text stops."""
@@ -83,6 +95,29 @@ class Writer:
         end = len(self._text.text) if is_finished else self._text.settled()
         found, self._shown = self._text.text[self._shown : end], max(self._shown, end)
         return found
+
+    def tokens(self, new: list[Token], is_finished: bool) -> list[Token]:
+        """Returns the tokens that clients may see by now, of new ones and those held before.
+
+        With a filter these are the ones whose text will stay, without words as alternatives.
+        """
+        if self._words is None or self._text is None:
+            return new
+        self._held += new
+        count = self._text.settled_ids() - self._num_told
+        if is_finished and not self.is_filtered:
+            count = len(self._held)
+        found, self._held = self._held[:count], self._held[count:]
+        self._num_told += len(found)
+        return [allowed_token(self._words, self._tokenizer, token) for token in found]
+
+
+def allowed_token(words: WordFilter, tokenizer: Tokenizer | None, token: Token) -> Token:
+    """Returns a token without alternatives that are words of a filter."""
+    if tokenizer is None or not token.alternatives:
+        return token
+    kept = [(i, p) for i, p in token.alternatives if not words.holds_token(tokenizer, i)]
+    return token._replace(alternatives=kept)
 
 
 def new_tokens(event: Event) -> list[Token]:

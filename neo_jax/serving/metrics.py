@@ -40,7 +40,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in ("stop", "length", "content_filter", "abort"):
             self._finished.labels(model_name, reason)  # 0 is shown too
         self._first = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _WAITS

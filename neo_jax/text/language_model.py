@@ -28,6 +28,7 @@ from neo_jax.text.options import (
     check_together,
     names,
     pick,
+    read_filter,
     read_options,
     spread,
 )
@@ -190,7 +191,8 @@ class LanguageModel:
           draft: a smaller model of the same tokens, or "prompt", whose proposals are judged
             together; the texts are distributed as without it.
           **options: other fields of `TextOptions`: stop (a text, or several, before the first of
-            which a completion ends; () is none), batch_size, on_overflow, num_drafted.
+            which a completion ends; () is none), batch_size, on_overflow, num_drafted, filter (a
+            file of words before which a completion ends), filter_review.
 
         Raises:
           NeoError: before anything runs, as `generate`; also of counts below 1.
@@ -207,8 +209,9 @@ class LanguageModel:
         beams = BeamOptions() if beams is None else beams
         several = spread(sampling, len(prompts))
         check_together(several, text, beams, draft is not None)
-        if text.stop:
+        if text.stop or text.filter:
             self._tokenizer  # noqa: B018  (raises where there is none to read stops with)
+        words = read_filter(text)
         return generate.samples(
             self.model,
             self.params,
@@ -223,6 +226,7 @@ class LanguageModel:
                 Draft(draft.model, draft.params) if isinstance(draft, LanguageModel) else draft,
                 text.num_drafted,
             ),
+            words,
         )
 
     @takes(SamplingOptions)
@@ -236,20 +240,22 @@ class LanguageModel:
         Args:
           prompt: a text or ids.
           max_new_tokens: where to stop at the latest; None is what `defaults` say, or 64.
-          **options: those of `SamplingOptions`, stop and on_overflow; see `generate`.
+          **options: those of `SamplingOptions`, stop, on_overflow, filter and filter_review; see
+            `samples`.
 
         Raises:
           NeoError: as `generate`.
         """
         read_options(options)
-        taken = [*names(SamplingOptions), "stop", "on_overflow"]
+        taken = [*names(SamplingOptions), "stop", "on_overflow", "filter", "filter_review"]
         if wrong := [name for name in options if name not in taken]:
             raise NeoError(f"a stream has no option '{wrong[0]}'; take `generate`.")
         said = options | {"max_new_tokens": max_new_tokens, "num_beams": 1}
         sampling, others = self._filled(said)
         text, tokenizer = TextOptions(**pick(others, TextOptions)), self._tokenizer
         ids = fit(self.model, self.prompt_ids(prompt), text)
-        return generate.stream(self.model, self.params, tokenizer, ids, sampling, text)
+        words = read_filter(text)
+        return generate.stream(self.model, self.params, tokenizer, ids, sampling, text, words)
 
     @overload
     def score(self, texts: str, stride: int = ...) -> Score: ...  # type: ignore[overload-overlap]

@@ -15,6 +15,7 @@ from neo_jax.devices.memory import machine_bytes
 from neo_jax.errors import NeoError, brief, suggest
 from neo_jax.fields import check, choice, converted, number
 from neo_jax.model.transformer import Neo
+from neo_jax.text.word_filter import WordFilter, read_word_filter
 
 Overflow = Literal["error", "truncate"]
 """What becomes of a prompt that does not fit the context: refused, or cut to its newest tokens."""
@@ -28,6 +29,12 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
         raise NeoError(f"{name} must be a text or a list of texts, not {brief(value)}.")
     return tuple(stops)
+
+
+def check_filter(filter: str, review: str) -> None:
+    """Raises NeoError where a review file has no filter."""
+    if review and not filter:
+        raise NeoError("filter_review has no effect without a filter; name one, or leave it out.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +55,13 @@ class TextOptions:
     batch_size: int = number(16, least=1)
     # a prompt that leaves no room in the context: refused, or cut to its newest tokens
     on_overflow: Overflow = choice("error", get_args(Overflow))
+    # a file of words, one a line, before any of which a text ends; # begins a comment
+    filter: str = ""
+    filter_review: str = ""  # a file to which what the filter withholds is added, for people
 
     def __post_init__(self) -> None:
         check(self)
+        check_filter(self.filter, self.filter_review)
         needed = self.num_samples * (_SAMPLE_BYTES + _TOKEN_BYTES * self.max_new_tokens)
         if needed > machine_bytes():
             raise NeoError(
@@ -58,6 +69,13 @@ class TextOptions:
                 f"take {needed / 1e9:,.0f} GB of this machine's {machine_bytes() / 1e9:.0f}; take "
                 "fewer at a time, each time with another seed."
             )
+
+
+def read_filter(options: TextOptions) -> WordFilter | None:
+    """Returns the filter that options name; raises as `read_word_filter`."""
+    if not options.filter:
+        return None
+    return read_word_filter(options.filter, options.filter_review)
 
 
 def names(kind: type) -> list[str]:
