@@ -27,6 +27,7 @@ OPTIONS = {
         "--suite", "--data", "--picture",
         "--output", "--cache", "--json", "--model", "--mesh",
     ],
+    "chat": ["--server", "--chat-template", "--system", "--filter", "--model", "--temperature"],
     "info": ["--model", "--revision", "--json"],
     "prepare": [
         "--output", "--tokenizer", "--train-tokenizer", "--tokenizer-kind", "--text-field",

@@ -334,6 +334,7 @@ def test_metrics(client, service):
         ("vllm:admission_rejections_total", None): 1,
         ("vllm:request_success_total", "stop"): 1,
         ("vllm:request_success_total", "length"): 0,
+        ("vllm:request_success_total", "content_filter"): 0,
         ("vllm:request_success_total", "abort"): 1,
     } | {
         (f"vllm:{name}_{part}", None): value

@@ -130,6 +130,7 @@ def test_a_server_from_its_first_line_to_its_end(monkeypatch, capsys, lm, engine
         "max_queued_tokens": 99,
         "max_alternatives": 3,
         "prefix_bytes": 5_000_000,
+        "words": None,
     }
     assert engine.calls == ["start", "drain 20", "close"]
     lines = capsys.readouterr().err.splitlines()
