@@ -28,6 +28,7 @@ OPTIONS = {
         "--output", "--cache", "--json", "--model", "--mesh",
     ],
     "chat": ["--server", "--chat-template", "--system", "--filter", "--model", "--temperature"],
+    "serve": ["--port", "--api-key", "--chat-template", "--max-sequences", "--filter", "--model"],
     "info": ["--model", "--revision", "--json"],
     "prepare": [
         "--output", "--tokenizer", "--train-tokenizer", "--tokenizer-kind", "--text-field",
