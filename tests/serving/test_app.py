@@ -312,6 +312,8 @@ def test_metrics(client, service):
     metrics.first_token(0.4)
     metrics.next_token(0.1)
     metrics.step(5)
+    metrics.prefixes(600, 256, 4000)
+    metrics.prefixes(900, 512, 5000)
     metrics.finished("stop", 2.0, 1.0, 5)
     metrics.finished("abort", 2.0, 0.0, 0)
     metrics.rejected()
@@ -330,6 +332,9 @@ def test_metrics(client, service):
         ("vllm:num_requests_waiting", None): 2,
         ("vllm:kv_cache_usage_perc", None): 0.5,
         ("vllm:prompt_tokens_total", None): 7,
+        ("vllm:prefix_cache_queries_total", None): 900,
+        ("vllm:prefix_cache_hits_total", None): 512,
+        ("vllm:prefix_cache_bytes", None): 5000,
         ("vllm:generation_tokens_total", None): 5,
         ("vllm:admission_rejections_total", None): 1,
         ("vllm:request_success_total", "stop"): 1,
