@@ -56,7 +56,7 @@ def rooms():
     rows = [
         ("cli", [("cli", "a module a verb")], AMBER),
         ("work", [("training", "objective, step, loop"), ("evaluation", "texts, tasks"),
-                  ("tools", "plan, bench")], AMBER),
+                  ("serving", "OpenAI's API"), ("tools", "plan, bench")], AMBER),
         ("texts", [("text", "texts in, texts out"), ("data", "documents to batches")], GREEN),
         ("ids and files", [("decode", "engine, scheduler"), ("checkpoints", "read and write")],
          GREEN),
