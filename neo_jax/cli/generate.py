@@ -257,6 +257,10 @@ def _what_decides(
     command["filter"] = words and words.words  # whatever file holds them
     del command["model"]["tokenizer"]  # what it names is loaded
     command["prompt"] = ""  # it is one of the prompts
+    for group in (command, command["sampling"]):
+        for name in _LATER & group.keys():
+            if not group[name]:
+                del group[name]
     models = [lm] if isinstance(draft, str | None) else [lm, draft]
     loaded = [
         [
@@ -269,6 +273,10 @@ def _what_decides(
         for each in models
     ]
     return [__version__, command, prompts, [lm.prompt_ids(prompt) for prompt in prompts], loaded]
+
+
+_LATER = frozenset(["presence_penalty", "frequency_penalty", "logit_bias", "ignore_eos", "filter"])
+"""Options that a file which was begun before them knows nothing of: off, they change no sample."""
 
 
 @contextlib.contextmanager

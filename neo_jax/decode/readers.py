@@ -20,7 +20,7 @@ from neo_jax.devices.processes import to_host
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import padded_rows
 
-PREFILL_TOKENS = 512  # of prompts that are read together, padding included
+PREFILL_TOKENS = 512  # of prompts that are read whole and together, padding included
 
 Queue = deque[tuple[int, Request]]
 """Requests that nobody has begun to read, and their ids."""
@@ -87,7 +87,7 @@ class WholeReader:
         """Reads the next prompts of one padded length."""
         model = self._model
         length = self._padded_length(queue[0][1])
-        rows = padded_rows(model.sharding, _rows_to_read(length, self._num_rows))
+        rows = padded_rows(model.sharding, _rows_to_read(length, self._num_rows, PREFILL_TOKENS))
         lengths = (self._padded_length(request) for _, request in queue)
         taken = [queue.popleft() for _ in range(_count(lengths, length, rows))]
         prompts = [(request.ids, request.max_new_tokens) for _, request in taken]
@@ -172,7 +172,7 @@ class ChunkReader:
         """Takes prompts: one, or several short ones of a padded length where many wait."""
         model, context = self._model, self._model.config.max_length
         length = padded_length(len(queue[0][1].ids), context)
-        most = _rows_to_read(length, self._num_rows) if length <= self._chunk else 1
+        most = _rows_to_read(length, self._num_rows, self._chunk)  # together no more than a chunk
         lengths = (padded_length(len(request.ids), context) for _, request in queue)
         alike = _count(lengths, length, most)
         count = alike if 2 * alike > most else 1  # few of them are read one by one sooner
@@ -259,6 +259,6 @@ def _entering(
     return sources, np.array([*rows, *fill], np.int32), limits, settings
 
 
-def _rows_to_read(length: int, rows: int) -> int:
+def _rows_to_read(length: int, rows: int, tokens: int) -> int:
     """Prompts that are read together: one number for a length, so that each has one program."""
-    return max(min(PREFILL_TOKENS // length, rows), 1)
+    return max(min(tokens // length, rows), 1)

@@ -144,7 +144,8 @@ def test_short_prompts_are_read_together_where_many_wait(params, monkeypatch):
         for _ in range(count):
             scheduler.submit(Request(prompt_of(6), 1, [OPTIONS[0]]))
         drain(scheduler)
-    assert shapes == [(1, 16), (1, 16), (1, 16), (4, 16), (4, 16)]
+    # No more than a chunk of 32 tokens.
+    assert shapes == [(1, 16), (2, 16), (2, 16), (2, 16), (2, 16), (1, 16)]
 
 
 @settings(max_examples=8)
@@ -191,9 +192,9 @@ def test_alternatives_are_the_likeliest_tokens_of_each_step(params):
 
 
 def test_no_setting_compiles_and_lengths_compile_few_programs(params):
-    """Two lengths up to a chunk, each by one row and by four, one longer; four capacities."""
+    """Two lengths up to a chunk, the shorter also by two rows, one longer; four capacities."""
     programs = {
-        prefill.first_chunk: 5, prefill.next_chunk: 1, prefill.judge: 5, state.insert_read: 40,
+        prefill.first_chunk: 4, prefill.next_chunk: 1, prefill.judge: 4, state.insert_read: 32,
         state.resize: 24, state.empty_state: 8, engine.run.on(MODEL): 8, state.take_rows: 8,
     }  # fmt: skip
     for program in programs:
