@@ -160,7 +160,7 @@ def insert_read(
       state: what takes them; its capacity holds every text.
       tokens: of the prompts.
       lengths: of the prompts.
-      cache: of the prompts, see `prefill.begin`.
+      cache: of the prompts, that of a `prefill.Reading`.
       sources: which of the prompts, see `insert`.
       rows: the row of `state` for each.
       count: how many of these are inserted.

@@ -25,6 +25,7 @@ from neo_jax.serving.jobs import (
     prompt_tokens,
 )
 from neo_jax.serving.metrics import Metrics
+from neo_jax.serving.protocol import MOST_BIASES
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.options import pick
 from neo_jax.text.tokenizer import Tokenizer
@@ -32,9 +33,6 @@ from neo_jax.text.word_filter import WordFilter
 
 CHUNK = 256
 """Tokens of prompts that are read between two steps of the texts that are being written."""
-
-MAX_BIASES = 1024
-"""Entries of a `logit_bias`."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,7 +111,7 @@ class Engine:
         self._most_jobs, self._most_tokens = max_queued_requests, max_queued_tokens
         room = room_for([SamplingOptions(**pick(dict(lm.defaults.options), SamplingOptions))])
         alternatives = min(max_alternatives, lm.config.vocab_size)
-        room = room._replace(biases=MAX_BIASES, alternatives=alternatives)
+        room = room._replace(biases=MOST_BIASES, alternatives=alternatives)
         self._scheduler = Scheduler(lm.model, lm.params, max_sequences, room, CHUNK, prefix_bytes)
         self._changed = threading.Condition()
         # Of what follows, changes are made with `_changed` held.

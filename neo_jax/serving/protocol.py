@@ -69,6 +69,7 @@ def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
 
 
 MOST_BIASES = 1024
+"""Entries of `logit_bias`, for which the engine has room, and of `stop_token_ids`."""
 
 
 def _truncation(name: str, value: Any) -> int:

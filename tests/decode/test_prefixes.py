@@ -1,6 +1,5 @@
 """decode/prefixes.py: prompts that begin as others did give the texts that they give alone."""
 
-import jax
 import numpy as np
 import pytest
 from decode_model import CONFIG, MODEL
@@ -12,20 +11,11 @@ from neo_jax.decode.options import ROOM, SamplingOptions, stack_settings
 from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.requests import Event, Request
 from neo_jax.decode.scheduler import Scheduler
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 
 CHUNK = 32
 DRAWN = SamplingOptions(temperature=1.0, top_p=1.0, seed=3)
-
-
-@pytest.fixture(scope="module")
-def params():
-    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(2))
-    scales = {"kernel": 2, "wpe": 8}
-    return jax.tree.map_with_path(
-        lambda path, leaf: scales.get(path[0].key, scales.get(path[-1].key, 1)) * leaf, drawn
-    )
 
 
 def ids_of(length, seed):

@@ -14,7 +14,7 @@ from neo_jax.decode import engine, prefill, state
 from neo_jax.decode.options import ROOM, SamplingOptions, stack_settings
 from neo_jax.decode.requests import Event, PromptRead, Request
 from neo_jax.decode.scheduler import Scheduler
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.text.score import score_ids
 
@@ -26,15 +26,6 @@ OPTIONS = [
     SamplingOptions(temperature=0.0, frequency_penalty=0.7, presence_penalty=0.3),
     SamplingOptions(temperature=1.0, min_p=0.05, seed=9),
 ]
-
-
-@pytest.fixture(scope="module")
-def params():
-    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(2))
-    scales = {"kernel": 2, "wpe": 8}
-    return jax.tree.map_with_path(
-        lambda path, leaf: scales.get(path[0].key, scales.get(path[-1].key, 1)) * leaf, drawn
-    )
 
 
 def prompt_of(length):

@@ -14,7 +14,7 @@ from neo_jax.decode.options import SamplingOptions, room_for, stack_settings
 from neo_jax.decode.requests import Request
 from neo_jax.decode.scheduler import Scheduler, complete, in_order
 from neo_jax.errors import NeoError
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 
 OPTIONS = [
@@ -23,15 +23,6 @@ OPTIONS = [
     SamplingOptions(temperature=0.0, repetition_penalty=1.5),
     SamplingOptions(temperature=1.0, min_p=0.05, no_repeat_ngram_size=2, seed=9),
 ]
-
-
-@pytest.fixture(scope="module")
-def params():
-    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(2))
-    scales = {"kernel": 2, "wpe": 8}
-    return jax.tree.map_with_path(
-        lambda path, leaf: scales.get(path[0].key, scales.get(path[-1].key, 1)) * leaf, drawn
-    )
 
 
 def make_requests(lengths, new, seed=0, **fields):
