@@ -1,22 +1,24 @@
 """Whether clients of a server get the texts that each would get alone.
 
   python benchmarks/serving/same_texts.py [--requests 200] [--clients 64] [--seed 0]
-      [--model NAME] [--mesh data=2,model=4] [--devices 8] [--long]
+      [--model NAME] [--mesh data=2,model=4] [--rules STRATEGY] [--devices 8] [--processes 2]
+      [--long] [--shared]
 
 Random requests (lengths, numbers of samples, all settings, seeds, streamed or not, with
 log-probabilities or without) are sent by so many clients at once; every eighth client leaves in the
 middle. In float32 every text must be that of `LanguageModel.generate`. With --long half of the
-prompts are longer than a chunk. With --devices CPU devices stand in for a mesh.
+prompts are longer than a chunk, with --shared half of them begin as others do, by 300 to 700
+tokens. With --devices so many CPU devices of each of --processes stand in for a mesh.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -28,11 +30,11 @@ WORDS = (
 ).split()
 
 
-def request(rng: random.Random, longest: int) -> dict[str, Any]:
+def request(rng: random.Random, longest: int, beginnings: Sequence[str] = ("",)) -> dict[str, Any]:
     """A body for /v1/completions."""
     length = rng.randint(1, longest) if rng.random() < 0.5 else rng.randint(1, 12)
     body: dict[str, Any] = {
-        "prompt": " ".join(rng.choices(WORDS, k=length)),
+        "prompt": rng.choice(beginnings) + " ".join(rng.choices(WORDS, k=length)),
         "max_tokens": rng.randint(1, 40),
         "seed": rng.randint(0, 2**31),
         "temperature": rng.choice([0, 0.3, 0.8, 1.0, 1.5]),
@@ -115,25 +117,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="")
     parser.add_argument("--mesh", default="")
+    parser.add_argument("--rules", default="")
     parser.add_argument("--devices", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--shared", action="store_true")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    bodies = [request(rng, 250 if args.long else 60) for _ in range(args.requests)]
+    beginnings = ["", *(" ".join(rng.choices(WORDS, k=k)) + " " for k in (260, 560))]
+    beginnings = ["", *beginnings] if args.shared else [""]
+    longest = 250 if args.long else 60
+    bodies = [request(rng, longest, beginnings) for _ in range(args.requests)]
     options = ["--model", args.model] if args.model else []
     env = {}
     if args.mesh:
-        options += ["--mesh", args.mesh]
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+        options += ["--mesh", args.mesh, "--rules", args.rules]
+        env["JAX_NUM_CPU_DEVICES"] = str(args.devices)
     begin = time.monotonic()
-    with ours(*options, "--dtype", "float32", env=env) as server:
+    options += ["--dtype", "float32"]
+    with ours(*options, env=env, processes=args.processes) as server:
         found = asyncio.run(all_at_once(server.url, bodies, args.clients))
         while (counts := server.metrics())["num_requests_running"]:
             time.sleep(0.05)
     seconds = time.monotonic() - begin
     import neo_jax
 
-    os.environ.pop("XLA_FLAGS", None)
     lm = neo_jax.load(args.model or None, dtype="float32")
     same = left = 0
     for body, texts in zip(bodies, found, strict=True):
@@ -148,7 +156,8 @@ def main() -> None:
         f"{len(bodies)} requests of {args.clients} clients in {seconds:.0f} s: {left} left, "
         f"{same} of {len(bodies) - left} others equal; "
         f"{counts['generation_tokens_total']:.0f} tokens, rows in use at the end: "
-        f"{counts['num_requests_running']:.0f}"
+        f"{counts['num_requests_running']:.0f}; tokens of prompts not read again: "
+        f"{counts['prefix_cache_hits_total']:.0f}"
     )
     sys.exit(same != len(bodies) - left)
 

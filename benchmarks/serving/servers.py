@@ -18,6 +18,7 @@ class Server:
 
     def __init__(self, process: subprocess.Popen, url: str, seconds: float):
         self.process, self.url, self.seconds = process, url, seconds  # until it was ready
+        self.others: list[subprocess.Popen] = []  # processes of the same run
 
     def metrics(self) -> dict[str, float]:
         """The counters and gauges, without labels."""
@@ -80,13 +81,34 @@ def run(
 
 @contextlib.contextmanager
 def ours(
-    *options: str, log: str = os.devnull, env: dict[str, str] | None = None
+    *options: str,
+    log: str = os.devnull,
+    env: dict[str, str] | None = None,
+    processes: int = 1,
+    program: Sequence[str] = ("-m", "neo_jax"),
 ) -> Iterator[Server]:
-    """`neo-jax serve` with these options."""
+    """`neo-jax serve` with these options, by so many processes."""
     port = free_port()
-    command = [sys.executable, "-m", "neo_jax", "serve", "--port", str(port), *options]
-    with run(command, port, log=log, env=env) as server:
-        yield server
+    command = [sys.executable, *program, "serve", "--port", str(port), *options]
+    where, others = [], []
+    if processes > 1:
+        where = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(processes)]
+    with open(log, "ab") as out:
+        try:
+            for i in range(1, processes):
+                each = [*command, *where, "--process-id", str(i)]
+                environment = os.environ | (env or {})
+                others.append(subprocess.Popen(each, stdout=out, stderr=out, env=environment))
+            first = [*command, *where, *(["--process-id", "0"] if where else [])]
+            with run(first, port, log=log, env=env) as server:
+                server.others = others
+                yield server
+        finally:
+            for each in others:
+                try:
+                    each.wait(timeout=60)  # it ends with the first
+                except subprocess.TimeoutExpired:
+                    each.kill()
 
 
 @contextlib.contextmanager

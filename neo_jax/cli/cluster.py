@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 
@@ -40,11 +41,20 @@ class ClusterOptions:
     start_timeout: int = START_TIMEOUT  # seconds in which all must come
 
     @contextlib.contextmanager
-    def joined(self, on_mesh: bool) -> Iterator[None]:
+    def joined(
+        self, on_mesh: bool, then: str = ": training goes on from its newest checkpoint"
+    ) -> Iterator[Callable[[], None]]:
         """Joins the other processes of the run, if there are any, and leaves together with them.
 
         Without a mesh a process is on its own. Where there are others, an error ends the process
         here: the usual way out would wait for them.
+
+        Args:
+          on_mesh: whether there is a mesh.
+          then: what happens when all are started again after one died.
+
+        Yields:
+          A function that ends this process, as it ends where JAX finds that another one died.
 
         Raises:
           NeoError: see `neo_jax.devices.processes.join`; or a coordinator without a mesh.
@@ -56,7 +66,7 @@ class ClusterOptions:
                     "this is one of several processes, and they need a mesh to share; add for "
                     "example --mesh fsdp=-1, or --coordinator none to let each run alone."
                 )
-            yield
+            yield _nobody
             return
         log, restore = _divert()
         several = False
@@ -72,14 +82,14 @@ class ClusterOptions:
             if not several:
                 restore()
         if not several:
-            yield
+            yield _nobody
             return
         said.append(
-            "another process of this run died or cannot be reached; start all of them again: "
-            "training goes on from its newest checkpoint.",
+            "another process of this run died or cannot be reached; start all of them again"
+            f"{then}.",
         )
         with self._ending():
-            yield
+            yield lambda: _end(said)
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
@@ -99,6 +109,20 @@ class ClusterOptions:
             finally:
                 traceback.print_exception(error)
                 os._exit(1)
+
+
+_ENDING = threading.Lock()  # of whoever says first why the process ends
+
+
+def _end(lines: list[str]) -> NoReturn:
+    """Ends the process with the last of some lines."""
+    _ENDING.acquire()
+    explain(NeoError(lines[-1]))
+    os._exit(1)
+
+
+def _nobody() -> None:
+    """Is what ends a process when another one died, where there is no other."""
 
 
 def _divert() -> tuple[int, Callable[[], None]]:
@@ -156,8 +180,7 @@ def _on_abort(log: int) -> list[str]:
             return
         words = os.pread(log, os.fstat(log).st_size, 0)
         if _FATAL in words:
-            explain(NeoError(lines[-1]))
-            os._exit(1)
+            _end(lines)
         os.write(sys.stderr.fileno(), words)
         far.close()
 

@@ -2,26 +2,34 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from neo_jax import __version__
 from neo_jax.checkpoints.hub import BUNDLED
 from neo_jax.cli import parse
+from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.options import TextModelOptions
-from neo_jax.devices.processes import say
+from neo_jax.devices.processes import check_same, is_leader, say
+from neo_jax.devices.signals import taken
 from neo_jax.errors import NeoError
 from neo_jax.fields import check, number
 from neo_jax.text.options import check_filter
 from neo_jax.text.word_filter import WordFilter, read_word_filter
 
 if TYPE_CHECKING:
+    from neo_jax.decode.scheduler import Scheduler
+    from neo_jax.devices.channel import Channel
     from neo_jax.serving.service import Service
     from neo_jax.text.language_model import LanguageModel
 
 _KEY = "NEO_JAX_API_KEY"
+_HEARD = 0.5  # seconds in which clients hear that their texts go no further
 _DOCS = "https://github.com/neo-jax/neo_jax/blob/main/docs/serve.md"
 
 
@@ -57,6 +65,8 @@ class Options:
     filter_review: str = ""  # a file to which what the filter withholds is added, for people
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
+    # where a mesh spans several processes; each of them runs the same command, the first answers
+    cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
 
     def __post_init__(self) -> None:
         check(self)
@@ -74,6 +84,13 @@ class Options:
         """The keys that clients may send."""
         return (*self.api_key, *filter(None, [os.environ.get(_KEY)]))
 
+    def scheduler(self, lm: "LanguageModel", channel: "Channel | None" = None) -> "Scheduler":
+        """Returns what decides who is written when, the same in all processes."""
+        from neo_jax.serving.engine import make_scheduler
+
+        prefix_bytes = 10**6 * self.prefix_cache
+        return make_scheduler(lm, self.max_sequences, self.max_logprobs, prefix_bytes, channel)
+
 
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
@@ -85,24 +102,80 @@ def main(args: Sequence[str]) -> None:
             f"a server needs more packages ({error}); pip install 'neo_jax[serve]'."
         ) from None
     words = read_word_filter(options.filter, options.filter_review) if options.filter else None
-    with server.bind(options.host, options.port) as bound:  # known before the model is loaded
-        service = _service(options, options.model.load(), words)
-        service.engine.start()
-        try:
-            server.serve(
-                service,
-                bound,
-                options.shutdown_timeout,
-                lambda: say(f"serving {service.names[0]} at {server.url(bound)} (docs: {_DOCS})"),
-                lambda: say(
-                    f"ending: requests have {options.shutdown_timeout:g} s, or a second signal"
-                ),
-            )
-        finally:
-            service.engine.close()
+    with options.cluster.joined(options.model.is_split, then="") as lose:
+        if not is_leader():
+            _follow(options, lose)
+            return
+        with server.bind(options.host, options.port) as bound:  # known before the model is loaded
+            _lead(options, bound, words, lose)
 
 
-def _service(options: Options, lm: "LanguageModel", words: WordFilter | None) -> "Service":
+def _lead(
+    options: Options, bound: socket.socket, words: WordFilter | None, lose: Callable[[], None]
+) -> None:
+    """Serves, as the only process or the first of several."""
+    from neo_jax.serving import server
+
+    lm = options.model.load()
+    channel = _connect(options, lose)
+    service = _service(options, lm, words, channel)
+    if channel:
+        channel.on_loss = lambda: _tell(service, lose)
+    service.engine.start()
+    try:
+        server.serve(
+            service,
+            bound,
+            options.shutdown_timeout,
+            lambda: say(f"serving {service.names[0]} at {server.url(bound)} (docs: {_DOCS})"),
+            lambda: say(
+                f"ending: requests have {options.shutdown_timeout:g} s, or a second signal"
+            ),
+            channel.lines() if channel else (),
+        )
+    finally:
+        service.engine.close()
+    if channel:
+        channel.close()
+
+
+def _follow(options: Options, lose: Callable[[], None]) -> None:
+    """Computes together with process 0, which decides what and until when."""
+    from neo_jax.decode.lockstep import follow
+
+    lm = options.model.load()
+    channel = _connect(options, lose)
+    assert channel is not None
+
+    def leave() -> bool:
+        channel.send(b"leave")
+        return True
+
+    with taken(leave):
+        follow(options.scheduler(lm), channel)
+
+
+def _connect(options: Options, lose: Callable[[], None]) -> "Channel | None":
+    """Returns the way to the other processes, if there are any, which must serve the same."""
+    if jax.process_count() == 1:
+        return None
+    from neo_jax.devices.channel import connect
+
+    shared = (__version__, options.model, options.max_sequences, options.max_logprobs)
+    check_same(repr((*shared, options.prefix_cache)))
+    return connect(lose, options.cluster.start_timeout)
+
+
+def _tell(service: "Service", lose: Callable[[], None]) -> None:
+    """Ends the process where another one died; its clients hear of it."""
+    service.engine.fail(RuntimeError("another process died"))
+    time.sleep(_HEARD)
+    lose()
+
+
+def _service(
+    options: Options, lm: "LanguageModel", words: WordFilter | None, channel: "Channel | None"
+) -> "Service":
     from neo_jax.serving.engine import Engine
     from neo_jax.serving.metrics import Metrics
     from neo_jax.serving.service import Service, find_chat_template
@@ -119,12 +192,10 @@ def _service(options: Options, lm: "LanguageModel", words: WordFilter | None) ->
     metrics = Metrics(options.names[0])
     engine = Engine(
         lm,
+        options.scheduler(lm, channel),
         metrics,
-        max_sequences=options.max_sequences,
         max_queued_requests=options.max_queued_requests,
         max_queued_tokens=options.max_queued_tokens,
-        max_alternatives=options.max_logprobs,
-        prefix_bytes=10**6 * options.prefix_cache,
         words=words,
     )
     return Service(

@@ -75,7 +75,7 @@ class Scheduler:
           prefix_bytes: that may be kept of prompts which were read by chunks, for others that begin
             as they do.
         """
-        self._model, self._params, self._room, self._max_rows = model, params, room, rows
+        self._model, self._params, self._room, self.max_rows = model, params, room, rows
         whole = (model, params, padded_rows(model.sharding, rows), room)
         self._reader: Reader = (
             WholeReader(*whole) if chunk is None else ChunkReader(*whole, chunk, prefix_bytes)
@@ -115,7 +115,7 @@ class Scheduler:
         Raises:
           NeoError: see `check`; or it has more bans, biases or alternatives than there is room for.
         """
-        check(self._model, [request], self._max_rows)
+        check(self._model, [request], self.max_rows)
         needed = room_for(request.options)._replace(alternatives=request.num_alternatives)
         for name, most, count in zip(Room._fields, self._room, needed, strict=True):
             if count > most:
@@ -133,12 +133,20 @@ class Scheduler:
         self._queue.append((self._submitted, request))
         return self._submitted
 
-    def cancel(self, id: int) -> None:
-        """Drops what is not finished of a request; the next step gives its rows to others."""
-        self._queue = deque(entry for entry in self._queue if entry[0] != id)
-        self._reader.cancel(id)
-        self._waiting = deque(text for text in self._waiting if text.id != id)
-        self._rows = [None if text and text.id == id else text for text in self._rows]
+    def cancel(self, id: int, sample: int | None = None) -> None:
+        """Drops what is not finished of a request; the next step gives its rows to others.
+
+        With a sample it drops that one alone, once its prompt has been read.
+        """
+        if sample is None:
+            self._queue = deque(entry for entry in self._queue if entry[0] != id)
+            self._reader.cancel(id)
+
+        def stays(text: Text) -> bool:
+            return text.id != id or sample not in (None, text.sample)
+
+        self._waiting = deque(filter(stays, self._waiting))
+        self._rows = [text if text and stays(text) else None for text in self._rows]
 
     def step(self) -> list[Event | PromptRead]:
         """Fills free rows, then writes until a text is finished or is to be looked at.

@@ -5,6 +5,7 @@ sharded. Joining must come before anything that makes JAX look for devices.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -154,7 +155,7 @@ def say(line: str) -> None:
 
 def to_host(array: Array) -> np.ndarray:
     """Returns the whole array; where several processes hold parts of it, all must call this."""
-    if array.is_fully_addressable:
+    if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
@@ -164,6 +165,19 @@ def from_leader(array: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def check_same(what: str) -> None:
+    """Checks that all processes say the same; all must call this.
+
+    Raises:
+      NeoError: in those that say something else than process 0; the others may wait for these.
+    """
+    digest = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.int32)
+    if not np.array_equal(from_leader(digest), digest):
+        raise NeoError(
+            "process 0 runs another command or another version of neo_jax; start the same for all."
+        )
 
 
 @contextlib.contextmanager

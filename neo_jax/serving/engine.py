@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
+from neo_jax.decode.lockstep import LeadingScheduler
 from neo_jax.decode.options import SamplingOptions, room_for
 from neo_jax.decode.requests import Event, PromptRead, Request
 from neo_jax.decode.scheduler import Scheduler
+from neo_jax.devices.channel import Channel
 from neo_jax.serving.jobs import (
     Busy,
     Delta,
@@ -79,40 +81,54 @@ class _Work:
         self.listener(self.index, item)
 
 
+def make_scheduler(
+    lm: LanguageModel,
+    max_sequences: int = 16,
+    max_alternatives: int = 20,
+    prefix_bytes: int = 0,
+    channel: Channel | None = None,
+) -> Scheduler:
+    """Returns a scheduler for an engine, or for `lockstep.follow` in other processes.
+
+    Args:
+      lm: the model.
+      max_sequences: texts that are written at one time; others wait.
+      max_alternatives: likeliest tokens that a job may want.
+      prefix_bytes: that may be kept of prompts, for others that begin as they do.
+      channel: to other processes, which follow.
+    """
+    room = room_for([SamplingOptions(**pick(dict(lm.defaults.options), SamplingOptions))])
+    alternatives = min(max_alternatives, lm.config.vocab_size)
+    room = room._replace(biases=MOST_BIASES, alternatives=alternatives)
+    taken = (lm.model, lm.params, max_sequences, room, CHUNK, prefix_bytes)
+    return LeadingScheduler(channel, *taken) if channel else Scheduler(*taken)
+
+
 class Engine:
     """Works for clients until it is closed. Any thread may call all methods."""
 
     def __init__(
         self,
         lm: LanguageModel,
+        scheduler: Scheduler,
         metrics: Metrics,
         *,
-        max_sequences: int = 16,
         max_queued_requests: int = 256,
         max_queued_tokens: int = 0,
-        max_alternatives: int = 20,
-        prefix_bytes: int = 0,
         words: WordFilter | None = None,
     ):
         """Starts nothing yet.
 
         Args:
           lm: the model.
+          scheduler: see `make_scheduler`.
           metrics: is told of what happens.
-          max_sequences: texts that are written at one time; others wait.
           max_queued_requests: jobs that may wait.
           max_queued_tokens: tokens of prompts that may wait; 0 is any number.
-          max_alternatives: likeliest tokens that a job may want.
-          prefix_bytes: that may be kept of prompts, for others that begin as they do.
           words: before which texts end.
         """
-        self._words = words
-        self._lm, self._metrics, self.max_sequences = lm, metrics, max_sequences
+        self._lm, self._scheduler, self._metrics, self._words = lm, scheduler, metrics, words
         self._most_jobs, self._most_tokens = max_queued_requests, max_queued_tokens
-        room = room_for([SamplingOptions(**pick(dict(lm.defaults.options), SamplingOptions))])
-        alternatives = min(max_alternatives, lm.config.vocab_size)
-        room = room._replace(biases=MOST_BIASES, alternatives=alternatives)
-        self._scheduler = Scheduler(lm.model, lm.params, max_sequences, room, CHUNK, prefix_bytes)
         self._changed = threading.Condition()
         # Of what follows, changes are made with `_changed` held.
         self._arrived: list[_Work] = []
@@ -125,7 +141,7 @@ class Engine:
         metrics.watch(
             lambda: self.num_running,
             lambda: self.num_waiting,
-            lambda: self.num_running / max_sequences,
+            lambda: self.num_running / scheduler.max_rows,
         )
 
     @property
@@ -169,8 +185,26 @@ class Engine:
         with self._changed:
             self._draining = self._closing = True
             self._changed.notify_all()
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when the thread has ended: after `close`, or a failure."""
         if self._thread.is_alive():
             self._thread.join()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing will be written any more."""
+        return self._failure is not None
+
+    def fail(self, error: Exception) -> None:
+        """Tells all clients that this is the end."""
+        with self._changed:
+            self._failure = error
+            for work in self._open:
+                work.listener(work.index, RuntimeError("the engine has failed"))
+            self._open.clear()
+            self._changed.notify_all()
 
     async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Item], None]:
         """Yields the index of a job and what is new of it; leaving the iterator drops the jobs.
@@ -247,12 +281,7 @@ class Engine:
                     del works[id]
         except Exception as error:
             _LOG.exception("the engine has failed")
-            with self._changed:
-                self._failure = error
-                for work in self._open:
-                    work.listener(work.index, RuntimeError("the engine has failed"))
-                self._open.clear()
-                self._changed.notify_all()
+            self.fail(error)
 
     def _take(self, works: dict[int, _Work]) -> bool:
         """Takes what has arrived and drops what was left, waiting for work; False at the end."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import uvicorn
 
@@ -54,6 +54,7 @@ def serve(
     shutdown_timeout: float,
     on_ready: Callable[[], None],
     on_end: Callable[[], None],
+    ends: Iterable[object] = (),
 ) -> None:
     """Answers requests until a signal comes: SIGTERM, or Ctrl-C; a second one ends at once.
 
@@ -63,51 +64,54 @@ def serve(
       shutdown_timeout: seconds that requests have, after the signal, to be finished.
       on_ready: called as soon as clients can connect.
       on_end: called as soon as the signal comes, maybe by another thread.
+      ends: whose next item, which a thread waits for, is as good as a signal.
 
     Raises:
-      NeoError: another program has taken the port meanwhile.
+      NeoError: another program has taken the port meanwhile, or the engine has failed.
     """
-    asyncio.run(_serve(service, bound, shutdown_timeout, on_ready, on_end))
 
+    async def run() -> None:
+        config = uvicorn.Config(
+            make_app(service),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # what clients do wrong is not for the log
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(_LEAVE),
+        )
+        server, loop = _Server(config, on_ready), asyncio.get_running_loop()
+        first = threading.Lock()
 
-async def _serve(
-    service: Service,
-    bound: socket.socket,
-    shutdown_timeout: float,
-    on_ready: Callable[[], None],
-    on_end: Callable[[], None],
-) -> None:
-    config = uvicorn.Config(
-        make_app(service),
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="critical",  # what clients do wrong is not for the log
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(_LEAVE),
-    )
-    server = _Server(config, on_ready)
-    loop = asyncio.get_running_loop()
+        def in_thread(work: Callable[[], object]) -> None:
+            # A thread of its own, for which nobody waits who is to end at once.
+            threading.Thread(target=work, daemon=True).start()
 
-    def drain() -> None:
-        service.engine.drain(shutdown_timeout)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(server.stop)
+        def stop_after(work: Callable[[], None]) -> None:
+            work()
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(server.stop)
 
-    def end() -> bool:
-        on_end()
-        # A thread of its own, for which nobody waits who is to end at once.
-        threading.Thread(target=drain, name="drain", daemon=True).start()
-        return True
+        def end() -> bool:
+            if first.acquire(blocking=False):
+                on_end()
+                in_thread(lambda: stop_after(lambda: service.engine.drain(shutdown_timeout)))
+            return True
 
-    with taken(end):
-        try:
+        in_thread(lambda: stop_after(service.engine.wait))
+        in_thread(lambda: [end() for _ in ends])
+        with taken(end):
             await server.serve(sockets=[bound])
-        except OSError as error:
-            host, port = bound.getsockname()[:2]
-            raise _no_port(host, port, error) from error
+
+    try:
+        asyncio.run(run())
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        raise _no_port(host, port, error) from error
+    if service.engine.has_failed:
+        raise NeoError("the model has failed, as the log says; start the server again.")
 
 
 class _Server(uvicorn.Server):

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
+from several_processes import HEARTBEAT, Runs, ended, free_port
 
 import neo_jax
 from neo_jax.cli import UsageError
@@ -27,7 +25,6 @@ from neo_jax.training import loop
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import train
 
-HEARTBEAT = 10
 DIED = (
     "neo-jax: another process of this run died or cannot be reached; start all of them again: "
     "training goes on from its newest checkpoint."
@@ -36,61 +33,8 @@ DIED = (
 
 @pytest.fixture
 def start(tmp_path_factory):
-    """Starts Python in processes that are to be one run; kills them at the end of the test."""
-    root = Path(neo_jax.__file__).parents[1]
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    started = []
-
-    def call(*args, count=2, come=2, devices=4, **more):
-        address = f"localhost:{free_port()}"
-        environment = {
-            **{
-                name: os.environ[name]
-                for name in os.environ
-                if not re.search("(?i)proxy|^TPU_", name)
-            },
-            "PYTHONPATH": str(root),
-            "XDG_CACHE_HOME": str(cache),
-            "TMPDIR": str(cache.parent),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
-            **more,
-        }
-        processes = []
-        for i in range(min(count, come)):
-            where = ["--coordinator", address, "--num-processes", count, "--process-id", i]
-            where += ["--heartbeat-timeout", HEARTBEAT]
-            command = [sys.executable, *args, *(where if count > 1 else [])]
-            processes.append(
-                subprocess.Popen(
-                    list(map(str, command)),
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        started.extend(processes)
-        return processes
-
-    yield call
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def free_port():
-    """A port that nobody listens to."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def ended(process, timeout=100):
-    """Waits for a process; returns its exit status, its stdout, and its stderr as lines."""
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err.splitlines()
+    with Runs(tmp_path_factory.getbasetemp()) as runs:
+        yield runs
 
 
 def assert_ends_with_a_line(survivor, progress="no such line"):

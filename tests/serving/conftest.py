@@ -34,6 +34,8 @@ class FakeEngine:
         self.jobs = []  # of the last call
         self.running = 0
         self.calls = []  # of other methods
+        self.has_failed = False
+        self._closed = threading.Event()
 
     def start(self):
         self.calls.append("start")
@@ -46,6 +48,10 @@ class FakeEngine:
 
     def close(self):
         self.calls.append("close")
+        self._closed.set()
+
+    def wait(self):
+        self._closed.wait()
 
     async def run(self, jobs):
         self.jobs = list(jobs)

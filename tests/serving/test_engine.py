@@ -12,7 +12,7 @@ import pytest
 import neo_jax
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
-from neo_jax.serving.engine import Engine
+from neo_jax.serving.engine import Engine, make_scheduler
 from neo_jax.serving.jobs import Busy, Delta, Job, PromptFound
 from neo_jax.serving.metrics import Metrics
 
@@ -31,8 +31,9 @@ def metrics():
 
 
 @contextlib.contextmanager
-def started(lm, metrics, **options):
-    engine = Engine(lm, metrics, **{"max_sequences": 4, **options})
+def started(lm, metrics, max_sequences=4, prefix_bytes=0, **options):
+    scheduler = make_scheduler(lm, max_sequences, prefix_bytes=prefix_bytes)
+    engine = Engine(lm, scheduler, metrics, **options)
     engine.start()
     try:
         yield engine

@@ -7,7 +7,7 @@ from serving.conftest import Client
 
 from neo_jax.errors import NeoError
 from neo_jax.serving.app import make_app
-from neo_jax.serving.engine import Engine
+from neo_jax.serving.engine import Engine, make_scheduler
 from neo_jax.serving.metrics import Metrics
 from neo_jax.serving.service import Service
 from neo_jax.serving.templates import PLAIN, Template
@@ -34,7 +34,7 @@ def served(lm, word, tmp_path_factory):
     """A client of a server with a filter, its counts, and its review file."""
     review = tmp_path_factory.mktemp("review") / "review.jsonl"
     metrics, words = Metrics("neo"), WordFilter([word.upper(), "people"], str(review))
-    engine = Engine(lm, metrics, max_sequences=4, words=words)
+    engine = Engine(lm, make_scheduler(lm, 4), metrics, words=words)
     template = Template(PLAIN, ("\nUser:",))
     engine.start()
     yield Client(make_app(Service(lm, lm.tokenizer, engine, metrics, ("neo",), template))), review
@@ -95,7 +95,7 @@ def test_conversations_too(lm, stream):
     template, metrics = Template("{{ messages[-1].content }}"), Metrics("neo")
     whole = lm.generate(PROMPT, 30, temperature=0)
     word = next(each for each in whole.split()[3:] if each.isalpha())
-    engine = Engine(lm, metrics, max_sequences=2, words=WordFilter([word]))
+    engine = Engine(lm, make_scheduler(lm, 2), metrics, words=WordFilter([word]))
     engine.start()
     try:
         client = Client(make_app(Service(lm, lm.tokenizer, engine, metrics, ("neo",), template)))

@@ -64,11 +64,12 @@ def test_a_server_from_its_first_line_to_its_end(monkeypatch, capsys, lm, engine
     monkeypatch.setattr("neo_jax.text.load.load", lambda *args, **options: lm)
     made = {}
 
-    def make(*args, **options):
-        made.update(options)
+    def make(lm, scheduler, metrics, **options):
+        made.update(options, scheduler=scheduler)
         return engine
 
     monkeypatch.setattr(engines, "Engine", make)
+    monkeypatch.setattr(engines, "make_scheduler", lambda lm, *args: args)
     monkeypatch.setenv("NEO_JAX_API_KEY", "two")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -125,12 +126,10 @@ def test_a_server_from_its_first_line_to_its_end(monkeypatch, capsys, lm, engine
     assert status == 0
     assert found == {"models": "one", "late": 503, "health": 503, "last": "data: [DONE]"}
     assert made == {
-        "max_sequences": 4,
         "max_queued_requests": 7,
         "max_queued_tokens": 99,
-        "max_alternatives": 3,
-        "prefix_bytes": 5_000_000,
         "words": None,
+        "scheduler": (4, 3, 5_000_000, None),
     }
     assert engine.calls == ["start", "drain 20", "close"]
     lines = capsys.readouterr().err.splitlines()
