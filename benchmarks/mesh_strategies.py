@@ -1,12 +1,15 @@
 """Draws meshes, rules and models at random, and compares each that is accepted with one device.
 
     python benchmarks/mesh_strategies.py RESULTS.jsonl [--triples 60] [--seed 0] [--run-only]
+    python benchmarks/mesh_strategies.py RESULTS.jsonl --split-sequences
 
 Eight CPU devices train for three steps and continue three prompts: losses, the first gradients, the
 parameters after the last step, greedy texts and the log-probabilities of given ones are to be those
 of one device. A triple that is refused with a line is drawn again. --run-only leaves the comparison
 out, to find what the compiler cannot do among more of them; --no-shardy takes XLA's older
 partitioner.
+--split-sequences draws nothing: it takes every mesh of eight devices that splits sequences, with
+data, fsdp and model axes, in turn by each rule, each once.
 
 RESULTS.jsonl gets a line for each triple: what it is, and "equal", "refused" or "wrong" with the
 reason. Triples run in processes that are started anew after one that aborts, which so is named; a
@@ -40,8 +43,11 @@ def work(options):
     from neo_jax.errors import NeoError
     from neo_jax.sharding.rules import make_sharding
 
+    listed = mesh_triples.split_sequences()
     for seed in range(options.first, options.first + 20):
-        triple = mesh_triples.draw(seed)
+        if options.split_sequences and seed >= len(listed):
+            return
+        triple = listed[seed] if options.split_sequences else mesh_triples.draw(seed)
         print(json.dumps({"seed": seed, "triple": str(triple)}), flush=True)
         began = time.monotonic()
         try:
@@ -71,6 +77,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-only", action="store_true")
     parser.add_argument("--no-shardy", action="store_true")
+    parser.add_argument("--split-sequences", action="store_true")
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.first is not None:
@@ -80,8 +87,13 @@ def main():
     done = [json.loads(line) for line in lines]
     counts = collections.Counter(fields["result"] for fields in done)
     seed = max((fields["seed"] for fields in done), default=options.seed - 1) + 1
+    if options.split_sequences:
+        sys.path.insert(0, str(TESTS))
+        import mesh_triples
+
+        options.triples = len(mesh_triples.split_sequences())
     with options.results.open("a") as file:
-        while counts.total() - counts["refused"] < options.triples:
+        while counts.total() - counts["refused"] * (not options.split_sequences) < options.triples:
             command = [sys.executable, *sys.argv, "--first", str(seed)]
             environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "XLA_FLAGS": QUICK}
             worker = subprocess.Popen(

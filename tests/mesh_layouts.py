@@ -13,6 +13,9 @@ STRATEGIES = [
     ("fsdp=8", "vocab:fsdp,heads:fsdp"),
     ("fsdp=4,context=2", "embed:fsdp,length:context"),
     ("fsdp=2,model=4", "embed:fsdp,length:model,heads:model,vocab:model"),
+    ("data=2,context=4", "embed:context,length:context"),
+    ("fsdp=2,context=4", "embed:fsdp+context,length:context"),
+    ("context=4,model=2", "embed:context,length:context+model,heads:model,vocab:model"),
 ]
 
 

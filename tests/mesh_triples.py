@@ -1,6 +1,8 @@
 """Triples of a mesh, rules and a model, drawn at random, each put to the test of one device."""
 
 import dataclasses
+import itertools
+import math
 import random
 
 import jax
@@ -60,6 +62,7 @@ class Triple:
     accumulation: int = 1
     has_segment_starts: bool = False
     seed: int = 0
+    length: int = LENGTH
 
     def __str__(self):
         differing = [
@@ -69,7 +72,8 @@ class Triple:
         ]
         return (
             f"--mesh {self.mesh} --rules {self.rules} accumulation={self.accumulation} "
-            f"has_segment_starts={self.has_segment_starts} {' '.join(differing)}"
+            f"has_segment_starts={self.has_segment_starts} length={self.length} "
+            f"{' '.join(differing)}"
         )
 
 
@@ -111,6 +115,52 @@ def draw(seed):
     return Triple(mesh, text, model, rng.choice([1, 1, 2]), rng.random() < 0.3, seed)
 
 
+def split_sequences():
+    """Returns triples of every mesh of eight devices that splits sequences, in turn by each rule.
+
+    The window is as long as a shard, shorter or longer; lengths, documents and prompts are ragged.
+    """
+    triples = []
+    for sizes in itertools.product((1, 2, 4, 8), repeat=4):
+        mesh = dict(zip(("data", "fsdp", "model", "context"), sizes, strict=True))
+        if math.prod(sizes) != 8:
+            continue
+        table = {"length": ["context"], "embed": ["fsdp"], "kv_length": [], "positions": []}
+        table |= {axis: ["model"] for axis in ("heads", "mlp", "vocab")}
+        variants = [{}, {"embed": ["fsdp", "context"]}, {"kv_length": ["context"]}]
+        if mesh["model"] > 1:
+            variants.append({"length": ["context", "model"]})
+        for variant in variants if mesh["context"] > 1 else variants[3:]:
+            names = [name for name, size in mesh.items() if size > 1]
+            rules = {
+                axis: "+".join(name for name in chosen if name in names)
+                for axis, chosen in {**table, **variant}.items()
+            }
+            seed = len(triples)
+            model = ModelConfig(
+                num_layers=2,
+                num_heads=8,
+                embed_dim=64,
+                mlp_dim=120,
+                vocab_size=200,
+                max_length=240,
+                window_size=(1, 3, 8, 20)[seed % 4],
+                eos_token_id=-1,
+            )
+            triples.append(
+                Triple(
+                    ",".join(f"{name}={mesh[name]}" for name in names),
+                    ",".join(f"{axis}:{target}" for axis, target in rules.items() if target),
+                    model,
+                    accumulation=1 + (seed % 5 == 0),
+                    has_segment_starts=seed % 2 == 0,
+                    seed=seed,
+                    length=(16, 24, 40, 56)[seed // 2 % 4],
+                )
+            )
+    return triples
+
+
 class Run:
     """What is done with a triple: on its mesh, or on one device."""
 
@@ -122,7 +172,7 @@ class Run:
             "",
             STEPS,
             batch_size=ROWS,
-            length=LENGTH,
+            length=triple.length,
             model=triple.model,
             optimizer=OPTIMIZER,
             dtype="float32",
@@ -156,10 +206,11 @@ class Run:
     def batches(self):
         """Yields a batch for each step, predictions of unequal weights."""
         rng = np.random.default_rng(self.seed)
-        segment_starts = np.tile(np.where(np.arange(LENGTH) < 9, 0, 9).astype(np.int32), (ROWS, 1))
+        length = self.config.length
+        segment_starts = np.tile(np.where(np.arange(length) < 9, 0, 9).astype(np.int32), (ROWS, 1))
         for _ in range(STEPS):
-            tokens = rng.integers(0, self.model.config.vocab_size, (ROWS, LENGTH + 1), np.int32)
-            weights = rng.choice(np.float32([0, 0.5, 1, 2]), (ROWS, LENGTH))
+            tokens = rng.integers(0, self.model.config.vocab_size, (ROWS, length + 1), np.int32)
+            weights = rng.choice(np.float32([0, 0.5, 1, 2]), (ROWS, length))
             batch = Batch(tokens, weights, segment_starts if self.has_segment_starts else None)
             if self.model.sharding:
                 rows = self.model.sharding.named(("batch", None), tokens.shape, "batch")

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import neo_jax
-from neo_jax.axes import BATCH
+from neo_jax.axes import BATCH, LENGTH
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, preset
 from neo_jax.data.prepare import prepare
@@ -26,6 +26,7 @@ from neo_jax.training.loop import train
         ("gpt-neo-2.7b", 2_651_307_520, 420e9, 256),
         ("finetune-125m", 125_198_592, 1.6e6, 1),
         ("finetune-1.3b", 1_315_575_808, 33e6, 8),
+        ("gpt-neo-1.3b-8k", 1_315_575_808 + 6144 * 2048, 65e6, 8),
         ("lora-2.7b", 2_651_307_520, 16e6, 1),
     ],
 )
@@ -36,6 +37,8 @@ def test_the_arithmetic_of_a_published_size(name, size, tokens, devices):
         published = config.pretrained.partition("/")[2].lower()
         assert published in PRESETS
         model = preset(published)
+        if config.model.max_length > model.max_length:
+            model = dataclasses.replace(model, max_length=config.model.max_length)
     assert model.num_params == size
     length = config.length or model.max_length
     assert config.steps * config.batch_size * length == pytest.approx(tokens, rel=0.03)
@@ -44,7 +47,7 @@ def test_the_arithmetic_of_a_published_size(name, size, tokens, devices):
         assert devices == 1
         return
     part = config.batch_size // config.accumulation
-    assert sharding.num_shards(BATCH) == devices
+    assert sharding.num_shards(BATCH) * sharding.num_shards(LENGTH) == devices
     sharding.spec((BATCH, None), (part, length), "batch")  # raises where it does not divide
     neo = Neo(model, sharding=sharding)
     shapes = jax.eval_shape(functools.partial(init_params, neo), jax.random.key(0))

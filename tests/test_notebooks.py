@@ -21,7 +21,7 @@ execute = runpy.run_path(str(FOLDER / "execute.py"))["execute"]
 
 
 def test_they_are_all_there():
-    assert [path.stem for path in NOTEBOOKS] == ["finetune", "quickstart", "sharding"]
+    assert [path.stem for path in NOTEBOOKS] == ["context", "finetune", "quickstart", "sharding"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -34,6 +34,7 @@ class Options:
 
     text: tuple[str, ...] = ()  # files, folders or globs of .txt or .jsonl (The Pile's), also .zst
     wikitext: bool = False  # --text names WikiText's raw files, to detokenize as the harness does
+    by_position: bool = False  # --text also by how many tokens of its document come before a token
     # tokens from window to window beyond the context; 0 is half the context
     stride: int = number(0, least=0)
     tasks: str = ""  # tasks and groups of the harness, as in lambada_openai,piqa
@@ -69,6 +70,8 @@ class Options:
                 raise NeoError(f"--{name} goes with --suite model-card.")
         if self.suite and self.gen_kwargs:
             raise NeoError("--gen-kwargs goes with --tasks; nothing of the suite is generated.")
+        if self.by_position and not self.text:
+            raise NeoError("--by-position goes with --text.")
         if self.wikitext and not self.text:
             raise NeoError("--wikitext goes with --text; among --tasks it is wikitext.")
         check(self)
@@ -120,12 +123,33 @@ def _texts(options: Options) -> None:
         "wikitext": options.wikitext,
     }
     if options.json:
-        print_json({**how, "subsets": {name: _fields(total) for name, total in totals.items()}})
+        subsets = {name: _fields(total) for name, total in totals.items()}
+        after = {"by_position": _by_position(everything)} if options.by_position else {}
+        print_json({**how, "subsets": subsets, **after})
         return
     head = ["", "documents", "tokens", "words", "bytes", "bits/byte", "ppl/token", "ppl/word"]
     print_columns([head, *([name, *_cells(total)] for name, total in totals.items())])
     first = "predicted from the end-of-text token" if how["first_token_scored"] else "not scored"
     print(f"context {context}, stride {how['stride']}; the first token of a document is {first}")
+    if options.by_position:
+        rows = [[f"{row['first']}-{row['last']}", str(row["tokens"]), f"{row['loss']:.4f}"]
+                for row in _by_position(everything)]  # fmt: skip
+        print_columns([["tokens before", "tokens", "nats/token"], *rows])
+
+
+def _by_position(total: "Total") -> list[dict[str, Any]]:
+    """Returns the loss, nats a token, by how many tokens of its document come before a token."""
+    from neo_jax.evaluation.texts import SHORTEST
+
+    return [
+        {
+            "first": last // 2 + 1 if last > SHORTEST else 1,
+            "last": last,
+            "tokens": tokens,
+            "loss": total.nats_after[last] / tokens,
+        }
+        for last, tokens in sorted(total.tokens_after.items())
+    ]
 
 
 def _fields(total: "Total") -> dict[str, Any]:

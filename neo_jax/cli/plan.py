@@ -170,8 +170,4 @@ def _with_model(config: TrainConfig) -> TrainConfig:
     """Returns a config that says its model, also where that is a checkpoint's."""
     if not config.pretrained:
         return config
-    model = _model("" if config.pretrained == "bundled" else config.pretrained)
-    model = dataclasses.replace(model, vocab_size=model.vocab_size + config.new_tokens)
-    config = dataclasses.replace(config, model=model)
-    config.check_length()
-    return config
+    return config.with_model(_model("" if config.pretrained == "bundled" else config.pretrained))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.axes import Array, Float, Int, Params
+from neo_jax.axes import LENGTH, Array, Float, Int, Params
 from neo_jax.decode.capacity import padded_length
 from neo_jax.decode.prefixes import Path, PrefixCache, begin_with, put_chunk, take_chunk
 from neo_jax.model import cache as caching
@@ -17,7 +17,9 @@ from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import pick
 
 PIECE = 512  # tokens of each row that are read at one time
-WHOLE = 8192  # tokens of all rows, padding included, that are still read in one pass
+# Tokens of all rows, padding included, that are still read in one pass: for each of the devices
+# that share a sequence.
+WHOLE = 8192
 
 
 def read(
@@ -25,7 +27,8 @@ def read(
 ) -> Cache:
     """Returns a cache that holds so many tokens of each row, of this capacity."""
     rows, longest = tokens.shape
-    if longest <= PIECE or rows * longest <= WHOLE:
+    shards = model.sharding.num_shards(LENGTH) if model.sharding else 1
+    if longest <= PIECE or rows * longest <= WHOLE * shards:
         return read_whole(model, params, tokens, lengths, slots)
     return read_in_pieces(model, params, tokens, lengths, slots, PIECE)
 

@@ -8,6 +8,7 @@ predicted; else its first token is not. Beyond the context it is read by windows
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from neo_jax.files.compression import unpacked_name
 from neo_jax.files.paths import make_path
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.score import score_ids
+
+SHORTEST = 64
+"""Tokens of the shortest beginning of a document that is counted apart."""
 
 _TOGETHER = 1 << 16  # bytes of text that are tokenized and scored together, at least
 
@@ -92,6 +96,10 @@ class Total:
     words: int = 0
     num_bytes: int = 0
     nats: float = 0.0  # -log p of all scored tokens
+    # The same by how many tokens of the document come before one: 1 to 64, 65 to 128, 129 to 256,
+    # ..., each by the last number: how many are scored, and their -log p.
+    tokens_after: Counter[int] = dataclasses.field(default_factory=Counter)
+    nats_after: Counter[int] = dataclasses.field(default_factory=Counter)
 
     @property
     def bits_per_byte(self) -> float:
@@ -134,6 +142,12 @@ def measure(
         for document, logprobs in zip(some, scores, strict=True):
             nats = -float(logprobs.sum(dtype="float64"))
             counted = Total(1, len(logprobs), document.words, document.num_bytes, nats)
+            start, stop = 0, SHORTEST
+            while start < len(logprobs):
+                some_nats = -float(logprobs[start:stop].sum(dtype="float64"))
+                counted.tokens_after[stop] = min(stop, len(logprobs)) - start
+                counted.nats_after[stop] = some_nats  # type: ignore[assignment]  # also adds floats
+                start, stop = stop, 2 * stop
             yield document.subset, counted
 
 

@@ -9,7 +9,7 @@ Keys and values are floats, or int8 with a scale for each row, head and slot.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from neo_jax.axes import BATCH, HEAD_DIM, HEADS, KV_LENGTH, Array, Float, Int
 from neo_jax.config import ModelConfig
-from neo_jax.ops.cache_write import slot_axis, write_slots
+from neo_jax.ops.cache_write import slot_axis, write_shard, write_slots
 from neo_jax.ops.int8 import Int8, rounded
 from neo_jax.ops.rounding import cast
 from neo_jax.sharding.rules import Sharding, constrain
@@ -93,9 +93,33 @@ def extend(
     k: Float[Array, "B N T H"],
     v: Float[Array, "B N T H"],
     positions: Int[Array, "B T"],
+    sharding: Sharding | None = None,
 ) -> LayerCache:
     """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
-    return write_slots(cache, LayerCache(_like(cache.k, k), _like(cache.v, v), positions))
+    new = LayerCache(_like(cache.k, k), _like(cache.v, v), positions)
+    if sharding is None or sharding.num_shards(KV_LENGTH) == 1:
+        return write_slots(cache, new)
+    names, shards = sharding.mesh_axes(KV_LENGTH), sharding.num_shards(KV_LENGTH)
+
+    def specs(layer: LayerCache, axes: Mapping[str, Sequence[str | None]]) -> LayerCache:
+        def spec(name: str, part: Any) -> Any:
+            path = f"the cache's {name}"
+            return jax.tree.map(lambda x: sharding.spec(axes[name][: x.ndim], x.shape, path), part)
+
+        return LayerCache(**{name: spec(name, part) for name, part in layer._asdict().items()})
+
+    of_new = {
+        name: [None if axis == KV_LENGTH else axis for axis in axes]
+        for name, axes in LOGICAL_AXES.items()
+    }
+    on_each_device = jax.shard_map(
+        lambda cache, new: write_shard(cache, new, jax.lax.axis_index(names), shards),
+        mesh=sharding.mesh,
+        in_specs=(specs(cache, LOGICAL_AXES), specs(new, of_new)),
+        out_specs=specs(cache, LOGICAL_AXES),
+        check_vma=False,
+    )
+    return on_each_device(cache, new)
 
 
 def _like(old: Array | Int8, new: Array) -> Array | Int8:
@@ -143,9 +167,15 @@ def from_sequence(
         slots, newest = num_slots(config, i, length, slack), lengths[:, None] - 1
         positions = newest - (newest - jnp.arange(slots)[None, :]) % slots
         index = (jnp.clip(positions, 0) % layer.positions.shape[1])[:, None, :, None]
+        is_global = config.window(i) is None
 
-        def kept(part: Any, index: Array = index) -> Array | Int8:
-            part = jnp.take_along_axis(part, index, axis=2, mode="clip")
+        def kept(
+            part: Any, index: Array = index, slots: int = slots, is_global: bool = is_global
+        ) -> Array | Int8:
+            if is_global:  # slots are positions; a gather would bring together what a mesh splits
+                part = _fit(part, slots)
+            else:
+                part = jnp.take_along_axis(part, index, axis=2, mode="clip")
             return rounded(part, 1) if dtype == jnp.int8 else cast(part, dtype or part.dtype)
 
         k, v = kept(layer.k), kept(layer.v)
@@ -158,18 +188,19 @@ def resize(config: ModelConfig, cache: Cache, length: int) -> Cache:
 
     Texts must fit: of a row that holds a position of `length` or more, keys are lost.
     """
-
     # Where the number of slots changes no sequence has wrapped around yet: slots are positions.
-    def fit(leaf: Array, slots: int) -> Array:
-        axis = slot_axis(leaf.ndim)
-        kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
-        widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
-        return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions
-
     return tuple(
-        jax.tree.map(functools.partial(fit, slots=num_slots(config, i, length)), layer)
+        jax.tree.map(functools.partial(_fit, slots=num_slots(config, i, length)), layer)
         for i, layer in enumerate(cache)
     )
+
+
+def _fit(leaf: Array, slots: int) -> Array:
+    """Returns a leaf's first slots, empty ones after those that there are."""
+    axis = slot_axis(leaf.ndim)
+    kept = jax.lax.slice_in_dim(leaf, 0, min(slots, leaf.shape[axis]), axis=axis)
+    widths = [(0, slots - n if i == axis else 0) for i, n in enumerate(kept.shape)]
+    return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions
 
 
 def clear_rows(cache: Cache, rows: Int[Array, "..."]) -> Cache:

@@ -29,7 +29,7 @@ from neo_jax.model.layers import Einsum, Embed, LayerNorm
 from neo_jax.ops.attention import Kernel, Mask, attend
 from neo_jax.ops.gelu import ACTIVATIONS
 from neo_jax.ops.rounding import cast
-from neo_jax.sharding.rules import Sharding, constrain
+from neo_jax.sharding.rules import Sharding, constrain, filled
 
 # How activations are sharded: None stays whole, ... is for the compiler to choose.
 RESIDUAL_STREAM = (axes.BATCH, axes.LENGTH, None)
@@ -83,10 +83,11 @@ class Attention(nn.Module):
         q = self.queries(_at(x, query_indices))
         k, v = self._of_heads(self.k_proj, x), self._of_heads(self.v_proj, x)
         aligned = cache is None and query_indices is None  # the sequence is its own cache
-        cache = caching.extend(cache, k, v, positions) if cache else LayerCache(k, v, positions)
+        new = LayerCache(k, v, positions)
+        cache = caching.extend(cache, k, v, positions, self.sharding) if cache else new
         of_queries, starts = (_at(each, query_indices) for each in (positions, segment_starts))
         mask = Mask(of_queries, cache.positions, self.window, aligned, starts)
-        cache = caching.place(self.sharding, cache)
+        cache = cache if aligned else caching.place(self.sharding, cache)
         y = attend(q, cache.k, cache.v, mask, self.kernel if aligned else "auto", self.sharding)
         return self.out_proj("btnh,dnh->btd", y.swapaxes(1, 2)), cache
 
@@ -251,7 +252,9 @@ class Neo(nn.Module):
     def _hidden_states(
         self, tokens: Array, positions: Array | None, cache: Cache | None, indices: Array | None
     ) -> tuple[tuple[Array, ...], Cache]:
-        indexed = positions is None or cache is not None
+        indexed, length = positions is None or cache is not None, tokens.shape[1]
+        if not cache:
+            tokens, positions = filled(self.sharding, tokens, positions)
         x, positions = self.embed(tokens, positions)
         # Kernels that know only indices take what is before position 0 for another document.
         segment_starts = None if indexed else jnp.zeros_like(positions)
@@ -264,7 +267,8 @@ class Neo(nn.Module):
             here = indices if i == len(self.h) - 1 else None
             x, layer_cache = block(x, positions, cache[i] if cache else None, segment_starts, here)
             caches.append(layer_cache)
-        return (*hidden_states, self.ln_f(x)), tuple(caches)
+        hidden_states.append(self.ln_f(x))
+        return tuple(x[:, :length] for x in hidden_states), tuple(caches)
 
 
 def _at(x: Any, indices: Array | None) -> Any:
@@ -285,12 +289,8 @@ def init_params(model: Neo, key: Array) -> Params:
 
 def logical_axes(model: Neo) -> Params:
     """Returns the parameter tree with each leaf's tuple of logical axes in its place."""
-    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed["params"],
-        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
-    )
+    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))["params"]
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=nn.meta.is_axis_metadata)
 
 
 def _init(model: Neo, key: Array) -> Params:

@@ -39,6 +39,19 @@ def write_slots(cache: Layer, new: Layer) -> Layer:
     return jax.lax.platform_dependent(cache, new, tpu=tpu, default=write_at_once)
 
 
+def write_shard(cache: Layer, new: Layer, shard: Int[Array, ""], num_shards: int) -> Layer:
+    """Does what `write_slots` does to one of the shards of a cache whose slots are split.
+
+    Where it is left to the compiler, it brings all slots together.
+    """
+    size, positions = cache.positions.shape[1], new.positions
+    # A multiple of the size: so position p modulo the size is the place of its slot in a shard.
+    is_here = (positions >= 0) & (positions % (num_shards * size) // size == shard)
+    new = jax.tree.map(lambda x: jnp.where(is_here, x, -1) if x is positions else x, new)
+    tpu = write_in_turn if positions.shape[1] <= FEW else write_at_once  # not one after another
+    return jax.lax.platform_dependent(cache, new, tpu=tpu, default=write_at_once)
+
+
 def slot_axis(ndim: int) -> int:
     """Returns which axis of a leaf of a layer's cache are the slots."""
     return min(ndim - 1, 2)

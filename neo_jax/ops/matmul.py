@@ -151,9 +151,9 @@ def _repeat(vector: Array, rows: tuple[int, ...]) -> Array:
 
 def _repeat_backward(rows: tuple[int, ...], _: None, grad: Array) -> tuple[Array]:
     # A product with ones: XLA's CPU backend is many times slower on the sum itself.
-    num_rows = math.prod(rows)
-    ones, flat = jnp.ones(num_rows, jnp.float32), grad.reshape((num_rows, -1))
-    total = jnp.einsum("i,io->o", ones, flat, precision=jax.lax.Precision.HIGHEST)
+    # Of rows and lengths as they are: made one axis they could not both be split over a mesh.
+    ones, flat = jnp.ones(rows, jnp.float32), grad.reshape((*rows, -1))
+    total = jnp.einsum("bt,bto->o", ones, flat, precision=jax.lax.Precision.HIGHEST)
     return (total.reshape(grad.shape[len(rows) :]),)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neo_jax.axes import BATCH, LOGICAL_AXES, Array
+from neo_jax.axes import BATCH, LENGTH, LOGICAL_AXES, Array
 from neo_jax.devices.torus import arrange
 from neo_jax.errors import NeoError, brief, suggest
 
@@ -35,9 +35,19 @@ STRATEGIES = {
     # Heads, MLP and vocabulary are split, activations summed: Megatron (Shoeybi et al., 2019).
     "tensor": ("model=-1", "heads:model,mlp:model,vocab:model"),
     "fsdp+tensor": ("fsdp=-1,model=2", "embed:fsdp,heads:model,mlp:model,vocab:model"),
+    # Sequences are split too, and weights over the same devices as over those of the batch: see
+    # `neo_jax.ops.attention.context`.
+    "context": (
+        "context=-1",
+        "length:context,embed:fsdp+context,heads:model,mlp:model,vocab:model",
+    ),
     # Weights are split by both axes that the mesh may have and stay; activations, small in
-    # decoding, travel: the 2D weight-stationary layout of Pope et al., 2022.
-    "decode": ("model=-1", "batch:data,embed:fsdp,heads:model,mlp:model,vocab:model"),
+    # decoding, travel: the 2D weight-stationary layout of Pope et al., 2022. Prompts and the slots
+    # of caches are split where the mesh has an axis for them.
+    "decode": (
+        "model=-1",
+        "batch:data,embed:fsdp,heads:model,mlp:model,vocab:model,length:context,kv_length:context",
+    ),
 }
 """The named strategies: a mesh, taken where none is given, whose axes each needs; and rules."""
 
@@ -61,7 +71,11 @@ class Sharding:
 
     def num_shards(self, axis: str | None) -> int:
         """Returns into how many parts the rules split an axis."""
-        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
+        return self.num_shards_of(self.mesh_axes(axis))
+
+    def num_shards_of(self, names: Sequence[str]) -> int:
+        """Returns into how many parts mesh axes split something."""
+        return math.prod(self.mesh.shape[name] for name in names)
 
     def spec(
         self, axes: Sequence[str | None], shape: Sequence[int], path: str = "array"
@@ -144,6 +158,22 @@ def padded_rows(sharding: Sharding | None, rows: int) -> int:
     """Returns the least number of rows, at least `rows`, that the batch axis can be split into."""
     shards = sharding.num_shards(BATCH) if sharding else 1
     return -(-rows // shards) * shards
+
+
+def filled(
+    sharding: Sharding | None, tokens: Array, positions: Array | None
+) -> tuple[Array, Array | None]:
+    """Returns sequences [B, T] that divide over the devices that share each, and their positions.
+
+    What is added on the right has the position -1: it is not there.
+    """
+    rest = -tokens.shape[1] % (sharding.num_shards(LENGTH) if sharding else 1)
+    if not rest:
+        return tokens, positions
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    fill = ((0, 0), (0, rest))
+    return jnp.pad(tokens, fill), jnp.pad(positions, fill, constant_values=-1)
 
 
 def tree_shardings(sharding: Sharding, axes: Any, shapes: Any) -> Any:

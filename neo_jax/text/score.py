@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.axes import Array, Bool, Float, Int, Params
+from neo_jax.axes import BATCH, LENGTH, VOCAB, Array, Bool, Float, Int, Params
 from neo_jax.decode.capacity import round_up, scored_length
 from neo_jax.decode.sampling import logprobs_of
 from neo_jax.devices.memory import check_batch
@@ -29,7 +29,7 @@ from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model.transformer import Neo
 from neo_jax.ops import tuning
-from neo_jax.sharding.rules import padded_rows, pick
+from neo_jax.sharding.rules import constrain, padded_rows, pick
 
 _LOGITS = 1024  # positions whose logits exist at one time
 
@@ -126,10 +126,22 @@ def judge(
     logprobs, greedy = [], []
     for start in range(0, targets.shape[1], size):
         block = slice(start, start + size)
-        logits = model.apply({"params": params}, hidden[:, block], method=Neo.unembed)
+        logits = model.apply(
+            {"params": params}, _split(model, hidden[:, block]), method=Neo.unembed
+        )
         logprobs.append(logprobs_of(logits, targets[:, block]))
         greedy.append(pick(logits, targets[:, block]) >= jnp.max(logits, axis=-1))
     return jnp.concatenate(logprobs, axis=1), jnp.concatenate(greedy, axis=1)
+
+
+def _split(model: Neo, hidden: Array) -> Array:
+    """Returns hidden states so that each device that shares a sequence forms some of the logits."""
+    sharding = model.sharding
+    if sharding is None or hidden.shape[1] % sharding.num_shards(LENGTH):
+        return hidden
+    if set(sharding.mesh_axes(LENGTH)) & set(sharding.mesh_axes(VOCAB)):
+        return hidden  # these devices share the vocabulary
+    return constrain(sharding, hidden, (BATCH, LENGTH, None), "ln_f's output")
 
 
 def score_ids(

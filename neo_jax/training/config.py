@@ -48,6 +48,11 @@ class TrainConfig:
     pretrained: str = ""
     # Rows added to the vocabulary of `pretrained`, each the mean of those that are there.
     new_tokens: int = number(0, least=0)
+    # What positions get that model.max_length adds to those of `pretrained`: its table again and
+    # again ("repeated"), or the whole table stretched ("interpolated").
+    new_positions: Literal["repeated", "interpolated"] = choice(
+        "repeated", ("repeated", "interpolated")
+    )
     # Adapters of low rank, in the place of all weights.
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
@@ -103,6 +108,40 @@ class TrainConfig:
                 "shorten it, or raise model.max_length."
             )
         check_batch(self.batch_size, self.sequence_length)
+
+    def with_model(self, model: ModelConfig) -> "TrainConfig":
+        """Returns the config of a run that starts from a checkpoint of this model.
+
+        The vocabulary grows by `new_tokens`, positions up to the config's own model.max_length.
+
+        Raises:
+          NeoError: the config describes another model, or its length does not fit.
+        """
+        model = dataclasses.replace(model, vocab_size=model.vocab_size + self.new_tokens)
+        wanted, positions = self.model, model.max_length
+        # The default is no request for as many positions, unless sequences are to have so many.
+        if wanted == ModelConfig() and not positions < self.length == wanted.max_length:
+            wanted = model
+        others = [dataclasses.replace(each, max_length=1) for each in (ModelConfig(), model)]
+        if dataclasses.replace(wanted, max_length=1) not in others:
+            raise NeoError(
+                f"model is another than that of the checkpoint {self.pretrained}; leave all of it "
+                "but max_length out of the config, or leave out pretrained."
+            )
+        if wanted.max_length < positions:
+            raise NeoError(
+                f"model.max_length {wanted.max_length} is below the {positions} positions of "
+                f"{self.pretrained}; leave it out, and set length for shorter sequences."
+            )
+        if wanted.max_length > positions and self.lora.rank:
+            raise NeoError(
+                "adapters do not train embeddings, so the positions that model.max_length adds "
+                "would never be learned; leave it out, or set lora.rank to 0."
+            )
+        model = dataclasses.replace(model, max_length=wanted.max_length)
+        config = dataclasses.replace(self, model=model)
+        config.check_length()
+        return config
 
     @property
     def sequence_length(self) -> int:

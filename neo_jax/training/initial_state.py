@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from neo_jax.axes import Array, Params
+from neo_jax.axes import Array, Float, Params
 from neo_jax.checkpoints import hub
 from neo_jax.checkpoints.load import load_params
 from neo_jax.checkpoints.open_model import read_config
@@ -42,16 +43,7 @@ def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
             raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
         return config, None
     folder = hub.resolve(config.pretrained)
-    model = read_config(folder)
-    model = dataclasses.replace(model, vocab_size=model.vocab_size + config.new_tokens)
-    if config.model not in (ModelConfig(), model):
-        raise NeoError(
-            f"model is another than that of the checkpoint {config.pretrained}; leave it out of "
-            "the config, or leave out pretrained."
-        )
-    config = dataclasses.replace(config, model=model)
-    config.check_length()
-    return config, folder
+    return config.with_model(read_config(folder)), folder
 
 
 def first_state(
@@ -67,9 +59,15 @@ def first_state(
         return init_state(model, optimizer, config.seed, config.lora, objective)
     start = functools.partial(state_of, optimizer=optimizer)
     stored = dataclasses.replace(
-        model.config, vocab_size=model.config.vocab_size - config.new_tokens
+        model.config,
+        vocab_size=model.config.vocab_size - config.new_tokens,
+        max_length=read_config(folder).max_length,
     )
     params = load_stacked(model.clone(config=stored), folder, jnp.float32)
+    if stored.max_length < model.config.max_length:
+        longer = jax.jit(extend_positions, static_argnums=(1, 2))
+        table = longer(params["wpe"]["embedding"], model.config.max_length, config.new_positions)
+        params = params | {"wpe": {"embedding": table}}
     if config.new_tokens:
         grown = jax.jit(functools.partial(_grow, before=stored, after=model.config))
         for table in {"wte", stored.head}:
@@ -85,6 +83,26 @@ def _grow(table: Array, before: ModelConfig, after: ModelConfig) -> Array:
     table = jnp.pad(table, ((0, after.padded_vocab_size - before.padded_vocab_size), (0, 0)))
     row = jnp.arange(after.padded_vocab_size)[:, None]
     return jnp.where((before.vocab_size <= row) & (row < after.vocab_size), mean, table)
+
+
+def extend_positions(
+    table: Float[Array, "P D"], length: int, how: Literal["repeated", "interpolated"]
+) -> Float[Array, "length D"]:
+    """Returns learned positions for more tokens than a model was trained with.
+
+    Repeated, a token finds itself as far from those in its window as in training, and what is known
+    of the first P positions holds for every P that follow (Beltagy et al., "Longformer", 2020,
+    section 5). Interpolated, positions are as many as before but closer (Chen et al., "Extending
+    context window of large language models via positional interpolation", 2023, section 2.3).
+    Either is a start, to be trained on.
+    """
+    index = jnp.arange(length)
+    if how == "repeated":
+        return table[index % len(table)]
+    place = index * ((len(table) - 1) / (length - 1))
+    left = jnp.minimum(place.astype(jnp.int32), len(table) - 2)
+    share = (place - left)[:, None]
+    return table[left] * (1 - share) + table[left + 1] * share
 
 
 def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:

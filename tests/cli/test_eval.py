@@ -36,11 +36,15 @@ def test_texts_by_subset(succeed, model, checkpoints, pile):
     for name, total in totals.items():
         assert found["subsets"][name]["bits_per_byte"] == pytest.approx(total.bits_per_byte)
         assert found["subsets"][name]["bytes"] == total.num_bytes
-    table = succeed("eval", "--text", pile, "--stride", "64", *model).splitlines()
+    table = succeed("eval", "--text", pile, "--stride", "64", "--by-position", *model).splitlines()
     assert table[0].split()[:2] == ["documents", "tokens"]
     assert [row.split()[0] for row in table[1:4]] == list(totals)
     assert f"{totals['ArXiv'].bits_per_byte:.4f}" in table[1]
     assert table[4].startswith("context 64, stride 64; the first token of a document is predicted")
+    assert table[5].split() == ["tokens", "before", "tokens", "nats/token"]
+    everything = totals["all"]
+    loss = f"{everything.nats / everything.tokens:.4f}"
+    assert table[6].split() == ["1-64", str(everything.tokens), loss]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,7 @@ def test_texts_by_subset(succeed, model, checkpoints, pile):
         ([], 2, "give either --text FILE or --tasks"),
         (["--text", "a.txt", "--tasks", "piqa"], 2, "give either --text FILE or --tasks"),
         (["--tasks", "piqa", "--wikitext"], 2, "--wikitext goes with --text"),
+        (["--tasks", "piqa", "--by-position"], 2, "--by-position goes with --text"),
         (["--tasks", "piqa", "--limit", "-1"], 2, "--limit must be 0 or more"),
         (["--text", "nowhere.txt"], 1, "nowhere.txt does not exist"),
         (["--tasks", "piqqa"], 1, "'piqqa' is no task of the harness, nor of --include-path. Did"),

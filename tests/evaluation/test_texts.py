@@ -71,6 +71,11 @@ def test_all_of_a_document_is_predicted(lm, text, monkeypatch, stride):
         assert subset == document.subset
         assert (total.documents, total.tokens, total.words) == (1, len(ids), 2)
         assert total.nats == pytest.approx(-logprobs.logprobs.sum(dtype=np.float64), rel=1e-6)
+        for first, last in ((0, 64), (64, 128), (128, 256), (256, 512)):
+            some = logprobs.logprobs[first:last]
+            assert total.tokens_after[last] == len(some)
+            assert total.nats_after[last] == pytest.approx(-some.sum(dtype=np.float64), rel=1e-6)
+        assert sum(total.tokens_after.values()) == len(ids)
         assert total.bits_per_byte == pytest.approx(total.nats / math.log(2) / document.num_bytes)
         assert total.token_perplexity == pytest.approx(math.exp(total.nats / len(ids)))
         assert total.word_perplexity == pytest.approx(math.exp(min(total.nats / 2, 700)), rel=1e-6)

@@ -78,6 +78,11 @@ def test_default_rules_are_those_that_the_mesh_has(text, rules):
             "fsdp=4,model=2",
             "batch:fsdp embed:fsdp heads:model mlp:model vocab:model",
         ),
+        (
+            "context",
+            "context=8",
+            "length:context embed:context",
+        ),
         ("decode", "model=8", "heads:model mlp:model vocab:model"),
     ],
 )
@@ -92,6 +97,16 @@ def test_a_strategy_by_its_name_alone(name, mesh, rules):
         ("data", "data=4,fsdp=2", "batch:data+fsdp"),
         ("fsdp", "data=2,fsdp=4", "batch:data+fsdp embed:fsdp"),
         ("tensor", "data=2,fsdp=2,model=2", "batch:data+fsdp heads:model mlp:model vocab:model"),
+        (
+            "context",
+            "fsdp=2,context=4",
+            "batch:fsdp length:context embed:fsdp+context",
+        ),
+        (
+            "decode",
+            "data=2,context=2,model=2",
+            "batch:data heads:model mlp:model vocab:model length:context kv_length:context",
+        ),
         (
             "decode",
             "data=2,fsdp=2,model=2",
@@ -108,7 +123,7 @@ def written(sharding):
 
 
 def test_every_strategy_is_tested():
-    assert list(STRATEGIES) == ["data", "fsdp", "tensor", "fsdp+tensor", "decode"]
+    assert list(STRATEGIES) == ["data", "fsdp", "tensor", "fsdp+tensor", "context", "decode"]
 
 
 def test_rules_replace_the_defaults():
@@ -138,7 +153,7 @@ def test_rules_replace_the_defaults():
         ("data=16,fsdp=-1", "", "asks for 16 devices, but 8 are here"),
         ("data=8", "embd:data", r"unknown logical axis 'embd' in the rules\. Did you mean 'embed'"),
         ("data=8", "embed:fsdp", r"rule 'embed:fsdp' names no axis of the mesh\. Known are: data"),
-        ("data=8", "embed", r"no strategy is called 'embed'\. Known are: data, decode, fsdp,"),
+        ("data=8", "embed", r"no strategy is called 'embed'\. Known are: context, data, decode,"),
         ("", "fspd", r"no strategy is called 'fspd'\. Did you mean 'fsdp'\?"),
         ("data=8", "fsdp", "strategy 'fsdp' needs the mesh axis 'fsdp'; write .* --mesh fsdp=-1"),
         ("fsdp=8", "fsdp+tensor", "needs the mesh axis 'model'; write .* --mesh fsdp=-1,model=2"),

@@ -52,6 +52,7 @@ NAMED = [
     ("data=2,fsdp=4", "fsdp"),
     ("data=2,model=4", "tensor"),
     ("fsdp=4,model=2", "fsdp+tensor"),
+    ("fsdp=2,context=2,model=2", "context"),
     ("data=2,fsdp=2,model=2", "decode"),
 ]
 # Drawn once at random: each axis of a mesh splits one or two logical axes.
@@ -63,6 +64,13 @@ DRAWN = [
     ("context=2,fsdp=2,model=2", "kv_length:context,embed:context+fsdp,head_dim:model"),
     # Picking logits by a gather, this once aborted the process in XLA's partitioner.
     ("data=2,context=2,model=2", "batch:data,length:context,heads:model,vocab:model"),
+]
+# Sequences are split; the window of 8 is no longer than a shard, or twice as long.
+SPLIT = [
+    ("data=2,context=4", "length:context"),
+    ("context=8", "length:context,embed:context,kv_length:context"),
+    ("context=4,model=2", "decode"),
+    ("fsdp=2,model=4", "length:model,embed:fsdp,heads:model,mlp:model,vocab:model"),
 ]
 
 
@@ -152,7 +160,7 @@ def test_every_named_strategy_is_here():
     assert [rules for _, rules in NAMED] == list(STRATEGIES)
 
 
-@pytest.mark.parametrize(("mesh", "rules"), NAMED + DRAWN)
+@pytest.mark.parametrize(("mesh", "rules"), NAMED + DRAWN + SPLIT)
 def test_a_strategy_changes_no_number(one_device, mesh, rules):
     params, (losses, grads, state), wide, texts = one_device
     sharding = make_sharding(mesh, rules)

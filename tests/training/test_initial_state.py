@@ -251,6 +251,42 @@ def test_new_tokens_from_text_to_a_model(tuning, checkpoints, tokenizer_folders,
     assert AutoTokenizer.from_pretrained(folder)("<|user|>The fox<|bot|>")["input_ids"] == ids
 
 
+@pytest.mark.parametrize("mesh", ["", "fsdp=2,context=2"])
+@pytest.mark.parametrize("how", ["repeated", "interpolated"])
+def test_a_longer_context_begins_with_the_positions_that_were_learned(
+    tuning, checkpoints, mesh, how
+):
+    longer = ModelConfig(max_length=190)
+    config = dataclasses.replace(
+        tuning, lora=LoraConfig(), model=longer, new_positions=how, mesh=mesh,
+        rules=mesh and "length:context,embed:fsdp",
+    )  # fmt: skip
+    config, folder = find_pretrained(config)
+    base = neo_jax.load(checkpoints["pieces"])
+    assert config.model == dataclasses.replace(base.config, max_length=190)
+    assert config.sequence_length == 190
+    model = Neo(config.model, sharding=loop.make_sharding(mesh, config.rules))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    params = jax.device_get(first_state(config, model, optimizer, folder).params)
+    before = np.asarray(base.params["wpe"]["embedding"])
+    table = params["wpe"].pop("embedding")
+    expected = np.concatenate([before, before, before])[:190]
+    if how == "interpolated":
+        places = np.linspace(0, 63, 190)
+        expected = np.stack([np.interp(places, np.arange(64), each) for each in before.T], axis=1)
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-6)
+    start = jax.device_get(stack(base.params, base.config))
+    del start["wpe"]["embedding"]
+    assert_identical(params, start)
+
+
+def test_when_the_default_is_a_request_for_a_longer_context(tuning):
+    config = dataclasses.replace(tuning, lora=LoraConfig())
+    assert find_pretrained(config)[0].model.max_length == 64
+    config = dataclasses.replace(config, length=2048)  # the default itself, of a GPT-2 maybe
+    assert find_pretrained(config)[0].model.max_length == 2048
+
+
 def test_the_length_is_the_context_of_the_checkpoint(tuning):
     assert find_pretrained(dataclasses.replace(tuning, length=0))[0].sequence_length == 64
 
@@ -263,6 +299,11 @@ def test_the_length_is_the_context_of_the_checkpoint(tuning):
         ({"new_tokens": 2, "lora": LoraConfig(), "pretrained": ""}, "new_tokens are for a model"),
         ({"length": 65}, "length 65 exceeds the model's context of 64"),
         ({"model": ModelConfig(num_layers=2)}, "model is another than that of the checkpoint"),
+        ({"model": ModelConfig(max_length=65)}, "the positions that model.max_length adds"),
+        (
+            {"model": ModelConfig(max_length=32)},
+            "model.max_length 32 is below the 64 positions of",
+        ),
         ({"pretrained": "nowhere"}, "there is no folder and no published model 'nowhere'"),
     ],
 )

@@ -6,6 +6,8 @@
 | blocked | blocks of queries against the keys that they can see     | whole sequences             |
 | splash  | a TPU kernel                                             | the same, bfloat16 on a TPU |
 | cudnn   | an NVIDIA kernel                                         | the same, 16 bits on a GPU  |
+
+Where the rules split sequences, `context` brings together what a device's queries see.
 """
 
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from neo_jax.config import Kernel
 from neo_jax.devices.chips import BFLOAT16_CAPABILITY, compute_capability
 from neo_jax.errors import NeoError, suggest
 from neo_jax.ops.attention.blocked import blocked
+from neo_jax.ops.attention.context import attend_split, context_axes
 from neo_jax.ops.attention.cudnn import cudnn
 from neo_jax.ops.attention.dense import dense
 from neo_jax.ops.attention.mask import Mask
@@ -58,7 +61,12 @@ def attend(
     Raises:
       NeoError: see `choose`.
     """
-    name = choose(kernel, q, mask, device_of(sharding))
+    is_split = mask.aligned and bool(context_axes(sharding))
+    name = choose(kernel, q, mask, device_of(sharding), is_split)
+    if sharding and is_split:
+        assert isinstance(k, Array)  # Int8 are those of caches
+        assert isinstance(v, Array)
+        return attend_split(KERNELS[name], name == "splash", q, k, v, mask, sharding)
     if sharding is None or name not in OF_DEVICE.values():
         return KERNELS[name](q, k, v, mask)
     heads = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")
@@ -73,8 +81,10 @@ def attend(
     return on_each_device(q, k, v, mask)
 
 
-def choose(kernel: str, q: Array, mask: Mask, device: Any) -> str:
+def choose(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool = False) -> str:
     """Returns the name of the implementation that serves queries [B, N, T, H] on a device.
+
+    `is_split` says whether devices share a sequence.
 
     Raises:
       NeoError: unknown kernel, or one that cannot serve these; the message names another.
@@ -82,16 +92,16 @@ def choose(kernel: str, q: Array, mask: Mask, device: Any) -> str:
     usual = "blocked" if mask.aligned else "dense"
     if kernel == "auto":
         fast = OF_DEVICE.get(device.platform, usual)
-        return usual if _obstacle(fast, q, mask, device) else fast
+        return usual if _obstacle(fast, q, mask, device, is_split) else fast
     if kernel not in KERNELS:
         raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, KERNELS)}")
-    obstacle = _obstacle(kernel, q, mask, device)
+    obstacle = _obstacle(kernel, q, mask, device, is_split)
     if obstacle:
         raise NeoError(f"the '{kernel}' kernel {obstacle}; use '{usual}'.")
     return kernel
 
 
-def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
+def _obstacle(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool) -> str:
     """Returns why a kernel cannot serve these queries, "" where it can."""
     if kernel != "dense" and not mask.aligned:
         return "serves a sequence that attends to itself"
@@ -105,6 +115,8 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any) -> str:
             return "runs on NVIDIA GPUs of compute capability 8.0 or newer"
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"computes in bfloat16 or float16, not in {q.dtype}"
+        if is_split:
+            return "serves no sequence that the rules split over devices"
         if mask.segment_starts is not None:
             return "knows neither documents within a row nor padding"
         if q.shape[-1] > 128 or q.shape[-1] % 8:

@@ -7,6 +7,7 @@ the softmax's sums (Dao et al., "FlashAttention", 2022, algorithm 4).
 """
 
 import functools
+from itertools import starmap
 
 import jax
 import jax.numpy as jnp
@@ -20,37 +21,42 @@ from neo_jax.ops.rounding import cast
 BLOCK_SIZE = 256
 
 _Positions = tuple[Array, Array, Array | None]
+_Blocks = tuple[tuple[int, int, int, int], ...]
 
 
 def blocked(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B N T H"],
-    v: Float[Array, "B N T H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
     mask: Mask,
     block_size: int = BLOCK_SIZE,
 ) -> Float[Array, "B N T H"]:
-    """Equals `dense` for a sequence of any length that attends to itself; the mask is aligned."""
+    """Equals `dense`, for sequences of any length.
+
+    Of an aligned mask only what a window and causality leave is computed, of another everything.
+    """
     # Without a barrier XLA folds transpositions into products, and its CPU backend cannot run every
     # bfloat16 product that results.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
     positions = (mask.q_positions, mask.k_positions, mask.segment_starts)
-    return _blocked(mask.window, block_size, q, k, v, positions)
+    blocks = _blocks(q.shape[2], k.shape[2], mask.aligned, mask.window, block_size)
+    return _blocked(mask.window, blocks, q, k, v, positions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(
-    window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
+    window: int | None, blocks: _Blocks, q: Array, k: Array, v: Array, positions: _Positions
 ) -> Array:
-    return _forward(window, block_size, q, k, v, positions)[0]
+    return _forward(window, blocks, q, k, v, positions)[0]
 
 
 def _forward(
-    window: int | None, block_size: int, q: Array, k: Array, v: Array, positions: _Positions
+    window: int | None, blocks: _Blocks, q: Array, k: Array, v: Array, positions: _Positions
 ) -> tuple[Array, tuple]:
     mask = _mask(positions, window)
     multiply = functools.partial(product, dtype=q.dtype)
     outputs, log_sums = [], []
-    for queries, keys in _blocks(q.shape[2], window, block_size):
+    for queries, keys in starmap(_slices, blocks):
         logits = multiply("bnth,bnsh->bnts", q[:, :, queries], k[:, :, keys])
         logits = jnp.where(mask.block(queries, keys).visible()[:, None], logits, HIDDEN)
         largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -63,7 +69,7 @@ def _forward(
 
 
 def _backward(
-    window: int | None, block_size: int, saved: tuple, grad: Array
+    window: int | None, blocks: _Blocks, saved: tuple, grad: Array
 ) -> tuple[Array | None, ...]:
     q, k, v, positions, y, log_sum = saved
     mask = _mask(positions, window)
@@ -73,7 +79,7 @@ def _backward(
     grads_q = []
     grad_k = grad_v = jnp.zeros(k.shape, jnp.float32)
     # Keys come first in a block's weights, "bnst": only one of the products transposes an operand.
-    for queries, keys in _blocks(q.shape[2], window, block_size):
+    for queries, keys in starmap(_slices, blocks):
         block_q, block_k, block_grad = q[:, :, queries], k[:, :, keys], grad[:, :, queries]
         logits = multiply("bnsh,bnth->bnst", block_k, block_q)
         visible = mask.block(queries, keys).visible()[:, None].swapaxes(2, 3)
@@ -96,12 +102,18 @@ def _mask(positions: _Positions, window: int | None) -> Mask:
     return Mask(of_queries, of_keys, window, segment_starts=segment_starts)
 
 
-def _blocks(length: int, window: int | None, size: int) -> list[tuple[slice, slice]]:
-    """Returns blocks of queries, and the keys that each can see."""
-    starts = range(0, length, size)
-    first = [0 if window is None else max(0, start - window + 1) for start in starts]
-    stops = [min(start + size, length) for start in starts]
-    return [
-        (slice(start, stop), slice(key, stop))
-        for start, stop, key in zip(starts, stops, first, strict=True)
-    ]
+def _blocks(queries: int, keys: int, aligned: bool, window: int | None, size: int) -> _Blocks:
+    """Returns blocks of queries, and the keys that each can see: where both begin and end."""
+    blocks = []
+    for start in range(0, queries, size):
+        stop, first, last = min(start + size, queries), 0, keys
+        if aligned:
+            offset = keys - queries  # query t and key t + offset are one token
+            first = 0 if window is None else max(0, start + offset - window + 1)
+            last = stop + offset
+        blocks.append((start, stop, first, last))
+    return tuple(blocks)
+
+
+def _slices(start: int, stop: int, first: int, last: int) -> tuple[slice, slice]:
+    return slice(start, stop), slice(first, last)

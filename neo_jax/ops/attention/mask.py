@@ -17,9 +17,10 @@ class Mask:
     what is not there: padding, or an empty slot of a cache. With `segment_starts` a query sees no
     key before its start: in a row of several documents, what came before its own.
 
-    An aligned mask is that of a sequence that attends to itself: query t and key t are one token.
-    Its positions are 0, 1, 2, ..., or, with `segment_starts`, run on without gaps; and all tokens
-    of a document have its start. So kernels that know only indices can serve it.
+    An aligned mask is that of a sequence, or of the end of one, that attends to itself: the last
+    query and the last key are one token, and so on before them. Its positions are 0, 1, 2, ..., or,
+    with `segment_starts`, run on without gaps; and all tokens of a document have its start. So
+    kernels that know only indices can serve it.
     """
 
     q_positions: Int[Array, "B T"]
@@ -27,6 +28,7 @@ class Mask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
     segment_starts: Int[Array, "B T"] | None = None  # the first position that a query may see
+    k_segment_starts: Int[Array, "B S"] | None = None  # of each key, where there are more of them
 
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns the mask as an array, True where the query sees the key."""

@@ -64,17 +64,28 @@ def collectives(
     `open_trips` is how often a loop runs whose end depends on data; there is a `ValueError` where
     that is needed and None. `slices` are the axes that lead to other TPU slices, and to how many.
     """
-    found, chains = [], set()
+    return [row for _, row in located(program, mesh_shape, open_trips, slices)]
+
+
+def located(
+    program: Program,
+    mesh_shape: Mapping[str, int],
+    open_trips: int | None = None,
+    slices: Mapping[str, int] = types.MappingProxyType({}),
+) -> list[tuple[Run, Traffic]]:
+    """Returns what `collectives` does, each row with the instruction that it is of."""
+    found: list[tuple[Run, Traffic]] = []
+    chains = set()
     inside = {name: size // slices.get(name, 1) for name, size in mesh_shape.items()}
     for run in runs(program, open_trips):
         opcode, attributes = run.instruction.opcode, run.instruction.attributes
         if opcode == "send" and "_xla_megascale_transfer_type" in attributes:
-            found.append(_between_slices(run, slices))
+            found.append((run, _between_slices(run, slices)))
         if opcode.removesuffix("-start") not in KINDS:
             continue
         chain = re.search('chain_id="([^"]+)"', attributes)
         if not chain or (run.path, chain[1]) not in chains:
-            found.append(_collective(run, inside))
+            found.append((run, _collective(run, inside)))
         if chain:
             chains.add((run.path, chain[1]))
     return found

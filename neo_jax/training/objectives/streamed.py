@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neo_jax.axes import EMBED, VOCAB, Array, Float, Int
+from neo_jax.axes import BATCH, EMBED, VOCAB, Array, Float, Int
 from neo_jax.model.transformer import Neo
 from neo_jax.ops import tuning
-from neo_jax.sharding.fsdp import EVERYWHERE, FsdpLayout, inside_fsdp
-from neo_jax.sharding.rules import pick
+from neo_jax.sharding.fsdp import EVERYWHERE, FsdpLayout, inside_share
+from neo_jax.sharding.rules import constrain, pick
 
 Loss = Callable[..., tuple[Array, Array]]
 """From logits, float32 [B, t, V], and arrays that lead with [B, t] to two sums over positions."""
@@ -70,8 +70,7 @@ def _blockwise_forward(
         (sums, grad_table), grads_x = jax.lax.scan(add, zeros, _blocks(model, *arrays))
         return layout.sum(sums), (grad_table[None], _joined(grads_x, arrays[0].shape[1]))
 
-    rows = layout.by_share
-    out = EVERYWHERE, (rows, rows)
+    out = EVERYWHERE, (layout.by_share, layout.rows())
     sums, (grads_table, grad_x) = _mapped(model, of_share, out, table, hidden, *arrays)
     return sums, (layout.sum_parts(grads_table), grad_x)
 
@@ -107,7 +106,7 @@ def token_logprobs(
         found = jax.lax.scan(one, None, _blocks(model, *arrays))[1]
         return _joined(found, arrays[0].shape[1])
 
-    return _mapped(model, of_share, _layout(model).by_share, table, hidden, targets)
+    return _mapped(model, of_share, _layout(model).rows(), table, hidden, targets)
 
 
 def _logprobs_forward(
@@ -150,13 +149,16 @@ def _mapped(model: Neo, function: Callable[..., Any], out: Any, table: Array, *r
     """
     layout = _layout(model)
     gathered = layout.gather(table.astype(model.dtype)).astype(jnp.float32)
-    takes = (EVERYWHERE, *[layout.by_share] * len(rows))
-    return layout.map_share(function, takes, out)(gathered, *rows)
+    takes = (EVERYWHERE, *[layout.rows()] * len(rows))
+    hidden, *others = rows
+    if not layout.length:  # what splits sequences then splits the vocabulary, or nothing does
+        hidden = constrain(model.sharding, hidden, (BATCH, None, None), "ln_f's output")
+    return layout.map_share(function, takes, out)(gathered, hidden, *others)
 
 
 def _apply(function: Callable[..., Any], model: Neo, table: Array, x: Array, *arrays: Array) -> Any:
     """Applies a function of logits to a block of a device."""
-    model = model.clone(sharding=inside_fsdp(model.sharding))
+    model = model.clone(sharding=inside_share(model.sharding, _layout(model)))
     logits = model.apply({"params": {model.config.head: {"embedding": table}}}, x,
                          method=Neo.unembed)  # fmt: skip
     return function(logits, *arrays)

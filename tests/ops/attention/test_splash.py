@@ -15,7 +15,7 @@ from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.scan import stack
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import attention
-from neo_jax.ops.attention import Mask, dense, splash
+from neo_jax.ops.attention import Mask, context, dense, splash
 from neo_jax.ops.attention.splash import block_size
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.training.objectives.next_token import Batch, NextToken
@@ -98,11 +98,13 @@ CONFIG = ModelConfig(
 def as_on_a_tpu(monkeypatch):
     """Whole sequences go to splash, in float32 for the sake of the comparison."""
 
-    def choose(kernel, q, mask, device):
+    def choose(kernel, q, mask, device, is_split=False):
         return "splash" if mask.aligned else "dense"
 
     monkeypatch.setattr(attention, "choose", choose)
     monkeypatch.setitem(attention.KERNELS, "splash", interpreted)
+    prepared = functools.partial(context.causal_kernel, interpret=True)
+    monkeypatch.setattr(context, "causal_kernel", prepared)
 
 
 def loss_and_gradients(sharding, params):

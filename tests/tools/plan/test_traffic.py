@@ -9,7 +9,7 @@ import pytest
 
 from neo_jax.config import ModelConfig
 from neo_jax.sharding.rules import make_sharding
-from neo_jax.tools.plan.collectives import traffic
+from neo_jax.tools.plan.collectives import located, traffic
 from neo_jax.tools.plan.hlo import parse
 from neo_jax.tools.plan.plan import compile_and_read
 from neo_jax.tools.plan.steps import training_step
@@ -61,3 +61,26 @@ def test_parameters_and_gradients_move_once(topology, mesh, rules):
     activations = step.tokens // shards * MODEL.embed_dim * 4
     sums = 2 * (model - 1) / model * activations * (5 * MODEL.num_layers + 3)
     assert sum(found.values()) < 1.15 * (gathered + reduced + sums)
+
+
+def test_a_local_layer_moves_its_window_whatever_the_length():
+    """And a global one its keys and values, a fourteenth of that for even work, nothing else."""
+    length = 4096
+    topology = find_topology("v5e:2x4")
+    sharding = make_sharding("context=8", "length:context", topology.devices)
+    model = dataclasses.replace(MODEL, num_layers=2, embed_dim=256, num_heads=2, max_length=length)
+    config = dataclasses.replace(RUN, batch_size=1, model=model)
+    step = training_step(config, sharding)
+    _, text = compile_and_read(step.trace().lower(), topology)
+    sent = collections.Counter()
+    for run, row in located(parse(text), sharding.mesh.shape):
+        is_of_attention = "bf16" in run.instruction.shape  # gradients are sums in float32
+        sent[row.kind if is_of_attention else "gradients"] += row.wire_bytes
+    keys = 4 * length * model.embed_dim * 7 / 8
+    passes = 3  # forward, again, backward
+    halo = 4 * (model.window_size - 1) * model.embed_dim
+    assert sent["collective-permute"] <= passes * (1.01 * halo + keys / 14)
+    assert sent["all-gather"] <= 2 * 1.01 * keys
+    assert sent["reduce-scatter"] + sent["all-reduce"] <= 1.01 * keys
+    weights = sum(leaf.size for leaf in jax.tree.leaves(step.parts["parameters"]))
+    assert sent["gradients"] <= 1.2 * 2 * 4 * weights * 7 / 8
