@@ -10,7 +10,8 @@ each; results are added to the file as they come, and a row that it has is left 
 
 Bytes are those that a device sends. The halo is that of one pass; the rest of the step: forward,
 again for the backward pass, and backward. "share" is what attention sends over what gathering all
-keys and values in both layers would, 3 passes of 2 layers of 4 T width (C - 1) / C bytes.
+keys and values in both layers would, 3 passes of 2 layers of 4 T width (C - 1) / C bytes. All that
+is not attention's is compared with the sums of gradients, 2 x 4 bytes a weight.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+
+import jax
 
 from neo_jax.config import preset
 from neo_jax.sharding.rules import make_sharding
@@ -38,15 +41,16 @@ def measure(name, length):
     model = dataclasses.replace(preset("gpt-neo-2.7b"), num_layers=2, max_length=length)
     config = TrainConfig("", "", 1, batch_size=1, model=model, remat="full", dtype="bfloat16")
     sharding = make_sharding(f"context={CHIPS}", "length:context", topology.devices)
-    compiled, text = compile_and_read(training_step(config, sharding).trace().lower(), topology)
+    step = training_step(config, sharding)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(step.parts["parameters"]))
+    compiled, text = compile_and_read(step.trace().lower(), topology)
     sent = collections.Counter()
     halo = model.window_size - 1
     for run, row in located(parse(text), sharding.mesh.shape):
         shape = run.instruction.shape
         sizes = set(re.search(r"\[([\d,]*)\]", shape)[1].split(","))
         if "bf16" not in shape:
-            of_tokens = sizes & {str(length // part) for part in (1, CHIPS, 2 * CHIPS)}
-            what = "other activations" if of_tokens and "f32" in shape else "gradients, integers"
+            what = "rest"
         elif row.kind == "collective-permute":
             what = "halo" if str(halo) in sizes else "queries"
         else:
@@ -63,7 +67,7 @@ def measure(name, length):
         "halo": sent["halo"],
         "queries": sent["queries"],
         "keys_and_values": sent["keys and values"],
-        "other_activations": sent["other activations"],
+        "rest_over_gradients": round(sent["rest"] / (2 * 4 * weights * (CHIPS - 1) / CHIPS), 4),
         "share": round(attention / (6 * gathered), 4),
         "temporaries": stats.temp_size_in_bytes,
     }

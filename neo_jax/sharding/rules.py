@@ -101,6 +101,8 @@ class Sharding:
                 fix = f"change the mesh or drop '{axis}' from the rules"
                 if axis == BATCH:
                     fix = f"choose a multiple of {self.num_shards(axis)}, or the rule 'batch:'"
+                if axis == LENGTH:
+                    fix = f"choose a multiple of {self.num_shards(axis)}, or drop 'length'"
                 raise NeoError(
                     f"{path}: axis '{axis}' of size {size} does not divide over "
                     f"{self.num_shards(axis)} devices of {'+'.join(mesh_axes)}; {fix}."

@@ -196,6 +196,9 @@ def test_an_indivisible_size_names_tensor_axis_and_sizes():
     both = make_sharding("data=2,fsdp=4")
     with pytest.raises(NeoError, match=r"'batch' of size 12 .* data\+fsdp; choose a multiple of 8"):
         both.spec(("batch",), (12,))
+    split = make_sharding("context=8", "length:context")
+    with pytest.raises(NeoError, match=r"'length' of size 12 .* choose a multiple of 8, or drop"):
+        split.spec(("length",), (12,))
 
 
 def test_a_mesh_axis_splits_an_array_once():
@@ -288,6 +291,8 @@ def expected(tiny):
             },
         ),
         ("data=8", "", {"wte/embedding": (128, 32), "h_1/mlp/c_fc/kernel": (128, 32)}),
+        # 20 tokens are padded to 24.
+        ("context=8", "length:context,embed:context", {"wte/embedding": (128, 4)}),
         (
             "data=2,model=4",
             "batch:data,vocab:model,mlp:model,positions:data,head_dim:model",
