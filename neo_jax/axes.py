@@ -16,6 +16,7 @@ every parameter carries, in sharding rules and on the command line, the fields i
 | Vp     |              |              | the same, padded for any mesh  |
 | P      | positions    | max_length   | learned positions, the context |
 | L      | layers       | num_layers   | blocks                         |
+| C      | labels       | head.labels  | labels of a classifier         |
 | W      |              | window_size  | keys that a local layer sees   |
 
 Array annotations name the axes by these letters: `Float[Array, "B T D"]`.
@@ -36,14 +37,15 @@ MLP = "mlp"
 VOCAB = "vocab"
 POSITIONS = "positions"
 LAYERS = "layers"
+LABELS = "labels"
 
 LOGICAL_AXES = (BATCH, LENGTH, KV_LENGTH, EMBED, HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS)
-"""Those that a mesh can split; layers come one after another."""
+"""Those that a mesh can split; layers come one after another, and labels are few."""
 
 Params = dict[str, Any]
 """The canonical parameter tree: nested dictionaries, one sub-tree a layer, arrays at the leaves."""
 
 __all__ = [
-    "BATCH", "EMBED", "HEADS", "HEAD_DIM", "KV_LENGTH", "LAYERS", "LENGTH", "LOGICAL_AXES", "MLP",
-    "POSITIONS", "VOCAB", "Array", "Bool", "Float", "Int", "Params", "UInt",
+    "BATCH", "EMBED", "HEADS", "HEAD_DIM", "KV_LENGTH", "LABELS", "LAYERS", "LENGTH",
+    "LOGICAL_AXES", "MLP", "POSITIONS", "VOCAB", "Array", "Bool", "Float", "Int", "Params", "UInt",
 ]  # fmt: skip

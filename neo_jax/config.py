@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from neo_jax import fields as options
 from neo_jax.errors import NeoError, brief, checked, suggest, warn
 from neo_jax.families import FAMILIES, GPT2, GPT_NEO, HF_IGNORED, SAME_ACTIVATIONS, Family
+from neo_jax.labels import HeadConfig, as_head
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu", "silu"]
@@ -63,9 +64,12 @@ class ModelConfig:
     qkv_bias: bool = False
     scale_attention: bool = False
     tied_head: bool = True  # whether the output head is the table of token embeddings
+    # a classifier's in the place of the output head, if it is one
+    head: HeadConfig = options.converted(HeadConfig(), as_head)
 
     def __post_init__(self) -> None:
         options.check(self)
+        _set(self, tied_head=self.tied_head or self.head.is_classifier)
         _set(self, eos_token_id=_ends(self.eos_token_id))
         _set(self, head_dim=self.head_dim or self.embed_dim // self.num_heads)
         _set(self, mlp_dim=self.mlp_dim or 4 * self.embed_dim)
@@ -116,7 +120,7 @@ class ModelConfig:
         return GPT2 if self.qkv_bias else GPT_NEO
 
     @property
-    def head(self) -> str:
+    def unembedding(self) -> str:
         """The sub-tree of parameters that holds the table of the output head, [V, D]."""
         return "wte" if self.tied_head else "lm_head"
 
@@ -140,7 +144,7 @@ class ModelConfig:
 
     def size(self, axis: str) -> int:
         """Returns how long a logical axis of parameters is, "embed" or another."""
-        return getattr(self, _SIZES[axis])
+        return len(self.head.labels) if axis == "labels" else getattr(self, _SIZES[axis])
 
     @property
     def num_params(self) -> int:
@@ -149,10 +153,11 @@ class ModelConfig:
         attention = 4 * embed * embed + (4 if self.qkv_bias else 1) * embed
         layer = attention + 2 * embed * mlp + mlp + embed + 4 * embed
         rows = (1 if self.tied_head else 2) * self.vocab_size + self.max_length
-        return rows * embed + self.num_layers * layer + 2 * embed
+        head = self.head.num_params(embed)
+        return rows * embed + self.num_layers * layer + 2 * embed + head
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the config.json that transformers' GPTNeoForCausalLM or GPT2LMHeadModel reads."""
+        """Returns the config.json that transformers' class of the family and the head reads."""
         family, first = self.family, self.eos_ids[0] if self.eos_ids else None
         fields = {
             "architectures": [family.architecture],
@@ -167,7 +172,7 @@ class ModelConfig:
             units = self.num_layers // len(self.attention_types)
             layers = [[list(self.attention_types), units]], list(self.layer_types)
             fields |= dict(zip(family.layer_fields, layers, strict=True))
-        return {**fields, **family.off}
+        return {**fields, **family.off, **self.head.to_hf(family.prefix, first)}
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -210,7 +215,7 @@ class ModelConfig:
         try:
             if family.layer_fields:
                 values["attention_types"] = _hf_layer_types(fields)
-            config = cls(**values)
+            config = cls(**values, head=HeadConfig.from_hf(fields))
         except (TypeError, ValueError) as error:
             raise NeoError(f"{source}: {error}") from error
         if unknown:

@@ -20,6 +20,7 @@ class Family:
 
     name: str  # Hugging Face's model_type
     architecture: str  # its class in transformers
+    prefix: str  # of its other classes there
     fields: Mapping[str, str]  # of its config.json, with ours
     aliases: Mapping[str, str]  # other names of its fields: transformers' attribute_map
     layer_fields: tuple[str, ...]  # those that say the attention type of each layer, if any
@@ -39,6 +40,7 @@ class Family:
 GPT_NEO = Family(
     name="gpt_neo",
     architecture="GPTNeoForCausalLM",
+    prefix="GPTNeo",
     fields={
         "num_layers": "num_layers",
         "hidden_size": "embed_dim",
@@ -102,6 +104,7 @@ _ENDS_BRANCH: Scale = lambda config: 0.02 * (2 * config.num_layers) ** -0.5  # n
 GPT2 = Family(
     name="gpt2",
     architecture="GPT2LMHeadModel",
+    prefix="GPT2",
     fields={
         "n_layer": "num_layers",
         "n_embd": "embed_dim",

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "neo_jax"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "bundled" not in path.parts)
 
 ROOMS = [
-    "errors", "fields", "axes", "files", "families", "config", "devices", "sharding", "ops",
-    "model", "transforms", "checkpoints", "decode", "text", "data", "training", "evaluation",
+    "errors", "fields", "axes", "files", "families", "labels", "config", "devices", "sharding",
+    "ops", "model", "transforms", "checkpoints", "decode", "text", "data", "training", "evaluation",
     "serving", "tools", "cli",
 ]  # fmt: skip
 """In reading order. Imports go to earlier rooms, and within a room."""

@@ -23,14 +23,14 @@ from neo_jax.config import QUANTIZED, ModelConfig
 from neo_jax.errors import NeoError, warn
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_file, make_path
+from neo_jax.labels import CLASSIFIERS
 from neo_jax.model.tensor_table import Format, Tensor, tensors
 
 # Buffers that old versions of transformers saved with every attention layer.
 _STALE = re.compile(r"(^|\.)h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
 
-# Heads next to the model's own, and those in its place, which transformers and trl save.
-_EXTRA_HEADS = ("v_head", "multiple_choice_head")
-_OTHER_HEADS = (*_EXTRA_HEADS, "score", "classifier", "qa_outputs")
+# Heads next to the model's own, or in its place, which transformers and trl save.
+_OTHER_HEADS = ("v_head", "multiple_choice_head", *CLASSIFIERS)
 
 _HEAD = "lm_head.weight"
 _TABLE = "transformer.wte.weight"
@@ -58,7 +58,8 @@ def open_model(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bool]:
     if is_int8 := fields.get(MARK) == METHOD:
         del fields[MARK]
     config = ModelConfig.from_hf(fields, source=str(path))
-    if not is_int8 and config.tied_head and _has_own_head(path.parent):
+    is_tied = config.tied_head and not config.head.is_classifier
+    if not is_int8 and is_tied and _has_own_head(path.parent):
         config = dataclasses.replace(config, tied_head=False)
     return config, is_int8
 
@@ -160,14 +161,7 @@ def match(config: ModelConfig, weights: Weights) -> list[tuple[Tensor, StoredTen
 
 
 def _report_heads(source: Path, heads: dict[str, str]) -> None:
-    """Warns of heads that are left out; refuses those of models that are no language models."""
-    other = {module for module in heads.values() if module not in _EXTRA_HEADS}
-    if other:
-        raise NeoError(
-            f"{source} holds the head {', '.join(sorted(other))} in the place of a language "
-            "model's; to use the model below it all the same, save that: transformers' "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)."
-        )
+    """Warns of heads that are left out, such as of a classifier that is to learn other labels."""
     if heads:
         names = ", ".join(sorted({f"{module}.*" for module in heads.values()}))
         warn(f"{source}: {names} left out: {len(heads)} tensors of a head next to the model.")
@@ -189,7 +183,8 @@ def _canonical(table: tuple[Tensor, ...], weights: Weights) -> dict[str, StoredT
     for name, tensor in weights.tensors.items():
         if _STALE.search(name):
             continue
-        full = name if name.startswith(head) else f"{prefix}{name.removeprefix(prefix)}"
+        is_full = name in names or name.startswith(head)
+        full = name if is_full else f"{prefix}{name.removeprefix(prefix)}"
         if full in stored:
             raise NeoError(
                 f"{weights.source} holds both {name} and {stored[full].name}, which are one "

@@ -23,12 +23,20 @@ from neo_jax.axes import Params
 from neo_jax.checkpoints import hub
 from neo_jax.checkpoints.formats import FLOATS, StoredTensor, open_file
 from neo_jax.checkpoints.host_device import copy, shard
-from neo_jax.checkpoints.peft_config import MERGE, PeftConfig, read_peft_config
+from neo_jax.checkpoints.peft_config import (
+    LABELS,
+    MERGE,
+    TASKS,
+    PeftConfig,
+    adapted_head,
+    read_peft_config,
+)
 from neo_jax.config import ModelConfig
 from neo_jax.devices.processes import is_leader, to_host
 from neo_jax.errors import NeoError, brief, reason
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import is_file, make_path, write_whole
+from neo_jax.labels import CLASSIFIERS
 from neo_jax.model.low_rank import LowRank
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.transforms.lora import LoraConfig, with_norms
@@ -75,11 +83,13 @@ def save_adapter(
     arrays: dict[str, np.ndarray] = {}
     for parts in filter(None, adapted):
         arrays |= _joined(parts, rank)
+    for row in (row for row in tensors(config) if row.path[0] in CLASSIFIERS):
+        arrays[f"{_PREFIX}{row.hf_name}"] = to_host(leaves[row.path]).astype(np.float32)
     if not is_leader():
         return
     fields = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS[config.head.kind],
         "base_model_name_or_path": hub.PUBLISHED.get(base.lower(), base),
         "inference_mode": True,
         "r": rank,
@@ -88,13 +98,16 @@ def save_adapter(
         "target_modules": sorted({_module(parts[0][0], config) for parts in adapted if parts}),
         "bias": "none",
         "fan_in_fan_out": config.family.transposed,
-        "modules_to_save": None,
+        "modules_to_save": [config.head.kind] if config.head.is_classifier else None,
     }
     place = make_path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save(place)
+        if named := config.head.to_hf(config.family.prefix, None):
+            # PEFT leaves labels to whoever loads.
+            write_whole(place / LABELS, json.dumps(named, indent=2) + "\n")
         write_whole(place / WEIGHTS, save(arrays, {"format": "pt"}))
         write_whole(place / CONFIG, json.dumps(fields, indent=2) + "\n")
     except OSError as error:
@@ -187,10 +200,13 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     said = read_peft_config(path / CONFIG)
     changes: dict[tuple[str, ...], Change] = {}
     replaced: dict[tuple[str, ...], np.ndarray] = {}
-    # The output head has a name of its own also where it is the table of tokens.
-    groups = _groups(dataclasses.replace(config, tied_head=False))
     with contextlib.ExitStack() as files:
         source, found = _open(path, files)
+        names = {kind: f"{_PREFIX}{kind}.weight" for kind in CLASSIFIERS}
+        sizes = {kind: found[name].shape[0] for kind, name in names.items() if name in found}
+        config = dataclasses.replace(config, head=adapted_head(path, config.head, sizes))
+        # The output head has a name of its own also where it is the table of tokens.
+        groups = _groups(dataclasses.replace(config, tied_head=False))
         for rows in groups.values():
             if rows[0].path[-1] in ("kernel", "embedding"):
                 changes |= _changes(source, found, rows, said)
@@ -245,10 +261,12 @@ def apply_adapter(adapter: Adapter, params: Params, shardings: Params | None = N
     """
     leaves = flatten_dict(params)
     places = flatten_dict(shardings) if shardings else {}
-    if not adapter.config.tied_head and _HEAD not in leaves:
+    if adapter.config.tied_head:
+        leaves.pop(_HEAD, None)  # in the place of which there may be a classifier's
+    elif _HEAD not in leaves:
         leaves[_HEAD] = jnp.copy(leaves[_TABLE])
     for path, array in adapter.replaced.items():
-        dtype, name = leaves[path].dtype, "/".join(path)
+        dtype, name = leaves.get(path, leaves[_TABLE]).dtype, "/".join(path)
         leaves[path] = (
             shard(array, dtype, array.shape, places[path], name)
             if path in places

@@ -9,6 +9,19 @@ from typing import Any
 
 from neo_jax.errors import NeoError, brief, checked
 from neo_jax.files.json_text import read_json
+from neo_jax.files.paths import is_file
+from neo_jax.labels import HeadConfig, unnamed
+
+LABELS = "labels.json"
+"""Of an adapter with a head of its own: the fields of config.json that say what its labels are."""
+
+TASKS = {
+    "lm_head": "CAUSAL_LM",
+    "score": "SEQ_CLS",
+    "classifier": "TOKEN_CLS",
+    "qa_outputs": "QUESTION_ANS",
+}
+"""PEFT's task_type of each head."""
 
 # Fields that do not change what an adapter computes, or that the tensors say again.
 _NEUTRAL = frozenset(
@@ -88,6 +101,27 @@ def read_peft_config(path: Path) -> PeftConfig:
         )
     except NeoError as error:
         raise NeoError(f"{path}: {error}") from error
+
+
+def adapted_head(folder: Path, head: HeadConfig, sizes: Mapping[str, int]) -> HeadConfig:
+    """Returns the head of a model with an adapter, which may have one that was trained with it.
+
+    Args:
+      folder: of the adapter; where it says no labels, they have transformers' names for unnamed
+        ones, or those of the model.
+      head: of the model below.
+      sizes: the labels of each head that the adapter has, by its kind.
+
+    Raises:
+      NeoError: labels that cannot be.
+    """
+    for kind, count in sizes.items():
+        if is_file(folder / LABELS):
+            return HeadConfig.from_hf(read_json(folder / LABELS))
+        if (head.kind, len(head.labels)) != (kind, count):
+            problem = {"problem_type": "regression"} if kind == "score" and count == 1 else {}
+            return HeadConfig(kind, unnamed(count), **problem)  # type: ignore[arg-type]
+    return head
 
 
 def _rank(name: str, value: Any) -> int:

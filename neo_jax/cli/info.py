@@ -96,6 +96,8 @@ def _describe(config: ModelConfig, folder: Path | None, name: str, is_int8: bool
         "parameters": config.num_params,
         **_weight_bytes(config),
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        "head": config.head.kind,
+        **({"labels": [*config.head.labels]} if config.head.is_classifier else {}),
         "global_layers": config.num_layers - local,
         "local_layers": local,
         **_cache_bytes(config),

@@ -13,7 +13,8 @@ def flops_per_token(config: ModelConfig, length: int, frozen: bool = False) -> f
     what is only looked up never), or four where all are frozen and get no gradient; and 12 H N for
     each key that a query sees. Adapters are not counted.
     """
-    looked_up = config.max_length + (0 if config.tied_head else config.vocab_size)
+    is_table_used = config.tied_head and not config.head.is_classifier  # as the output head
+    looked_up = config.max_length + (0 if is_table_used else config.vocab_size)
     weights = config.num_params - looked_up * config.embed_dim
     keys = visible_keys(config, length) / length
     return (4 if frozen else 6) * weights + 12 * config.embed_dim * keys

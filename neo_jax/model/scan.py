@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from neo_jax import axes
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.config import ModelConfig
+from neo_jax.labels import CLASSIFIERS
 from neo_jax.model.layers import PRODUCT
 from neo_jax.model.transformer import RESIDUAL_STREAM, Neo, init_params, logical_axes, make_block
 from neo_jax.sharding.rules import constrain, tree_shardings
@@ -73,7 +74,10 @@ def _stack(tree: Params, config: ModelConfig, join: Callable[..., Any]) -> Param
 
 def _outside(tree: Params) -> Params:
     """Returns what belongs to no layer."""
-    return {name: tree[name] for name in ("wte", "wpe", "ln_f", "lm_head") if name in tree}
+    return {name: tree[name] for name in _OUTSIDE if name in tree}
+
+
+_OUTSIDE = ("wte", "wpe", "ln_f", "lm_head", *CLASSIFIERS)
 
 
 def embed(

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from neo_jax.axes import EMBED, HEAD_DIM, HEADS, MLP, POSITIONS, VOCAB, Array
+from neo_jax.axes import EMBED, HEAD_DIM, HEADS, LABELS, MLP, POSITIONS, VOCAB, Array
 from neo_jax.config import ModelConfig
 
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
@@ -81,7 +81,17 @@ def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
             if config.qkv_bias or entry[0] not in _QKV_BIASES:
                 rows.append(_row(config, *entry, layer=i))
     rows += [_row(config, *entry) for entry in _FINAL_NORM]
-    return tuple(rows if config.tied_head else [*rows, _row(config, *_HEAD)])
+    return (*rows, *(_row(config, *entry, is_head=True) for entry in _heads(config)))
+
+
+def _heads(config: ModelConfig) -> list["_Entry"]:
+    """Returns the entries of what stands on the last norm and is no part of the model below."""
+    if not config.head.is_classifier:
+        return [] if config.tied_head else [_HEAD]
+    kernel = (f"{config.head.kind}/kernel", (LABELS, EMBED), 1)
+    return (
+        [kernel, (f"{config.head.kind}/bias", (LABELS,), 0)] if config.head.has_bias else [kernel]
+    )
 
 
 def _row(
@@ -91,13 +101,14 @@ def _row(
     num_inputs: int,
     *,
     layer: int | None = None,
+    is_head: bool = False,
 ) -> Tensor:
     stored = tuple(map(config.size, axes))
     shape = tuple(
         config.padded_vocab_size if axis == VOCAB else size
         for axis, size in zip(axes, stored, strict=True)
     )
-    family, is_head = config.family, path == _HEAD[0]
+    family = config.family
     module, _, kind = path.rpartition("/")
     found = family.modules.get(module, module.replace("/", "."))
     theirs, part = found if isinstance(found, tuple) else (found, None)
@@ -121,7 +132,7 @@ def _row(
         return Place(name, sizes, order, part, 3, int(kernel and transposed))
 
     places: dict[Format, Place] = {
-        "hf": place(hf, transposed=kernel and family.transposed),
+        "hf": place(hf, transposed=kernel and family.transposed and not is_head),
         # It calls matrices and scales as we do.
         "flax": place(
             "/".join([*hf.split(".")[:-1], "kernel" if is_head else kind]),

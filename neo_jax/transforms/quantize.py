@@ -1,6 +1,7 @@
 """Models whose kernels and tables of tokens are whole numbers of eight bits: `Int8`.
 
-LayerNorms, biases and the table of positions, too small to be spared, stay as they are.
+LayerNorms, biases, the table of positions and a classifier's head, too small to be spared, stay as
+they are.
 """
 
 import functools
@@ -9,7 +10,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from neo_jax.axes import VOCAB, Array, Params
+from neo_jax.axes import LABELS, VOCAB, Array, Params
 from neo_jax.config import ModelConfig
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.ops.int8 import Int8, rounded
@@ -17,8 +18,8 @@ from neo_jax.sharding.rules import Sharding, constrain
 
 
 def is_rounded(tensor: Tensor) -> bool:
-    """Whether a parameter becomes whole numbers: it is a kernel, or a table of tokens."""
-    return bool(tensor.num_inputs) or tensor.axes[0] == VOCAB
+    """Whether a parameter becomes whole numbers: a layer's kernel, or a table of tokens."""
+    return (bool(tensor.num_inputs) and tensor.axes[0] != LABELS) or tensor.axes[0] == VOCAB
 
 
 def is_quantized(params: Params) -> bool:

@@ -67,7 +67,7 @@ class NextToken:
         objective, cross_entropy = blockwise_loss(
             functools.partial(_losses, self.z_loss),
             model,
-            params[model.config.head]["embedding"],
+            params[model.config.unembedding]["embedding"],
             hidden,
             (batch.tokens[:, 1:], batch.weights),
         )

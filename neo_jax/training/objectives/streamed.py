@@ -159,7 +159,7 @@ def _mapped(model: Neo, function: Callable[..., Any], out: Any, table: Array, *r
 def _apply(function: Callable[..., Any], model: Neo, table: Array, x: Array, *arrays: Array) -> Any:
     """Applies a function of logits to a block of a device."""
     model = model.clone(sharding=inside_share(model.sharding, _layout(model)))
-    logits = model.apply({"params": {model.config.head: {"embedding": table}}}, x,
+    logits = model.apply({"params": {model.config.unembedding: {"embedding": table}}}, x,
                          method=Neo.unembed)  # fmt: skip
     return function(logits, *arrays)
 

@@ -64,7 +64,7 @@ class Preference:
         if embedded is None:
             embedded = self.embed(model, params, batch)
         x = hidden(model, params, texts(embedded), **options)
-        table = params[model.config.head]["embedding"]
+        table = params[model.config.unembedding]["embedding"]
         logprobs = token_logprobs(model, table, x, texts(batch.tokens)[:, 1:])
         return preference(params, logprobs.reshape(batch.weights.shape), batch, self.beta)
 
