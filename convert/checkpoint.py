@@ -126,6 +126,8 @@ def convert_to_run(source: Source, output: str, config: TrainConfig) -> Path:
             "a run that trains adapters keeps them alone; convert to a folder, and name it in the "
             "config's pretrained."
         )
+    if config.epochs:
+        raise NeoError("epochs are counted on data, which is not read here; give steps instead.")
     config = find_pretrained(config)[0]
     differences = [
         f"{field.name} {getattr(config.model, field.name)!r}, not {theirs!r}"

@@ -28,6 +28,7 @@ VERBS = {
     "serve": "an OpenAI-compatible server",
     "eval": "how well a model predicts texts, and does the tasks of the harness",
     "info": "what a checkpoint holds",
+    "classify": "labels of texts, by a classifier",
     "prepare": "text to a tokenized data set",
     "train": "train by a config",
     "bench": "tokens/s of a model here, next to what the devices can do",

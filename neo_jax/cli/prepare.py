@@ -9,8 +9,13 @@ from tyro.conf import Positional, arg
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
+from neo_jax.data.examples import Columns
 from neo_jax.data.prepare import TokenizerKind, prepare
+from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.data.statistics import draw_histogram
+from neo_jax.errors import NeoError
+from neo_jax.fields import check, number
+from neo_jax.labels import ProblemType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,23 @@ class Options:
     text_field: str = "text"  # name of the text in .jsonl and hf://, of the ids in TFRecords
     separator: str = ""  # of documents in .txt, where it is another than <|endoftext|>
     held_out: float = 0.0  # share of the text kept from training, to evaluate on
+    # Examples with labels of .tsv, .csv, .jsonl and hf://: the column of labels, by name, or by its
+    # number from 1 in files whose first line names none; --text-field likewise.
+    label_field: str = ""
+    second_text_field: str = ""  # the column of the second text, where examples are pairs
+    labels: tuple[str, ...] = ()  # their names, in the order that the model is to have them
+    # What labels are: one name, any of several joined by commas, or a number.
+    problem_type: ProblemType = "single_label_classification"
+    held_out_files: tuple[str, ...] = ()  # of examples, in the place of a share
+    skip_bad: int = number(0, least=0)  # rows that cannot be examples, left out and reported
     json: bool = False  # print the statistics as JSON
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("second_text_field", "labels", "held_out_files", "skip_bad"):
+            if getattr(self, name) and not self.label_field:
+                option = name.replace("_", "-")
+                raise NeoError(f"--{option} goes with --label-field, the column of labels.")
 
 
 def main(args: Sequence[str]) -> None:
@@ -46,6 +67,9 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("give either --tokenizer, as in gpt-neo-125m, or --train-tokenizer 4096.")
     if not 0 <= options.train_tokenizer < 2**31:
         raise UsageError(f"no vocabulary has {options.train_tokenizer} tokens; take 4096, say.")
+    if options.label_field:
+        _labelled(options)
+        return
     fields = prepare(
         options.inputs,
         options.output,
@@ -62,6 +86,37 @@ def main(args: Sequence[str]) -> None:
         return
     for split, numbers in fields["splits"].items():
         _print_split(split, numbers)
+
+
+def _labelled(options: Options) -> None:
+    """Prepares examples with labels."""
+    if not options.tokenizer:
+        raise UsageError("examples with labels need --tokenizer, as in gpt-neo-125m.")
+    columns = Columns(options.text_field, options.label_field, options.second_text_field)
+    fields = prepare_labelled(
+        options.inputs,
+        options.output,
+        options.tokenizer,
+        columns,
+        problem_type=options.problem_type,
+        labels=options.labels,
+        held_out=options.held_out,
+        held_out_inputs=options.held_out_files,
+        skip_bad=options.skip_bad,
+    )
+    if options.json:
+        print_json(fields)
+        return
+    for split, numbers in fields["splits"].items():
+        rows = [("examples", f"{numbers['examples']:,}")]
+        for label, count in numbers.get("balance", {}).items():
+            rows.append((label, f"{count:,}, {count / numbers['examples']:.1%}"))
+        if "mean" in numbers:
+            rows.append(("label", f"mean {numbers['mean']:.4g}, sd {numbers['sd']:.4g}"))
+        print(split)
+        print_table([(f"  {name}", value) for name, value in rows])
+        lengths = numbers["lengths"]
+        print(f"  tokens an example: median {lengths['median']:,}, longest {lengths['longest']:,}")
 
 
 def _print_split(split: str, numbers: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ def main(args: Sequence[str]) -> None:
     from neo_jax.devices.compilation_cache import enable_compilation_cache
     from neo_jax.devices.processes import say
     from neo_jax.training.checkpoint import SaveError
+    from neo_jax.training.labelled import is_finished
     from neo_jax.training.loop import train
 
     enable_compilation_cache()
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> None:
     try:
         with options.cluster.joined(bool(config.mesh or config.rules)):
             step = int(train(config).step)
-            if step >= config.steps:
+            if is_finished(config, step):
                 print(f"{config.output}/model")
             else:
                 say(f"stopped after step {step}; the same command goes on from there")

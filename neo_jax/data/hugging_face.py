@@ -48,16 +48,34 @@ class HubDataset:
         Raises:
           NeoError: there is no such split or column, or reading fails.
         """
+        for number, row in enumerate(self.rows()):
+            text = row.get(self._field)
+            if not isinstance(text, str):
+                raise NeoError(
+                    f"{self._name}: row {number} has no text '{self._field}'; name another "
+                    f"--text-field of: {', '.join(row)}."
+                )
+            yield text
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yields every row by its columns, labels by their names.
+
+        Raises:
+          NeoError: there is no such split, or reading fails.
+        """
         try:
-            rows = iter(self._builder.as_streaming_dataset(split=self._split or "train"))
-            for number, row in enumerate(rows):
-                text = row.get(self._field)
-                if not isinstance(text, str):
-                    raise NeoError(
-                        f"{self._name}: row {number} has no text '{self._field}'; name another "
-                        f"--text-field of: {', '.join(row)}."
-                    )
-                yield text
+            stream = self._builder.as_streaming_dataset(split=self._split or "train")
+            named = {
+                name: feature.names
+                for name, feature in (stream.features or {}).items()
+                if hasattr(feature, "names")
+            }
+            for row in stream:
+                yield row | {
+                    name: names[row[name]]
+                    for name, names in named.items()
+                    if isinstance(row[name], int) and 0 <= row[name] < len(names)
+                }
         except NeoError:
             raise
         except Exception as error:  # of several libraries, which share no base

@@ -48,7 +48,12 @@ def check_tokens(model: Neo, tokens: Sequence[int]) -> None:
 
 
 def check_prompts(model: Neo, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Checks prompts as `check_tokens` does, and that the context has room for the new tokens."""
+    """Checks prompts as `check_tokens` does, and that the context has room for the new tokens.
+
+    Raises:
+      NeoError: as that does; or the model is a classifier, or there is no room.
+    """
+    model.config.head.check_writes()
     if max_new_tokens < 1:
         raise NeoError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     context = model.config.max_length

@@ -74,8 +74,9 @@ def score_rows(
     A forward pass has `batch_size` rows; 0 is as many as have some thousand tokens together.
 
     Raises:
-      NeoError: see `check_batch`.
+      NeoError: see `check_batch`; or the model is a classifier.
     """
+    model.config.head.check_writes()
     context = model.config.max_length
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     while order:

@@ -50,11 +50,14 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int = 0,
         base: snapshot.Base | None = None,
+        metric: str = "",
     ):
         """Opens the folder, creating it if need be, and removes what a kill left half written.
 
         It is for the checkpoints of this run and nothing else. So many of the newest stay, and
         those of multiples of `keep_every` where that is not 0. Of the base see `snapshot.base_of`.
+        The best is the one of the least loss or, where there is a metric, of the most of it; then
+        what stands for losses is its opposite.
 
         Raises:
           NeoError: the folder cannot be written or listed, or its bucket is refused.
@@ -63,7 +66,7 @@ class Checkpoints:
         check_writable(self._folder)
         _check_bucket(self._folder)
         check_shared(self._folder)
-        self._base = base or {}
+        self._base, self._metric = base or {}, metric
         self.best = math.inf, 0  # the least held-out loss of a checkpoint, and its step
         self._unknown: list[int] = []  # steps whose held-out loss cannot be read
         self.changes: dict[str, str] = {}
@@ -156,6 +159,13 @@ class Checkpoints:
             "choose another output."
         )
 
+    def restore_best(self, abstract: TrainState, config: TrainConfig) -> TrainState | None:
+        """Returns the best checkpoint; None if there is none, or it cannot be read."""
+        with self._explained():
+            self._manager.wait_until_finished()
+        folder = self._folder / str(self.best[1])
+        return self._restore(folder, abstract, config)[0] if self.best[1] else None
+
     def _restore(
         self, folder: Path, abstract: TrainState, config: TrainConfig
     ) -> tuple[TrainState | None, str]:
@@ -243,13 +253,14 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             fields = json.loads((self._folder.parent / "best.json").read_text(encoding="utf-8"))
             if fields["step"] == step:
-                return float(fields["eval_loss"])
+                return float(fields["eval_loss"]) if not self._metric else -fields[self._metric]
         return math.nan
 
     def _name_best(self) -> None:
         loss, step = self.best
         if is_leader() and step:
-            fields = {"step": step, "eval_loss": loss, "checkpoint": f"checkpoints/{step}"}
+            value = {self._metric: -loss} if self._metric else {"eval_loss": loss}
+            fields = {"step": step, **value, "checkpoint": f"checkpoints/{step}"}
             write_whole(self._folder.parent / "best.json", json.dumps(fields) + "\n")
 
     def _check_room(self, state: TrainState) -> None:

@@ -40,7 +40,7 @@ class TrainConfig:
     # as in "pile=0.7,books=0.3".
     data: str
     output: str  # the run's folder, also gs://: checkpoints, metrics.jsonl, at the end model/
-    steps: int = number(least=1)
+    steps: int = number(least=0)  # 0 where `epochs` says how many
     batch_size: int = number(least=1)  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -75,6 +75,13 @@ class TrainConfig:
     log_every: int = number(10, least=1)  # steps between lines of metrics.jsonl
     # Steps between evaluations on the held-out split; 0 is never.
     eval_every: int = number(500, least=0)
+    # Passes over the training data, in the place of steps; each ends with an evaluation.
+    epochs: int = number(0, least=0)
+    # Evaluations in a row without a better one, after which a run ends; 0 is never.
+    patience: int = number(0, least=0)
+    # What the best epoch of a classifier is chosen by: accuracy, f1, macro_f1, matthews, pearson or
+    # spearman; "" is what is usual for its labels.
+    metric: str = ""
     save_every: int = number(500, least=1)  # steps between checkpoints
     # Checkpoints kept, the newest ones; the best by evaluation stays too.
     keep: int = number(2, least=1)
@@ -88,6 +95,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if bool(self.steps) == bool(self.epochs):
+            raise NeoError(f"steps must be at least 1, not {self.steps}, or epochs; not both.")
         if self.batch_size % self.accumulation:
             raise NeoError(
                 f"batch_size {self.batch_size} does not divide into accumulation "

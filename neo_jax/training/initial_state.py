@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Float, Params
@@ -16,9 +17,10 @@ from neo_jax.checkpoints.load import load_params
 from neo_jax.checkpoints.open_model import read_config
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
+from neo_jax.labels import HeadConfig
 from neo_jax.model.scan import abstract_params, stack
-from neo_jax.model.transformer import Neo, init_params, logical_axes
-from neo_jax.sharding.rules import tree_shardings
+from neo_jax.model.tensor_table import tensors
+from neo_jax.model.transformer import Neo
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective
 from neo_jax.training.step import TrainState, init_state, make_objective, state_of, state_shardings
@@ -70,9 +72,9 @@ def first_state(
         params = params | {"wpe": {"embedding": table}}
     if config.new_tokens:
         grown = jax.jit(functools.partial(_grow, before=stored, after=model.config))
-        for table in {"wte", stored.head}:
+        for table in {"wte", stored.unembedding}:
             params = params | {table: {"embedding": grown(params[table]["embedding"])}}
-    params |= objective.init(model, jax.random.key(config.seed))
+    params = objective.init(model, jax.random.key(config.seed)) | params
     shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
 
@@ -105,17 +107,32 @@ def extend_positions(
     return table[left] * (1 - share) + table[left + 1] * share
 
 
-def load_stacked(model: Neo, folder: Path, dtype: DTypeLike) -> Params:
+def load_stacked(model: Neo, folder: Path, dtype: DTypeLike, with_head: bool = True) -> Params:
     """Reads the weights of a checkpoint into the stacked tree; each array is where it lives.
+
+    A classifier has no output head of a language model's; its own comes with the rest, unless
+    `with_head` is false, where the checkpoint has one of the same labels.
 
     Raises:
       NeoError: see `neo_jax.checkpoints.load.load_params`.
     """
-    stacked = functools.partial(stack, config=model.config)
+    stored, head = read_config(folder), model.config.head
+    if stored.head != head or not with_head:
+        stored = dataclasses.replace(stored, head=HeadConfig())
+    stacked = functools.partial(stack, config=stored)
     before = after = None
-    if model.sharding:
-        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-        before = tree_shardings(model.sharding, logical_axes(model), shapes)
-        after = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model))
-    params = load_params(folder, model.config, dtype=dtype, shardings=before)
-    return jax.jit(stacked, out_shardings=after)(params)
+    if sharding := model.sharding:
+        rows = tensors(stored)
+        places = {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in rows}
+        before = unflatten_dict(places)
+        after = jax.tree.map(
+            lambda leaf: leaf.sharding, abstract_params(model.clone(config=stored))
+        )
+        if stored.head.is_classifier:
+            everywhere = sharding.named((), ())
+            after[head.kind] = jax.tree.map(lambda _: everywhere, before[head.kind])
+    params = load_params(folder, stored, dtype=dtype, shardings=before)
+    params = jax.jit(stacked, out_shardings=after)(params)
+    if head.is_classifier:
+        params.pop("lm_head", None)
+    return params

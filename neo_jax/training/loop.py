@@ -14,11 +14,12 @@ from neo_jax.axes import Array, Params
 from neo_jax.checkpoints.peft import save_adapter
 from neo_jax.checkpoints.save import remove_leftovers, save_pretrained
 from neo_jax.data.feed import HostBatch, batches, evaluation_batches
+from neo_jax.data.labelled import LabelledDataset, labelled_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices import probe
-from neo_jax.devices.processes import holding, is_leader
+from neo_jax.devices.processes import holding, is_leader, say
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
 from neo_jax.model.scan import unstack
@@ -29,7 +30,15 @@ from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.initial_state import find_pretrained, first_state, load_stacked
 from neo_jax.training.interrupt import Interrupt
+from neo_jax.training.labelled import (
+    is_exhausted,
+    make_evaluation,
+    metrics_of,
+    open_split,
+    with_labels,
+)
 from neo_jax.training.objectives import Objective
+from neo_jax.training.objectives.classification import Classification
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.preflight import check_run, check_size
 from neo_jax.training.report import Evaluation, Report
@@ -71,6 +80,7 @@ def train(config: TrainConfig) -> TrainState:
 def _train(config: TrainConfig) -> TrainState:
     """`train`, in an output folder that no other run writes to."""
     config, folder = find_pretrained(config)
+    config = with_labels(config)
     dataset = _open(config, "train")
     sharding = make_sharding(config.mesh, config.rules)
     if sharding is None and jax.process_count() > 1:
@@ -88,38 +98,56 @@ def _train(config: TrainConfig) -> TrainState:
     abstract = abstract_state(model, optimizer, config.lora, objective)
     sample = _make_sampler(config, model, tokenizer)
     check_run(config, model, train_step, abstract, batch, needed)
-    frozen = load_stacked(model, folder, dtype) if folder and config.lora.rank else None
+    frozen = None
+    if folder and config.lora.rank:
+        frozen = load_stacked(model, folder, dtype, with_head=False)
     base, output = base_of(frozen) if frozen else {}, make_path(config.output)
-    with (
-        Interrupt() as interrupt,
-        Checkpoints(output / "checkpoints", config.keep, config.keep_every, base) as checkpoints,
-    ):
+    metric = metrics_of(config)[0] if config.model.head.is_classifier else ""
+    folder_of = output / "checkpoints", config.keep, config.keep_every, base, metric
+    with Interrupt() as interrupt, Checkpoints(*folder_of) as checkpoints:
         restored = checkpoints.restore_latest(abstract, config)
         state = restored or first_state(config, model, optimizer, folder, objective)
         trained = functools.partial(merge_trainable, frozen=frozen, lora=config.lora)
         start = int(state.step)
         size, seed = config.batch_size, config.seed
-        feed = batches(dataset, batch_size=size, seed=seed, start_step=start, rows=place.rows)
+        make_feed: Any = labelled_batches if isinstance(dataset, LabelledDataset) else batches
+        feed = make_feed(dataset, batch_size=size, seed=seed, start_step=start, rows=place.rows)
         num_devices = sharding.mesh.size if sharding else 1
-        numbers = Report(config, start, dataset.bytes_per_token, num_devices, checkpoints.changes)
+        tokens = dataset.mean_length * size if isinstance(dataset, LabelledDataset) else 0.0
+        numbers = Report(
+            config, start, dataset.bytes_per_token, num_devices, checkpoints.changes, tokens
+        )
+        stop = is_exhausted(config, start, checkpoints.best[1])
         with numbers as report:
             for step in range(start + 1, config.steps + 1):
+                if stop:
+                    break
                 state, metrics = train_step(state, place(next(feed)), frozen)
                 report.step(step, metrics)
-                last, stop, loss = step == config.steps, interrupt.requested(), math.nan
+                last, stop, value = step == config.steps, interrupt.requested(), math.nan
                 if config.eval_every and (last or step % config.eval_every == 0):
                     if evaluate:
                         evaluation = evaluate(trained(state.params))
                         report.evaluation(step, evaluation)
-                        loss = evaluation.loss
+                        value = evaluation.least
+                        best = step if checkpoints.is_best(value) else checkpoints.best[1]
+                        stop = stop or is_exhausted(config, step, best)
                     report.samples(step, sample(trained(state.params)))
-                if last or stop or step % config.save_every == 0 or checkpoints.is_best(loss):
+                if last or stop or step % config.save_every == 0 or checkpoints.is_best(value):
                     report.sync()  # a run that goes on from here writes later lines only
-                    checkpoints.save(state, config, loss)
-                if stop:
-                    break
-    if int(state.step) >= config.steps:
-        _export(config, unstack(trained(state.params), config.model), tokenizer)
+                    checkpoints.save(state, config, value)
+        ended, params = int(state.step), state.params
+        best = checkpoints.best[1]
+        is_early = ended < config.steps and is_exhausted(config, ended, best)
+        if is_early:
+            say(f"no evaluation was better since step {best}: the run ends at {ended}")
+        # Of a classifier, and where a run waits for something better, the best is what is left.
+        is_done = is_early or ended >= config.steps
+        if is_done and (metric or config.patience) and best not in (0, ended):
+            found = checkpoints.restore_best(abstract, config)
+            params = found.params if found else params
+    if is_done:
+        _export(config, unstack(trained(params), config.model), tokenizer)
     return state
 
 
@@ -143,9 +171,10 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
     )
 
 
-def _open(config: TrainConfig, split: str) -> Mixture:
-    dataset = Mixture.open(config.data, split, config.sequence_length, config.across_documents)
-    if dataset.parts and dataset.vocab_size > config.model.vocab_size:
+def _open(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
+    dataset = open_split(config, split)
+    is_there = isinstance(dataset, LabelledDataset) or dataset.parts
+    if is_there and dataset.vocab_size > config.model.vocab_size:
         missing = dataset.vocab_size - config.model.vocab_size
         fix = "model.vocab_size"
         if config.pretrained:
@@ -198,15 +227,18 @@ class Placement:
             start = bisect.bisect_left(self.rows, first)
             return local[start : start + stop - first]
 
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+        shape = (leaf.shape[0], *local.shape[1:])  # a batch may be of shorter sequences
+        return jax.make_array_from_callback(shape, leaf.sharding, piece)
 
 
 def _make_evaluation(
     config: TrainConfig, model: Neo, objective: Objective, place: Placement
 ) -> Callable[[Params], Evaluation] | None:
     """Returns a function that evaluates the held-out splits; None where there is no need of it."""
+    if isinstance(objective, Classification):
+        return make_evaluation(config, model, objective, place)
     dataset = _open(config, "held_out") if config.eval_every else None
-    if dataset is None or not dataset.parts:
+    if not isinstance(dataset, Mixture) or not dataset.parts:
         return None
     num_bytes = sum(part.num_target_bytes for part in dataset.parts)
     sums_of = jax.jit(functools.partial(objective.evaluate, model))

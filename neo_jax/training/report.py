@@ -36,10 +36,17 @@ _WARM_UP = 2  # steps before a trace: the first compiles, the second may still f
 
 
 class Evaluation(NamedTuple):
-    """How well held-out text is predicted."""
+    """How well held-out text is predicted, or held-out labels are."""
 
-    loss: float  # nats a token
-    bits_per_byte: float  # NaN where completions of prompts are predicted, and not all bytes
+    loss: float  # nats a token; of a classifier as its objective has it
+    # NaN where completions of prompts are predicted, or labels, and not all bytes
+    bits_per_byte: float = math.nan
+    scores: Mapping[str, float] = types.MappingProxyType({})  # of a classifier, the first counts
+
+    @property
+    def least(self) -> float:
+        """What is least where a model is best."""
+        return -next(iter(self.scores.values())) if self.scores else self.loss
 
 
 class Report:
@@ -52,16 +59,19 @@ class Report:
         bytes_per_token: float,
         num_devices: int = 1,
         changes: Mapping[str, str] = types.MappingProxyType({}),
+        tokens_per_step: float = 0.0,
     ):
         """Opens the files in the run's folder, to go on after `start_step`.
 
         The bytes a token of completions are NaN. The devices are those of all processes; `changes`
-        says what has changed in the config of a run that goes on, by field.
+        says what has changed in the config of a run that goes on, by field. A step has the tokens
+        of full sequences, unless told.
 
         Raises:
           NeoError: a file cannot be written, or a package that the config requests is not there.
         """
         self._config = config
+        self._tokens_per_step = tokens_per_step or config.batch_size * config.sequence_length
         self._start, self._changes = start_step, changes
         self._sinks: list[Sink] = []  # of numbers
         self._samples: list[LineFile] = []  # of texts
@@ -137,7 +147,10 @@ class Report:
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Reports an evaluation; its time does not count as training."""
         self.flush()
-        values, text = {"eval_loss": evaluation.loss}, f"{evaluation.loss:.4f} nats a token"
+        scores, unit = evaluation.scores, "" if evaluation.scores else " nats a token"
+        values, text = {"eval_loss": evaluation.loss}, f"{evaluation.loss:.4f}{unit}"
+        values |= {f"eval_{name}": score for name, score in scores.items()}
+        text += "".join(f", {name} {score:.4f}" for name, score in scores.items())
         if not math.isnan(evaluation.bits_per_byte):
             values["eval_bits_per_byte"] = evaluation.bits_per_byte
             text += f", {evaluation.bits_per_byte:.4f} bits a byte"
@@ -171,7 +184,7 @@ class Report:
                 "smaller optimizer.clip_norm or dtype float32."
             )
         now = time.perf_counter()
-        tokens_per_step = self._config.batch_size * self._config.sequence_length
+        tokens_per_step = self._tokens_per_step
         speed = tokens_per_step * (step - self._logged_step) / (now - self._logged_time)
         self._logged_step, self._logged_time = step, now
         utilisation = speed * self._flops / self._peak

@@ -153,22 +153,38 @@ class LossPlot:
 
 
 def draw(lines: list[dict[str, Any]]) -> bytes:
-    """Returns a PNG of the training loss (light) and the held-out loss (dark) over the steps."""
-    picture = figure.new_figure(8, 5)
-    axes = picture.add_subplot()
-    axes.set(xlabel="step", ylabel="loss, nats a token")
-    axes.grid(alpha=0.3)
+    """Returns a PNG of the training loss (light) and the held-out loss (dark) over the steps.
+
+    Where labels are predicted, below that the metrics on what is held out.
+    """
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("eval_"))
+    metrics = [name for name in names if name not in ("eval_loss", "eval_bits_per_byte")]
+    picture = figure.new_figure(8, 7.5 if metrics else 5)
+    panels = picture.subplots(2 if metrics else 1, squeeze=False, sharex=True)[:, 0]
+    panels[-1].set(xlabel="step")
+    panels[0].set(ylabel="loss" if metrics else "loss, nats a token")
     styles: dict[str, tuple[str, dict[str, Any]]] = {
         "loss": ("training", {"color": "#9ecae1", "linewidth": 1}),
         "eval_loss": ("held out", {"color": "#08306b", "linewidth": 2, "marker": "o", "ms": 3}),
     }
+    _plot(panels[0], lines, styles)
+    if metrics:
+        panels[1].set(ylabel="held out")
+        marked: dict[str, Any] = {"linewidth": 2, "marker": "o", "ms": 3}
+        _plot(panels[1], lines, {name: (name.removeprefix("eval_"), marked) for name in metrics})
+    return figure.as_png(picture)
+
+
+def _plot(
+    axes: Any, lines: list[dict[str, Any]], styles: dict[str, tuple[str, dict[str, Any]]]
+) -> None:
+    axes.grid(alpha=0.3)
     for name, (label, style) in styles.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     if axes.lines:
         axes.legend()
-    return figure.as_png(picture)
 
 
 def _tensorboard(folder: Path, start_step: int) -> Sink:

@@ -15,6 +15,7 @@ from neo_jax.ops import tuning
 from neo_jax.sharding.rules import tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective, Sums
+from neo_jax.training.objectives.classification import Classification
 from neo_jax.training.objectives.next_token import NextToken
 from neo_jax.training.optimizer import make_schedule
 from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters
@@ -73,7 +74,8 @@ def abstract_state(
 
 def make_objective(config: TrainConfig) -> Objective:
     """Returns what a run minimises."""
-    return NextToken(config.z_loss)
+    head = config.model.head
+    return Classification(head) if head.is_classifier else NextToken(config.z_loss)
 
 
 def abstract_inputs(

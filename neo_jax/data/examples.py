@@ -1,0 +1,213 @@
+"""Examples with labels: rows of .tsv, .csv and .jsonl files and of Hugging Face data sets.
+
+A row that cannot be one is an error of one line that names the file and the row; so many of them as
+a caller allows are left out instead, and counted.
+"""
+
+import csv
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from neo_jax.data.hugging_face import SCHEME, HubDataset
+from neo_jax.data.listing import data_files
+from neo_jax.data.sources import json_lines, text_lines
+from neo_jax.errors import NeoError, brief, reason, suggest
+from neo_jax.files.compression import UNPACKERS, unpacked_name
+from neo_jax.labels import ProblemType
+from neo_jax.text.classify import as_one_text
+
+ENDINGS = (".tsv", ".csv", ".jsonl")
+
+_NAMED = 3  # of the rows that are left out
+
+
+class Example(NamedTuple):
+    """A text, or two that belong together, and what is known of it."""
+
+    text: str
+    label: str | float | tuple[str, ...]  # a name; a number of a regression; any of several names
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where examples have their parts: names, or numbers from 1 in files without a head."""
+
+    text: str = "text"
+    label: str = "label"
+    second_text: str = ""  # "" for examples of one text
+
+
+def read_examples(
+    inputs: Sequence[str | os.PathLike[str]],
+    columns: Columns = Columns(),
+    problem_type: ProblemType = "single_label_classification",
+    labels: Sequence[str] = (),
+    skip_bad: int = 0,
+) -> list[Example]:
+    """Returns the examples of all inputs, in order.
+
+    Args:
+      inputs: files, folders and globs, and hf://NAME:CONFIG:SPLIT.
+      columns: where they have texts and labels.
+      problem_type: what labels are.
+      labels: the names that may be; empty is any.
+      skip_bad: so many rows that cannot be examples are left out, and reported on stderr.
+
+    Raises:
+      NeoError: nothing matches, or more rows than that have another number of columns, lack a
+        column, an empty text or a label that cannot be.
+    """
+    examples, bad = [], []
+    for where, row in _rows(inputs, columns):
+        try:
+            if isinstance(row, NeoError):
+                raise row
+            examples.append(_example(where, row, columns, problem_type, labels))
+        except NeoError as error:
+            bad.append(str(error))
+            if len(bad) > skip_bad:
+                more = f" (row {len(bad)} of this kind)" if skip_bad else ""
+                fix = f"--skip-bad {max(10, 2 * len(bad))} leaves such rows out"
+                raise NeoError(f"{error}{more} {fix}.") from error
+    if bad:
+        first = "; ".join(bad[:_NAMED])
+        print(f"{len(bad)} rows are left out: {first}", file=sys.stderr)
+    if not examples:
+        raise NeoError("the input holds no examples; are the files empty?")
+    return examples
+
+
+def _example(
+    where: str, row: dict[str, Any], columns: Columns, problem: ProblemType, known: Sequence[str]
+) -> Example:
+    texts = []
+    for name in filter(None, (columns.text, columns.second_text)):
+        text = _cell(where, row, name)
+        if not isinstance(text, str):
+            raise NeoError(f"{where}: '{name}' is {brief(text)}, not a text.")
+        if not text.strip():
+            raise NeoError(f"{where}: '{name}' is empty; write a text, or remove the row.")
+        texts.append(text)
+    value = _cell(where, row, columns.label)
+    text = as_one_text(texts) if len(texts) > 1 else texts[0]
+    if problem == "regression":
+        return Example(text, _number(where, columns.label, value))
+    if problem == "multi_label_classification":
+        several = value if isinstance(value, list) else str(value).split(",")
+        names = tuple(_name(where, columns.label, each, known) for each in several if each != "")
+        return Example(text, names)
+    return Example(text, _name(where, columns.label, value, known))
+
+
+def _cell(where: str, row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise NeoError(f"{where}: there is no column '{name}'.{suggest(name, map(str, row))}")
+    return row[name]
+
+
+def _name(where: str, column: str, value: Any, known: Sequence[str]) -> str:
+    """Returns the name of a label; numbers and true and false of JSON are names too."""
+    is_name = isinstance(value, str | int) and value != ""
+    if isinstance(value, bool):
+        value = str(value).lower()
+    name = str(value).strip()
+    if not is_name or not name:
+        raise NeoError(f"{where}: '{column}' is {brief(value)}, which is no label.")
+    if known and name not in known:
+        raise NeoError(f"{where}: unknown label {brief(name)}.{suggest(name, known)}")
+    return name
+
+
+def _number(where: str, column: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise NeoError(f"{where}: '{column}' is {brief(value)}, not a number.")
+    return number
+
+
+def _rows(
+    inputs: Sequence[str | os.PathLike[str]], columns: Columns
+) -> Iterator[tuple[str, dict[str, Any] | NeoError]]:
+    """Yields where each row is, and its cells by column, or why it has none."""
+    for name in map(os.fspath, inputs):
+        if name.startswith(SCHEME):
+            for number, row in enumerate(HubDataset(name, columns.text).rows(), 1):
+                yield f"{name}, row {number}", row
+            continue
+        try:
+            for path in data_files(name, _is_known, _KNOWN):
+                yield from _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, columns)
+        except OSError as error:
+            raise NeoError(f"cannot read {error.filename or name}: {reason(error)}.") from error
+
+
+def _is_known(name: str) -> bool:
+    return unpacked_name(name).endswith(ENDINGS)
+
+
+_KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
+
+
+def _json_rows(path: Path, _: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
+    return json_lines(path)
+
+
+def table_rows(
+    path: Path, delimiter: str, has_names: bool = True
+) -> Iterator[tuple[str, dict[str, Any] | NeoError]]:
+    """Yields where each row of a table is, and its cells by column, or why it has none.
+
+    Args:
+      path: a file of UTF-8.
+      delimiter: "," for CSV, quoted as usual; a tab for cells that are not quoted.
+      has_names: whether the first line names the columns, which else are called "1", "2", ...
+
+    Raises:
+      NeoError: the file cannot be read.
+    """
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    csv.field_size_limit(sys.maxsize)
+    lines = text_lines(path)
+    number = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal number
+        for number, line in lines:  # noqa: B007  (the row that is read ends there)
+            yield f"{line}\n"
+
+    names: list[str] | None = None if has_names else []
+    try:
+        for cells in csv.reader(texts(), delimiter=delimiter, quoting=quoting, strict=True):
+            where = f"{path}:{number}"
+            if names is None:
+                names = cells
+                continue
+            keys = names or [str(i) for i in range(1, len(cells) + 1)]
+            if len(keys) != len(cells):
+                yield (
+                    where,
+                    NeoError(f"{where}: {len(cells)} columns, but the first line has {len(keys)}."),
+                )
+                continue
+            yield where, dict(zip(keys, cells, strict=True))
+    except csv.Error as error:
+        raise NeoError(f"{path}:{number}: {error}; is it quoted as CSV is?") from error
+
+
+def _has_names(columns: Columns) -> bool:
+    return not (columns.text.isdecimal() and columns.label.isdecimal())
+
+
+_READERS = {
+    ".tsv": lambda path, columns: table_rows(path, "\t", _has_names(columns)),
+    ".csv": lambda path, columns: table_rows(path, ",", _has_names(columns)),
+    ".jsonl": _json_rows,
+}

@@ -1,0 +1,170 @@
+"""Examples with labels to a data set on disk, whose files `labelled` describes."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neo_jax.data.atomic_folder import DATA, staging
+from neo_jax.data.examples import Columns, Example, read_examples
+from neo_jax.data.labelled import KIND, LABELS_FILE
+from neo_jax.data.statistics import length_statistics
+from neo_jax.data.tokenizing import is_held_out, token_dtype
+from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, TOKENS_FILE, TRAIN, VERSION
+from neo_jax.errors import NeoError
+from neo_jax.files.paths import absolute, make_path
+from neo_jax.labels import HeadConfig, ProblemType
+from neo_jax.text.tokenizer import Tokenizer, find_tokenizer
+
+
+def prepare_labelled(
+    inputs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    tokenizer: Tokenizer | str | os.PathLike[str],
+    columns: Columns = Columns(),  # noqa: B008
+    *,
+    problem_type: ProblemType = "single_label_classification",
+    labels: Sequence[str] = (),
+    held_out: float = 0.0,
+    held_out_inputs: Sequence[str | os.PathLike[str]] = (),
+    skip_bad: int = 0,
+) -> dict[str, Any]:
+    """Tokenizes examples into a data set folder, which appears complete or not at all.
+
+    Args:
+      inputs: .tsv, .csv and .jsonl files, folders, globs, and hf://NAME:CONFIG:SPLIT.
+      output: the folder to write, new or empty.
+      tokenizer: a tokenizer, the folder or file of one, or a model's name.
+      columns: where examples have their texts and labels.
+      problem_type: what labels are: one name, any of several names, or a number.
+      labels: their names, in the order that a model has them; else those of the training examples,
+        sorted.
+      held_out: the share of examples to hold out; as in `prepare` a property of their texts alone.
+      held_out_inputs: instead, files of examples to hold out.
+      skip_bad: rows that cannot be examples and are left out, at most.
+
+    Returns:
+      The content of dataset.json: "splits" gives for each "examples", "tokens", "bytes", "lengths"
+      and "balance", how many examples have each label.
+
+    Raises:
+      NeoError: see `read_examples`; a label that only held-out examples have, or one label alone; a
+        split without examples; an output that is there already.
+    """
+    if not 0 <= held_out < 1 or (held_out and held_out_inputs):
+        raise NeoError(
+            f"held_out is a share of the examples from 0 to below 1, not {held_out}; or name the "
+            "files of held-out examples."
+        )
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = find_tokenizer(tokenizer)
+    found = read_examples(inputs, columns, problem_type, labels, skip_bad)
+    splits = {TRAIN: [example for example in found if not is_held_out(example.text, held_out)]}
+    names = [*labels] or _names(splits[TRAIN], problem_type)
+    if held_out_inputs:
+        splits[HELD_OUT] = read_examples(held_out_inputs, columns, problem_type, names, skip_bad)
+    elif held_out:
+        splits[HELD_OUT] = [e for e in found if is_held_out(e.text, held_out)]
+    if not all(splits.values()):
+        raise NeoError(
+            f"with held_out {held_out} a split has none of the {len(found)} examples; choose "
+            "another share, or give more examples."
+        )
+    head = HeadConfig("score", tuple(names), problem_type)
+    return write_labelled(output, tokenizer, head, splits)
+
+
+def write_labelled(
+    output: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    head: HeadConfig,
+    splits: Mapping[str, Sequence[Example]],
+) -> dict[str, Any]:
+    """Writes examples, "train" and perhaps "held_out", for a head; returns as `prepare_labelled`.
+
+    Raises:
+      NeoError: an output that is there already, or being written.
+    """
+    with staging(absolute(make_path(output))) as folder:
+        dtype = token_dtype(tokenizer)
+        statistics = {
+            name: _write(folder / DATA / name, examples, tokenizer, head, dtype)
+            for name, examples in splits.items()
+        }
+        fields = {
+            "version": VERSION,
+            "kind": KIND,
+            "dtype": dtype.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "labels": [*head.labels],
+            "problem_type": head.problem_type,
+            "splits": statistics,
+        }
+        tokenizer.save(folder / DATA)
+        text = json.dumps(fields, indent=2) + "\n"
+        (folder / DATA / DATASET_FILE).write_text(text, encoding="utf-8")
+        return fields
+
+
+def _names(examples: Sequence[Example], problem_type: ProblemType) -> list[str]:
+    """Returns the labels that there are, sorted, numbers as numbers."""
+    if problem_type == "regression":
+        return ["LABEL_0"]
+    found: set[str] = set()
+    for example in examples:
+        several = example.label if isinstance(example.label, tuple) else (example.label,)
+        found.update(map(str, several))
+    if len(found) < 2 and problem_type == "single_label_classification":
+        raise NeoError(
+            f"all examples have the label {', '.join(found)}; a classifier needs two, or name them "
+            "with --labels."
+        )
+    is_number = all(name.lstrip("-").isdecimal() for name in found)
+    return sorted(found, key=lambda name: (int(name), name) if is_number else (0, name))
+
+
+def _write(
+    folder: Path,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    head: HeadConfig,
+    dtype: np.dtype[Any],
+) -> dict[str, Any]:
+    """Writes a split; returns its statistics."""
+    folder.mkdir(parents=True)
+    ids = tokenizer.encode_batch([example.text for example in examples])
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    tokens = np.concatenate([np.asarray(each, dtype) for each in ids])
+    (folder / TOKENS_FILE).write_bytes(tokens.tobytes())
+    np.save(folder / OFFSETS_FILE, offsets)
+    np.save(folder / LABELS_FILE, encode_labels([example.label for example in examples], head))
+    statistics = {
+        "examples": len(examples),
+        "bytes": sum(len(example.text.encode()) for example in examples),
+        "tokens": len(tokens),
+        "lengths": length_statistics(folder / OFFSETS_FILE),
+    }
+    if head.problem_type == "regression":
+        values = np.array([example.label for example in examples], float)
+        return statistics | {"mean": values.mean(), "sd": values.std()}
+    several = (e.label if isinstance(e.label, tuple) else (e.label,) for e in examples)
+    counts = Counter(label for labels in several for label in labels)
+    return statistics | {"balance": {label: counts[label] for label in head.labels}}
+
+
+def encode_labels(labels: Sequence[Any], head: HeadConfig) -> np.ndarray:
+    """Returns labels as a batch has them, see `labelled`."""
+    if head.problem_type == "regression":
+        return np.array(labels, np.float32)
+    number = {label: i for i, label in enumerate(head.labels)}
+    if head.problem_type == "single_label_classification":
+        return np.array([number[label] for label in labels], np.int32)
+    ones = np.zeros((len(labels), len(number)), np.float32)
+    for row, several in enumerate(labels):
+        ones[row, [number[label] for label in several]] = 1
+    return ones

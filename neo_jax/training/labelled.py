@@ -1,0 +1,112 @@
+"""What a run on examples with labels has of its own: the head, epochs, and its evaluation."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from neo_jax.axes import Array, Params
+from neo_jax.data.labelled import (
+    LabelledDataset,
+    is_labelled,
+    open_held_out,
+    ordered_batches,
+)
+from neo_jax.data.mixture import Mixture
+from neo_jax.devices.processes import to_host
+from neo_jax.errors import NeoError, suggest
+from neo_jax.files.paths import is_file, make_path
+from neo_jax.labels import HeadConfig
+from neo_jax.model.transformer import Neo
+from neo_jax.training.config import TrainConfig
+from neo_jax.training.metrics import METRICS, measure, usual_metrics
+from neo_jax.training.objectives import Sums
+from neo_jax.training.objectives.classification import Batch, Classification
+from neo_jax.training.report import Evaluation
+
+
+def open_split(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
+    """Opens a split of a config's data, of texts or of examples with labels.
+
+    Raises:
+      NeoError: it cannot be opened.
+    """
+    if is_labelled(config.data):
+        return LabelledDataset.open(config.data, split, config.sequence_length)
+    return Mixture.open(config.data, split, config.sequence_length, config.across_documents)
+
+
+def with_labels(config: TrainConfig) -> TrainConfig:
+    """Returns a config whose model has the head that its data is for, and whose run has steps.
+
+    Examples with labels make the model a classifier, and texts a language model.
+
+    Raises:
+      NeoError: the data cannot be opened, or an option is not for such data.
+    """
+    labelled = is_labelled(config.data)
+    dataset = open_split(config, "train")
+    head = dataset.head if isinstance(dataset, LabelledDataset) else HeadConfig()
+    if labelled and config.prompts:
+        raise NeoError("a classifier continues no prompts; leave prompts out.")
+    if config.metric and config.metric not in METRICS:
+        raise NeoError(f"no metric is called '{config.metric}'.{suggest(config.metric, METRICS)}")
+    if config.metric and not labelled:
+        raise NeoError("metric is for data with labels; leave it out.")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
+    if not config.epochs:
+        return config
+    if isinstance(dataset, LabelledDataset):
+        steps = dataset.steps(config.batch_size)
+    else:
+        steps = -(-sum(part.num_sequences for part in dataset.parts) // config.batch_size)
+    return dataclasses.replace(config, steps=config.epochs * steps, epochs=0, eval_every=steps)
+
+
+def is_finished(config: TrainConfig, step: int) -> bool:
+    """Returns whether a run of a config, as it was given, has ended at a step of its own accord."""
+    file = make_path(config.output) / "best.json"
+    best = json.loads(file.read_text(encoding="utf-8"))["step"] if is_file(file) else 0
+    config = with_labels(config)
+    return step >= config.steps or is_exhausted(config, step, best)
+
+
+def is_exhausted(config: TrainConfig, step: int, best: int) -> bool:
+    """Returns whether evaluations after the best one were as many as a run has patience for."""
+    waited = config.patience * config.eval_every
+    return bool(waited and best and step - best >= waited)
+
+
+def metrics_of(config: TrainConfig) -> tuple[str, ...]:
+    """Returns the metrics of a classifier, the one that its best epoch is chosen by first."""
+    usual = usual_metrics(config.model.head)
+    return tuple(dict.fromkeys([config.metric or usual[0], *usual]))
+
+
+def make_evaluation(
+    config: TrainConfig, model: Neo, objective: Classification, place: Any
+) -> Callable[[Params], Evaluation] | None:
+    """Returns what evaluates stacked parameters on the held-out examples; None without any."""
+    dataset = open_held_out(config.data, config.sequence_length) if config.eval_every else None
+    if dataset is None:
+        return None
+    names, head = metrics_of(config), config.model.head
+
+    @jax.jit
+    def run(params: Params, batch: Batch) -> tuple[Sums, Array]:
+        logits = objective.logits(model, params, batch)
+        return objective.sums(logits, batch), logits
+
+    def evaluate(params: Params) -> Evaluation:
+        total, logits = 0.0, np.zeros((dataset.num_examples, len(head.labels)), np.float32)
+        for examples, batch in ordered_batches(dataset, config.batch_size, place.rows):
+            sums, found = run(params, place(batch))
+            total += float(sums.loss)
+            logits[examples] = to_host(found)[: len(examples)]
+        scores = measure(names, dataset.labels, logits, head)
+        return Evaluation(total / dataset.num_examples, scores=scores)
+
+    return evaluate

@@ -1,0 +1,171 @@
+"""Examples with labels: every format, every bad row, and batches of like length."""
+
+import csv
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from neo_jax.cli import main
+from neo_jax.data.examples import Columns, Example, read_examples
+from neo_jax.data.labelled import LabelledDataset, labelled_batches, ordered_batches
+from neo_jax.data.prepare_labelled import prepare_labelled
+from neo_jax.errors import NeoError
+
+SAME = [Example("The fox, quickly.", "good"), Example('A "dog"', "bad"), Example("I sail", "good")]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"label": e.label, "sentence": e.text} for e in SAME]
+    lines = [f"{e.text}\t{e.label}\n" for e in SAME]
+    write(tmp_path / "named.tsv", "sentence\tlabel\n" + "".join(lines))
+    write(tmp_path / "bare.tsv", "".join(lines))
+    write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "quoted.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["sentence", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["named.tsv", "bare.tsv", "rows.jsonl", "quoted.csv"])
+def test_files_of_all_kinds_hold_the_same(files, name):
+    columns = Columns("1", "2") if name == "bare.tsv" else Columns("sentence", "label")
+    assert read_examples([files / name], columns) == SAME
+
+
+def test_a_data_set_of_the_hub_names_its_labels(files):
+    """Where it declares them; parquet keeps what the library wrote next to the rows."""
+    assert read_examples([f"hf://{files / 'set'}"], Columns("sentence", "label")) == SAME
+
+
+def test_two_texts_are_one_on_two_lines(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"a": "One.", "b": "Two?", "label": true}\n')
+    (example,) = read_examples([file], Columns("a", "label", "b"))
+    assert example == Example("One.\nTwo?", "true")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "text\tlabel\nx\n", ":2: 1 columns, but the first line has 2"),
+        ("a.tsv", "txt\tlabel\nx\ty\n", ":2: there is no column 'text'. Did you mean 'txt'?"),
+        ("a.tsv", "text\tlabel\n \ty\n", ":2: 'text' is empty; write a text, or remove the row"),
+        ("a.tsv", "text\tlabel\na\tgod\n", ":2: unknown label 'god'. Did you mean 'good'?"),
+        ("a.tsv", "text\tlabel\na\t\n", ":2: 'label' is '', which is no label"),
+        ("a.jsonl", '{"text": 3, "label": "bad"}\n', ":1: 'text' is 3, not a text"),
+        ("a.jsonl", '{"text": "x", "label": null}\n', ":1: 'label' is None, which is no label"),
+        ("a.csv", 'text,label\n"a,bad\n', ": unexpected end of data; is it quoted as CSV is?"),
+    ],
+)
+def test_a_bad_row_is_one_line_with_its_place(tmp_path, name, text, message):
+    with pytest.raises(NeoError) as error:
+        read_examples([write(tmp_path / name, text)], labels=("bad", "good"))
+    assert f"{tmp_path / name}{message}" in str(error.value).replace(":2: unexp", ": unexp")
+    assert "\n" not in str(error.value)
+
+
+def test_some_bad_rows_may_be_left_out(tmp_path, capsys):
+    file = write(tmp_path / "a.tsv", "text\tlabel\na\tbad\n\tbad\nb\tgood\nc\n")
+    examples = read_examples([file], skip_bad=2)
+    assert [example.text for example in examples] == ["a", "b"]
+    assert "2 rows are left out: " in capsys.readouterr().err
+    with pytest.raises(NeoError, match=r"a.tsv:5: .*\(row 2 of this kind\) --skip-bad 10 leaves"):
+        read_examples([file], skip_bad=1)
+
+
+def test_numbers_and_several_labels(tmp_path):
+    file = write(tmp_path / "a.tsv", "text\tlabel\na\t1.5\nb\t-2\n")
+    assert [e.label for e in read_examples([file], problem_type="regression")] == [1.5, -2.0]
+    file = write(tmp_path / "b.tsv", "text\tlabel\na\tx,y\nb\t\n")
+    found = read_examples([file], problem_type="multi_label_classification")
+    assert [e.label for e in found] == [("x", "y"), ()]
+    with pytest.raises(NeoError, match=r"b.tsv:2: 'label' is 'x,y', not a number"):
+        read_examples([file], problem_type="regression")
+
+
+@pytest.fixture
+def dataset(tmp_path, tokenizer_folders, text):
+    words = text.split()
+    rng = np.random.default_rng(0)
+    lines = [
+        f"{' '.join(rng.choice(words, rng.integers(1, 30)))}\t{'ab'[i % 3 == 0]}" for i in range(50)
+    ]
+    file = write(tmp_path / "train.tsv", "text\tlabel\n" + "\n".join(lines))
+    return prepare_labelled(
+        [file], tmp_path / "data", tokenizer_folders["bytes"], held_out=0.3
+    ), tmp_path / "data"
+
+
+def test_every_epoch_has_each_example_once(dataset):
+    fields, folder = dataset
+    assert fields["splits"]["train"]["balance"]["b"] + fields["splits"]["held_out"]["balance"]["b"]
+    data = LabelledDataset.open(folder, "train", 48)
+    assert data.head.labels == ("a", "b")
+    per_epoch = data.steps(8)
+    stream = labelled_batches(data, batch_size=8, seed=3)
+    epochs = [[next(stream) for _ in range(per_epoch)] for _ in range(2)]
+    for epoch in epochs:
+        rows = [
+            row[:n].tolist()
+            for b in epoch
+            for row, n in zip(b["tokens"], b["lengths"], strict=True)
+        ]
+        weights = np.concatenate([b["weights"] for b in epoch])
+        assert weights.sum() == data.num_examples
+        found = sorted(row for row, w in zip(rows, weights, strict=True) if w)
+        ids = [
+            data.tokens[a:b][:48].tolist()
+            for a, b in zip(data.offsets, data.offsets[1:], strict=False)
+        ]
+        assert found == sorted(ids)
+        assert {b["tokens"].shape[1] for b in epoch} <= {16, 32, 48}
+    assert [b["tokens"].tolist() for b in epochs[0]] != [b["tokens"].tolist() for b in epochs[1]]
+    # A run that goes on has the same batches, and each process its rows of them.
+    later = labelled_batches(data, batch_size=8, seed=3, start_step=per_epoch + 1, rows=[2, 5])
+    np.testing.assert_array_equal(next(later)["tokens"], epochs[1][1]["tokens"][[2, 5]])
+
+
+def test_evaluation_sees_every_example_once(dataset):
+    data = LabelledDataset.open(dataset[1], "held_out", 48)
+    found = np.concatenate([examples for examples, _ in ordered_batches(data, 4)])
+    assert sorted(found.tolist()) == list(range(data.num_examples))
+    widths = [batch["tokens"].shape[1] for _, batch in ordered_batches(data, 4)]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_labels_in_files(tmp_path, tokenizer_folders, capsys):
+    train = write(tmp_path / "train.tsv", "text\tlabel\na\t10\nb\t9\nc\t10\n")
+    dev = write(tmp_path / "dev.tsv", "text\tlabel\na\t9\n")
+    args = ["prepare", str(train), "--label-field", "label", "--output", str(tmp_path / "data")]
+    args += ["--tokenizer", str(tokenizer_folders["bytes"]), "--held-out-files", str(dev)]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "9         1, 33.3%" in out
+    assert "held_out" in out
+    data = LabelledDataset.open(tmp_path / "data", "train", 8)
+    assert (data.head.labels, data.labels.tolist()) == (("9", "10"), [1, 0, 1])
+    write(dev, "text\tlabel\na\t8\n")
+    args[5] = str(tmp_path / "other")
+    assert main(args) == 1
+    assert "dev.tsv:2: unknown label '8'." in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main(["prepare", str(train), "--skip-bad", "2", "--tokenizer", "bundled"]) == 2
+    assert "--skip-bad goes with --label-field" in capsys.readouterr().err
+
+
+def test_one_label_is_no_task(tmp_path, tokenizer_folders):
+    file = write(tmp_path / "a.tsv", "text\tlabel\na\tx\nb\tx\n")
+    with pytest.raises(NeoError, match="all examples have the label x; a classifier needs two"):
+        prepare_labelled([file], tmp_path / "data", tokenizer_folders["bytes"])
