@@ -12,6 +12,7 @@ from neo_jax.axes import Array, Params
 from neo_jax.decode import engine
 from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length, row_sizes
 from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
+from neo_jax.decode.pooling import pool_weights
 from neo_jax.decode.prefill import Reading, judge
 from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.requests import PromptRead, Request, Text
@@ -117,7 +118,7 @@ class _Prompt:
     id: int
     request: Request
     judged: list[list[np.ndarray]] = dataclasses.field(default_factory=list)  # see `Judged`
-    total: np.ndarray | float = 0.0  # of hidden states
+    pooled: np.ndarray | float = 0.0  # hidden states, each times its weight
     is_wanted: bool = True
 
 
@@ -180,7 +181,7 @@ class ChunkReader:
         ids = [prompt.request.ids for prompt in self._prompts]
         rows = padded_rows(model.sharding, most if count > 1 else 1)
         requests = [prompt.request for prompt in self._prompts]
-        looked_at = any(each.prompt_logprobs or each.prompt_mean for each in requests)
+        looked_at = any(each.prompt_logprobs or each.prompt_pool for each in requests)
         prefixes = None if looked_at or rows > 1 or not self.prefixes.most_bytes else self.prefixes
         self._now = Reading(model, self._params, ids, rows, self._chunk, prefixes)
 
@@ -194,15 +195,18 @@ class ChunkReader:
             count = self._room.alternatives
             judged = [*map(to_host, judge(self._model, count, self._params, hidden, targets))]
         states = None
-        if any(prompt.request.prompt_mean for prompt in self._prompts):
+        if any(prompt.request.prompt_pool for prompt in self._prompts):
             states = to_host(hidden).astype(np.float64)
         for row, prompt in enumerate(self._prompts):
             length = len(prompt.request.ids)
             if judged and prompt.request.prompt_logprobs:
                 new = slice(max(length - 1 - start, 0))
                 prompt.judged.append([leaf[row, new] for leaf in judged])
-            if states is not None and prompt.request.prompt_mean:
-                prompt.total = prompt.total + states[row, : max(length - start, 0)].sum(axis=0)
+            if states is not None and prompt.request.prompt_pool:
+                weights = pool_weights(prompt.request.prompt_pool, length)[
+                    start : start + now.chunk
+                ]
+                prompt.pooled = prompt.pooled + weights @ states[row, : len(weights)]
 
     def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:
         """Puts some of the last texts into rows."""
@@ -222,13 +226,11 @@ class ChunkReader:
 
 def _found(prompt: _Prompt) -> PromptRead:
     request = prompt.request
-    mean = None
-    if request.prompt_mean:
-        mean = np.asarray(prompt.total / len(request.ids), np.float32)
+    pooled = np.asarray(prompt.pooled, np.float32) if request.prompt_pool else None
     if not request.prompt_logprobs:
-        return PromptRead(prompt.id, None, None, None, mean)
+        return PromptRead(prompt.id, None, None, None, pooled)
     logprobs, ids, likeliest = map(np.concatenate, zip(*prompt.judged, strict=True))
-    return PromptRead(prompt.id, logprobs, ids, likeliest, mean)
+    return PromptRead(prompt.id, logprobs, ids, likeliest, pooled)
 
 
 def _texts(taken: Sequence[tuple[int, Request]]) -> list[Text]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from neo_jax.decode.engine import Completion
 from neo_jax.decode.options import SamplingOptions
+from neo_jax.decode.pooling import Pooling
 
 StopCheck = Callable[[list[int]], int | None]
 """Takes the new ids of a text since the last call; returns how many of all to keep, to stop it."""
@@ -25,7 +26,7 @@ class Request:
     num_alternatives: int = 0  # likeliest tokens that an event has for each new one, of a stream
     # Where prompts are read by chunks: what is wanted of this one.
     prompt_logprobs: bool = False
-    prompt_mean: bool = False
+    prompt_pool: Pooling = ""  # how its hidden states become one vector
 
 
 class PromptRead(NamedTuple):
@@ -35,7 +36,7 @@ class PromptRead(NamedTuple):
     logprobs: np.ndarray | None  # float32 [T - 1], log p of each token after the first, if wanted
     ids: np.ndarray | None  # int32 [T - 1, K], the likeliest tokens in their place
     likeliest: np.ndarray | None  # float32 [T - 1, K], and the log p of these
-    mean: np.ndarray | None  # float32 [D], of the hidden states after ln_f, if wanted
+    pooled: np.ndarray | None  # float32 [D], of the hidden states after ln_f, if wanted
 
 
 class Event(NamedTuple):

@@ -1,7 +1,6 @@
 """The HTTP interface: what is answered at which path."""
 
 import asyncio
-import base64
 import contextlib
 import logging
 import re
@@ -25,17 +24,17 @@ from neo_jax.serving.chat import chat
 from neo_jax.serving.completions import complete
 from neo_jax.serving.connection import Gone, check_key, read_body, while_connected
 from neo_jax.serving.errors import ApiError, busy, invalid
-from neo_jax.serving.jobs import PromptFound
 from neo_jax.serving.metrics import CONTENT_TYPE
+from neo_jax.serving.pooled import classify, embed
 from neo_jax.serving.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    EmbeddingBody,
     TokenizeBody,
 )
-from neo_jax.serving.replies import DONE, aside, event, to_json, usage
-from neo_jax.serving.requests import embedding_jobs, tokenize
+from neo_jax.serving.reading_bodies import ClassifyBody, EmbeddingBody
+from neo_jax.serving.replies import DONE, aside, event, to_json
+from neo_jax.serving.requests import tokenize
 from neo_jax.serving.service import Service, tokenizer_folder
 from neo_jax.serving.templates import special_tokens
 from neo_jax.serving.web_page import web_page
@@ -55,7 +54,8 @@ def make_app(service: Service) -> ASGIApp:
     posts: dict[str, tuple[type[Body], Callable[[Service, Any], Awaitable[Answer]]]] = {
         "/v1/completions": (CompletionBody, complete),
         "/v1/chat/completions": (ChatBody, chat),
-        "/v1/embeddings": (EmbeddingBody, _embeddings),
+        "/v1/embeddings": (EmbeddingBody, embed),
+        "/classify": (ClassifyBody, classify),
         "/tokenize": (TokenizeBody, _tokenize),
         "/detokenize": (DetokenizeBody, _detokenize),
     }
@@ -219,24 +219,6 @@ def _models(service: Service) -> dict[str, Any]:
 def _model(service: Service, request: Request) -> Response:
     name = service.name(request.path_params["model"])
     return _json(next(each for each in _models(service)["data"] if each["id"] == name))
-
-
-async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
-    """Returns the mean of the hidden states of each text's tokens."""
-    name = service.name(body.model)
-    work = await aside(sum(map(len, body.input)), embedding_jobs, service, body)
-    found: dict[int, Any] = {}
-    async with contextlib.aclosing(service.run(work.jobs)) as news:
-        async for index, new in news:
-            if isinstance(new, PromptFound) and new.mean is not None:
-                found[index] = new.mean.astype("<f4")
-    entries = []
-    for index in range(len(work.jobs)):
-        values: Any = found[index].tolist()
-        if body.encoding_format == "base64":
-            values = base64.b64encode(found[index].tobytes()).decode()
-        entries.append({"object": "embedding", "index": index, "embedding": values})
-    return {"object": "list", "data": entries, "model": name, "usage": usage(work.prompt_tokens)}
 
 
 async def _tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:

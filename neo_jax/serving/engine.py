@@ -73,7 +73,7 @@ class _Work:
             stream=True,
             num_alternatives=job.num_alternatives,
             prompt_logprobs=job.prompt_alternatives is not None,
-            prompt_mean=job.mean,
+            prompt_pool=job.pool,
         )
 
     def send(self, item: Item) -> None:
@@ -163,6 +163,8 @@ class Engine:
         """Compiles what most jobs need, and begins to work."""
         new = min(100, self._lm.config.max_length - 1)  # most have a capacity of 128 tokens
         warm = Request([0], new, [SamplingOptions()], stream=True)
+        if self._lm.config.head.is_classifier:
+            warm = Request([0], 0, [], prompt_pool="last")
         warm_id = self._scheduler.submit(warm)
         self._scheduler.step()
         self._scheduler.cancel(warm_id)
@@ -326,8 +328,8 @@ class Engine:
                 tokens = [allowed_token(self._words, tokenizer, token) for token in tokens]
             if not job.options:
                 self._finish(work, "stop")
-            if tokens or job.mean or not job.options:
-                work.send(PromptFound(tokens, event.mean))
+            if tokens or job.pool or not job.options:
+                work.send(PromptFound(tokens, event.pooled))
             return
         if event.ids:
             waited = now - (work.last if work.first else work.arrived)

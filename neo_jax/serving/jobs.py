@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from neo_jax.decode.options import SamplingOptions
+from neo_jax.decode.pooling import Pooling
 from neo_jax.decode.requests import Event, PromptRead
 from neo_jax.text.generate import StopText
 from neo_jax.text.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ class Job:
     stop_token_ids: tuple[int, ...] = ()  # and before these
     num_alternatives: int = 0  # likeliest tokens that come with each new one
     prompt_alternatives: int | None = None  # and with each of the prompt; None: no log p of these
-    mean: bool = False  # whether the mean of the prompt's hidden states is wanted
+    pool: Pooling = ""  # how the prompt's hidden states become one vector, if that is wanted
 
 
 class Token(NamedTuple):
@@ -39,7 +40,7 @@ class PromptFound(NamedTuple):
     """What was wanted of a prompt; comes before any text, where anything was."""
 
     tokens: list[Token]  # empty unless their log p were wanted
-    mean: np.ndarray | None  # float32 [D]
+    pooled: np.ndarray | None  # float32 [D]
 
 
 class Delta(NamedTuple):

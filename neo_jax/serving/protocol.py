@@ -72,7 +72,8 @@ MOST_BIASES = 1024
 """Entries of `logit_bias`, for which the engine has room, and of `stop_token_ids`."""
 
 
-def _truncation(name: str, value: Any) -> int:
+def truncation(name: str, value: Any) -> int:
+    """Is the rule of how many tokens of a prompt are kept."""
     if whole(-1, _IDS)(name, value) == 0:
         raise NeoError(f"{name} must be at least 1, or -1 for as many as fit, not 0.")
     return value
@@ -140,7 +141,7 @@ class Writing(Model):
     logit_bias: tuple[tuple[int, float], ...] | None = given(_logit_bias)
     min_tokens: int | None = given(whole(0, _IDS))
     ignore_eos: bool | None = given(flag)
-    truncate_prompt_tokens: int | None = given(_truncation)
+    truncate_prompt_tokens: int | None = given(truncation)
 
     def __post_init__(self) -> None:
         if self.stream_options and not self.stream:
@@ -339,27 +340,6 @@ class ChatBody(Conversation, Writing):
     def limit(self) -> int | None:
         """The most new tokens, where the request says it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-def _encoding(name: str, value: Any) -> str:
-    if value in ("float", "base64"):
-        return value
-    raise NeoError(f"{name} must be 'float' or 'base64', not {brief(value)}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbeddingBody(Model):
-    """POST /v1/embeddings."""
-
-    lacking: ClassVar[Mapping[str, Lacking]] = {
-        "dimensions": Lacking("an embedding has the model's width"),
-        "add_special_tokens": Lacking("give ids for a text without them", (True,)),
-        "priority": Lacking("all requests wait in one queue", (0,)),
-        "normalize": Lacking("divide by the norm yourself", (False,)),
-    }
-    input: tuple[str | list[int], ...] = given(prompts, dataclasses.MISSING)
-    encoding_format: str = given(_encoding, "float")
-    truncate_prompt_tokens: int | None = given(_truncation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

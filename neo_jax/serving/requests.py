@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from neo_jax.decode.engine import check_tokens
 from neo_jax.decode.options import SamplingOptions
+from neo_jax.decode.pooling import Pooling
 from neo_jax.errors import NeoError
 from neo_jax.serving.errors import ApiError, invalid
 from neo_jax.serving.jobs import Job
@@ -15,10 +16,10 @@ from neo_jax.serving.protocol import (
     ChatBody,
     CompletionBody,
     Conversation,
-    EmbeddingBody,
     TokenizeBody,
     Writing,
 )
+from neo_jax.serving.reading_bodies import ClassifyBody, EmbeddingBody
 from neo_jax.serving.service import Service
 from neo_jax.text.options import allowed, pick, reseeded
 
@@ -44,6 +45,7 @@ def completion_jobs(service: Service, body: CompletionBody) -> Prepared:
     Raises:
       ApiError: a prompt that does not fit, or options that this model cannot follow.
     """
+    _check_writes(service)
     _check_prompts(service, len(body.prompt), "prompt")
     _check_alternatives(service, body.logprobs, "logprobs")
     _check_alternatives(service, body.prompt_logprobs, "prompt_logprobs")
@@ -77,6 +79,7 @@ def completion_jobs(service: Service, body: CompletionBody) -> Prepared:
 
 def chat_jobs(service: Service, body: ChatBody) -> Prepared:
     """Prepares /v1/chat/completions; raises as `completion_jobs`."""
+    _check_writes(service)
     _check_alternatives(service, body.top_logprobs, "top_logprobs")
     text = render(service, body)
     filled = _filled(service, body)
@@ -93,6 +96,19 @@ def chat_jobs(service: Service, body: ChatBody) -> Prepared:
 
 def embedding_jobs(service: Service, body: EmbeddingBody) -> Prepared:
     """Prepares /v1/embeddings; raises as `completion_jobs`."""
+    pooling: Any = body.pooling  # its rule has checked it
+    return _read_only(service, body, pooling)
+
+
+def classify_jobs(service: Service, body: ClassifyBody) -> Prepared:
+    """Prepares /classify; raises as `completion_jobs`, and where the model is no classifier."""
+    if service.lm.config.head.kind != "score":
+        raise invalid("the model is no classifier of texts; serve one: docs/classify.md.", "model")
+    return _read_only(service, body, "last")
+
+
+def _read_only(service: Service, body: EmbeddingBody | ClassifyBody, pool: Pooling) -> Prepared:
+    """Prepares texts that are read and not continued."""
     _check_prompts(service, len(body.input), "input")
     jobs = []
     for place, prompt in enumerate(body.input):
@@ -104,7 +120,7 @@ def embedding_jobs(service: Service, body: EmbeddingBody) -> Prepared:
         if len(ids) > service.context:
             raise _too_long(service, len(ids), 0, param)
         _check_ids(service, ids, param)
-        jobs.append(Job(ids, mean=True))
+        jobs.append(Job(ids, pool=pool))
     return Prepared([], jobs)
 
 
@@ -247,6 +263,13 @@ def _check_prompts(service: Service, count: int, param: str) -> None:
             "time (--max-queued-requests); send several requests.",
             param,
         )
+
+
+def _check_writes(service: Service) -> None:
+    try:
+        service.lm.config.head.check_writes()
+    except NeoError as error:
+        raise invalid(f"{error} (/classify)", "model") from error
 
 
 def _check_alternatives(service: Service, count: int | None, param: str) -> None:

@@ -76,7 +76,7 @@ class Service:
         """
         writing = {(i, sample) for i, job in enumerate(jobs) for sample in range(len(job.options))}
         reading = {i for i, job in enumerate(jobs) if job.prompt_alternatives is not None}
-        reading |= {i for i, job in enumerate(jobs) if job.mean}
+        reading |= {i for i, job in enumerate(jobs) if job.pool}
         loop, begun = asyncio.get_running_loop(), False
         deadline = loop.time() + self.request_timeout if self.request_timeout else None
         async with contextlib.aclosing(self.engine.run(jobs)) as found:

@@ -4,11 +4,13 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.decode.capacity import padded_length, round_up
 from neo_jax.decode.engine import check_tokens
+from neo_jax.decode.pooling import POOLINGS, Pooling, pool_weights
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, checked
 from neo_jax.model.transformer import Neo, Output
@@ -19,22 +21,34 @@ from neo_jax.sharding.rules import padded_rows
 
 
 def hidden_states(
-    model: Neo, params: Params, texts: Sequence[Sequence[int]], layer: int
+    model: Neo,
+    params: Params,
+    texts: Sequence[Sequence[int]],
+    layer: int,
+    pooling: Pooling = "",
+    normalize: bool = False,
 ) -> list[np.ndarray]:
     """Returns the hidden states [T, D] of each text, float32; those of like length in a batch.
+
+    Pooled they are one vector [D] of each.
 
     Args:
       model: the model.
       params: its parameters.
       texts: ids, each within the context.
       layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
+      pooling: how a text becomes one vector.
+      normalize: divide each vector by its length.
 
     Raises:
-      NeoError: no such layer, no such token, or more of them than the context holds.
+      NeoError: no such layer, no such pooling, no such token, more of them than the context holds,
+        or hidden states of tokens that are to be normalized.
     """
     layer, last = checked("layer", layer, int), model.config.num_layers
     if not -last - 1 <= layer <= last:
         raise NeoError(f"layer {layer} is not one of 0 to {last}, or -1.")
+    if normalize and not pooling:
+        raise NeoError(f"normalize goes with a pooling: {', '.join(POOLINGS)}.")
     for ids in texts:
         check_tokens(model, ids)
     found = [np.empty(0)] * len(texts)
@@ -44,6 +58,14 @@ def hidden_states(
         most = max(tuning.forward_tokens(model.sharding) // width, 1)
         batch, order = order[:most], order[most:]
         rows = _padded(model, [texts[i] for i in batch], width, round_up(len(batch), most))
+        if pooling:
+            weights = np.zeros(rows.shape, np.float32)
+            for row, i in zip(weights, batch, strict=False):
+                row[: len(texts[i])] = pool_weights(pooling, len(texts[i]))
+            vectors = to_host(_pooled(model, layer, normalize, params, rows, weights))
+            for i, vector in zip(batch, vectors, strict=False):
+                found[i] = vector.copy()
+            continue
         states = to_host(_hidden_states(model, layer, params, rows))
         for i, state in zip(batch, states, strict=False):
             found[i] = state[: len(texts[i])].copy()  # without the padding
@@ -87,6 +109,22 @@ def _hidden_states(
     model: Neo, layer: int, params: Params, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     return model.apply({"params": params}, tokens).hidden_states[layer]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pooled(
+    model: Neo,
+    layer: int,
+    normalize: bool,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, "B D"]:
+    states = _hidden_states(model, layer, params, tokens)
+    vectors = jnp.sum(weights[..., None] * states, axis=1)
+    if not normalize:
+        return vectors
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +13,7 @@ from neo_jax.axes import Params
 from neo_jax.checkpoints import save
 from neo_jax.config import ModelConfig, find_preset
 from neo_jax.decode.options import BeamOptions, SamplingOptions
+from neo_jax.decode.pooling import Pooling
 from neo_jax.decode.speculative import Draft
 from neo_jax.devices.processes import is_leader
 from neo_jax.errors import NeoError, brief, checked
@@ -20,12 +21,14 @@ from neo_jax.fields import takes
 from neo_jax.files.paths import make_path
 from neo_jax.model.transformer import Neo
 from neo_jax.text import defaults, generate, inspection
+from neo_jax.text.classify import Classification, as_one_text, classification, sequence_logits
 from neo_jax.text.defaults import Defaults
 from neo_jax.text.generate import Prompt, Sample, fit, make_strategy
 from neo_jax.text.options import (
     TextOptions,
     check_names,
     check_together,
+    listed,
     names,
     pick,
     read_filter,
@@ -148,7 +151,7 @@ class LanguageModel:
           NeoError: an empty prompt, unknown options, or more tokens than the context holds.
         """
         self._tokenizer  # noqa: B018  (raises where there is none to write text with)
-        many = [prompts] if isinstance(prompts, str) else _listed(prompts)
+        many = [prompts] if isinstance(prompts, str) else listed(prompts)
         sampling, others = self._filled(options | {"max_new_tokens": max_new_tokens})
         count = 1 if num_samples is None else num_samples
         found = self.samples(many, sampling=sampling, num_samples=count, **others)
@@ -197,7 +200,7 @@ class LanguageModel:
         Raises:
           NeoError: before anything runs, as `generate`; also of counts below 1.
         """
-        prompts = _listed(prompts)
+        prompts = listed(prompts)
         check_names(options, names(TextOptions))
         options |= {"max_new_tokens": max_new_tokens}
         if sampling is None:
@@ -273,7 +276,7 @@ class LanguageModel:
 
     def scores(self, texts: Sequence[Prompt], stride: int = 0) -> Iterator[Score]:
         """Like `score`, one at a time as they are computed."""
-        texts, stride = _listed(texts), checked("stride", stride, int)
+        texts, stride = listed(texts), checked("stride", stride, int)
         many = [self.encode(text) for text in texts]
         for text, ids, logprobs in zip(
             texts, many, score_ids(self.model, self.params, many, stride), strict=True
@@ -283,25 +286,58 @@ class LanguageModel:
 
     @overload
     def embed(  # type: ignore[overload-overlap]
-        self, texts: str, layer: int = ...
+        self, texts: str, layer: int = ..., pooling: Pooling = ..., normalize: bool = ...
     ) -> np.ndarray: ...
     @overload
-    def embed(self, texts: Sequence[Prompt], layer: int = ...) -> list[np.ndarray]: ...
     def embed(
-        self, texts: str | Sequence[Prompt], layer: int = -1
+        self,
+        texts: Sequence[Prompt],
+        layer: int = ...,
+        pooling: Pooling = ...,
+        normalize: bool = ...,
+    ) -> list[np.ndarray]: ...
+    def embed(
+        self,
+        texts: str | Sequence[Prompt],
+        layer: int = -1,
+        pooling: Pooling = "",
+        normalize: bool = False,
     ) -> np.ndarray | list[np.ndarray]:
         """Returns hidden states as features, float32 [T, D] for a text, or for each of several.
 
         Args:
           texts: a text, or a list of texts or lists of ids, each within the context.
           layer: 0 is the embedding, i the output of block i, -1 the final LayerNorm's.
+          pooling: "mean", "last" or "weighted" by position, for one vector [D] a text.
+          normalize: divide each vector by its length.
 
         Raises:
-          NeoError: no such layer, or more tokens than the context holds.
+          NeoError: no such layer or pooling, or more tokens than the context holds.
         """
-        many = [self.encode(t) for t in ([texts] if isinstance(texts, str) else _listed(texts))]
-        states = inspection.hidden_states(self.model, self.params, many, layer)
+        many = [self.encode(t) for t in ([texts] if isinstance(texts, str) else listed(texts))]
+        how = layer, pooling, normalize
+        states = inspection.hidden_states(self.model, self.params, many, *how)
         return states[0] if isinstance(texts, str) else states
+
+    def classify(
+        self, texts: str | Sequence[Prompt | tuple[str, str]], batch_size: int = 0
+    ) -> Classification | list[Classification]:
+        """Returns what a classifier says of a text, or of each of several.
+
+        Args:
+          texts: a text, or a list of texts, of pairs of texts, or of lists of ids. Of more tokens
+            than the context holds the first are read, as in training.
+          batch_size: rows of a forward pass; 0 is as many as have some thousand tokens together.
+
+        Raises:
+          NeoError: the model is no classifier of texts, or a text is empty.
+        """
+        many = [texts] if isinstance(texts, str) else listed(texts)
+        context = self.config.max_length
+        ids = [self.encode(as_one_text(text))[:context] for text in many]
+        logits = sequence_logits(self.model, self.params, ids, batch_size)
+        found = [classification(row, self.config.head) for row in logits]
+        return found[0] if isinstance(texts, str) else found
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads, and transformers too unless weights are int8.
@@ -357,12 +393,3 @@ class LanguageModel:
         # A character that the first token leaves unfinished is for the others to predict.
         first = self.tokenizer.decode(ids[:1]).rstrip("\ufffd")
         return len(whole.encode()) - len(first.encode())
-
-
-def _listed(prompts: Any) -> list[Prompt]:
-    # Texts are sequences too, of characters.
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise NeoError(
-            f"this takes several, not {brief(prompts)}: give a list of prompts, as in ['one text']."
-        )
-    return list(prompts)

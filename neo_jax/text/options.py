@@ -6,7 +6,7 @@ generation_config.json take their options from these classes.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from neo_jax.decode.options import BeamOptions, SamplingOptions
@@ -206,3 +206,13 @@ def allowed(model: Neo, options: SamplingOptions) -> SamplingOptions:
     if len({ids for ids, _ in options.bans if len(ids) == 1}) >= config.vocab_size:
         raise NeoError("every token is suppressed, and none can be written; suppress fewer.")
     return options
+
+
+def listed(prompts: Any) -> list[Any]:
+    """Returns several prompts as a list; raises NeoError for one alone."""
+    # Texts are sequences too, of characters.
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise NeoError(
+            f"this takes several, not {brief(prompts)}: give a list of prompts, as in ['one text']."
+        )
+    return list(prompts)

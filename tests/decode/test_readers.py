@@ -69,7 +69,7 @@ def test_texts_are_those_of_prompts_that_are_read_whole(params, model):
 def test_what_a_prompt_says_of_itself(params):
     """Its tokens' log p are those of scoring, its mean that of the hidden states."""
     scheduler = Scheduler(MODEL, params, 4, ALTERNATIVES, CHUNK)
-    wants = {"prompt_logprobs": True, "prompt_mean": True}
+    wants = {"prompt_logprobs": True, "prompt_pool": "mean"}
     ids = {scheduler.submit(Request(prompt_of(n), 0, [], **wants)): n for n in LENGTHS}
     plain = scheduler.submit(Request(prompt_of(5), 2, [OPTIONS[0]]))
     events = drain(scheduler)
@@ -80,7 +80,7 @@ def test_what_a_prompt_says_of_itself(params):
     for (id, length), logprobs in zip(ids.items(), expected, strict=True):
         event, tokens = found[id], jnp.array([prompt_of(length)])
         hidden, _ = MODEL.apply({"params": params}, tokens, method=Neo.hidden)
-        np.testing.assert_allclose(event.mean, hidden[0].mean(axis=0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(event.pooled, hidden[0].mean(axis=0), rtol=0, atol=1e-5)
         np.testing.assert_allclose(event.logprobs, logprobs, rtol=0, atol=2e-5)
         assert len(event.ids) == length - 1
         if length == 1:

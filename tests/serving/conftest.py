@@ -71,11 +71,11 @@ class FakeEngine:
 
     def _items(self, jobs):
         for index, job in enumerate(jobs):
-            if job.prompt_alternatives is not None or job.mean:
+            if job.prompt_alternatives is not None or job.pool:
                 num = job.prompt_alternatives
                 tokens = [] if num is None else [self.token(id, num) for id in job.ids]
                 tokens[:1] = [Token(job.ids[0], None, [])] if tokens else []
-                mean = np.full(4, len(job.ids) + 0.5, np.float32) if job.mean else None
+                mean = np.full(4, len(job.ids) + 0.5, np.float32) if job.pool else None
                 yield index, PromptFound(tokens, mean)
             for sample in range(len(job.options)):
                 for delta in self._write(job, sample):

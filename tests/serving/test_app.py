@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import hmac
 import json
+import math
 import random
 import socket
 import time
@@ -17,17 +18,19 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from neo_jax.errors import NeoError
+from neo_jax.labels import HeadConfig
 from neo_jax.serving import connection, server
-from neo_jax.serving.app import OPEN
+from neo_jax.serving.app import OPEN, make_app
 from neo_jax.serving.jobs import Busy
 from neo_jax.serving.metrics import Metrics
 from neo_jax.serving.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    EmbeddingBody,
     TokenizeBody,
 )
+from neo_jax.serving.reading_bodies import EmbeddingBody
+from neo_jax.text.language_model import LanguageModel
 
 USER = [{"role": "user", "content": "Hi"}]
 COMPLETION = ("POST", "/v1/completions", {"prompt": "The", "max_tokens": 5})
@@ -72,11 +75,45 @@ def test_embeddings(client, engine):
     assert answer["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
     assert [each["embedding"] for each in answer["data"]] == [[2.5] * 4, [1.5] * 4]
     assert [each["index"] for each in answer["data"]] == [0, 1]
-    assert engine.jobs[0].mean
+    assert engine.jobs[0].pool == "mean"
     body = {"input": [[1, 2, 3]], "encoding_format": "base64"}
     (found,) = client("POST", "/v1/embeddings", body).json()["data"]
     assert np.frombuffer(base64.b64decode(found["embedding"]), "<f4").tolist() == [3.5] * 4
     client("POST", "/v1/embeddings", {"input": "a", "dimensions": 4}).error()
+    body = {"input": "a b c", "pooling": "weighted", "normalize": True}
+    (found,) = client("POST", "/v1/embeddings", body).json()["data"]
+    assert found["embedding"] == pytest.approx([0.5] * 4)
+    assert engine.jobs[0].pool == "weighted"
+    assert (
+        "one of mean, last, weighted"
+        in client("POST", "/v1/embeddings", {"input": "a", "pooling": "max"}).error()["message"]
+    )
+
+
+def test_labels(client, make_service, lm):
+    """As vLLM answers; of the pooled vector [2.5, 2.5, 2.5, 2.5] and a head of two labels."""
+    head = HeadConfig("score", ("bad", "good"))
+    config = dataclasses.replace(lm.config, head=head)
+    params = {"score": {"kernel": np.array([[0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]], np.float32)}}
+    classifier = LanguageModel(lm.model.clone(config=config), params, lm.tokenizer, lm.folder)
+    service = dataclasses.replace(make_service(), lm=classifier)
+    client = type(client)(make_app(service))
+    answer = client("POST", "/classify", {"input": ["a b", [1, 2]], "model": "neo"}).json()
+    assert (answer["object"], answer["model"], answer["id"][:9]) == ("list", "neo", "classify-")
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    first = answer["data"][0]
+    assert (first["index"], first["label"], first["num_classes"]) == (0, "good", 2)
+    assert first["probs"] == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
+    body = {"input": "a b", "use_activation": False}
+    assert client("POST", "/classify", body).json()["data"][0]["probs"] == pytest.approx([0, 1])
+    said = client("POST", "/v1/completions", {"prompt": "a"}).error()
+    assert "the model is a classifier" in said["message"]
+    assert client("POST", "/classify", {"input": ""}).error()["param"] == "input"
+
+
+def test_a_language_model_has_no_labels(client):
+    said = client("POST", "/classify", {"input": "a"}).error()
+    assert "the model is no classifier of texts" in said["message"]
 
 
 def test_tokens(client, lm):
@@ -383,6 +420,7 @@ BODIES = {
         },
     ),
     "/v1/embeddings": (EmbeddingBody, {"input": ["a", "b"], "encoding_format": "base64"}),
+    "/classify": (ClassifyBody, {"input": ["a", "b"], "use_activation": True}),
     "/tokenize": (TokenizeBody, {"prompt": "The people", "return_token_strs": True}),
     "/detokenize": (DetokenizeBody, {"tokens": [5, 6, 7]}),
 }  # fmt: skip

@@ -126,7 +126,7 @@ def test_a_stop_id_ends_a_text_before_it(lm, engine):
 
 
 def test_alternatives_and_what_a_prompt_says_of_itself(lm, engine):
-    job = job_of(lm, PROMPTS[1], 4, num_alternatives=3, prompt_alternatives=2, mean=True)
+    job = job_of(lm, PROMPTS[1], 4, num_alternatives=3, prompt_alternatives=2, pool="mean")
     only = Job(job.ids, prompt_alternatives=0)
     _, _, items = asyncio.run(collect(engine, job, only))
     found = {index: item for index, item in items if isinstance(item, PromptFound)}
@@ -137,8 +137,8 @@ def test_alternatives_and_what_a_prompt_says_of_itself(lm, engine):
         assert [token.id for token in rest] == job.ids[1:]
         assert {len(token.alternatives) for token in rest} == {count}
         np.testing.assert_allclose([token.logprob for token in rest], expected, atol=2e-5)
-    np.testing.assert_allclose(found[0].mean, lm.embed(PROMPTS[1]).mean(axis=0), atol=1e-5)
-    assert found[1].mean is None
+    np.testing.assert_allclose(found[0].pooled, lm.embed(PROMPTS[1]).mean(axis=0), atol=1e-5)
+    assert found[1].pooled is None
     tokens = [token for index, item in items if isinstance(item, Delta) for token in item.tokens]
     assert len(tokens) == 4
     for token in tokens:
@@ -293,7 +293,7 @@ def test_what_prompts_begin_with_is_read_once(lm, metrics):
 
 def test_what_happened_is_counted(lm, engine, metrics):
     asyncio.run(collect(engine, job_of(lm, "The people", 7, [DRAWN, DRAWN])))
-    asyncio.run(collect(engine, Job(lm.prompt_ids("The people"), mean=True)))
+    asyncio.run(collect(engine, Job(lm.prompt_ids("The people"), pool="mean")))
     counted = {
         line.split("{")[0].removeprefix("vllm:"): float(line.rsplit(" ", 1)[1])
         for line in metrics.text().decode().splitlines()

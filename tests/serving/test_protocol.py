@@ -12,9 +12,9 @@ from neo_jax.serving.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    EmbeddingBody,
     TokenizeBody,
 )
+from neo_jax.serving.reading_bodies import EmbeddingBody
 from neo_jax.serving.requests import chat_jobs, completion_jobs, embedding_jobs
 from neo_jax.text.defaults import Defaults
 
@@ -306,7 +306,7 @@ def test_options_of_a_request(service):
     ]
     assert job.ids == service.lm.encode("The")
     assert (job.max_new_tokens, job.stop, job.stop_token_ids) == (9, ("x", "y"), (11,))
-    assert (job.num_alternatives, job.prompt_alternatives, job.mean) == (3, None, False)
+    assert (job.num_alternatives, job.prompt_alternatives, job.pool) == (3, None, "")
 
 
 def test_the_request_comes_before_the_checkpoint_and_that_before_openai(make_service, lm):
