@@ -28,7 +28,8 @@ _MODULES = [
     "neo_jax.ops.matmul", "neo_jax.model.cache", "neo_jax.model.layers",
     "neo_jax.model.scan", "neo_jax.model.transformer", "neo_jax.decode.beam",
     "neo_jax.decode.engine", "neo_jax.decode.scheduler", "neo_jax.decode.speculative",
-    "neo_jax.text.score", "neo_jax.training.objectives.next_token",
+    "neo_jax.text.score", "neo_jax.text.classify", "neo_jax.model.heads",
+    "neo_jax.training.objectives.next_token", "neo_jax.training.objectives.classification",
     "neo_jax.training.objectives.streamed",
 ]  # fmt: skip
 jaxtyping.install_import_hook(_MODULES, "beartype.beartype")

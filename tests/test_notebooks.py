@@ -21,7 +21,8 @@ execute = runpy.run_path(str(FOLDER / "execute.py"))["execute"]
 
 
 def test_they_are_all_there():
-    assert [path.stem for path in NOTEBOOKS] == ["context", "finetune", "quickstart", "sharding"]
+    names = ["classify", "context", "finetune", "quickstart", "sharding"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -11,8 +11,10 @@ from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import parse
 from neo_jax.cli.cluster import ClusterOptions
+from neo_jax.cli.eval_glue import run_glue
 from neo_jax.cli.options import TextModelOptions, print_json, write_picture
 from neo_jax.errors import NeoError, suggest
+from neo_jax.evaluation.tune_options import TuneOptions
 from neo_jax.fields import check, number
 from neo_jax.files.figure import check_available
 
@@ -38,9 +40,13 @@ class Options:
     # tokens from window to window beyond the context; 0 is half the context
     stride: int = number(0, least=0)
     tasks: str = ""  # tasks and groups of the harness, as in lambada_openai,piqa
+    # The folder of GLUE's or SuperGLUE's archives, a sub-folder a task, or "hub". A model is
+    # fine-tuned on each task there, or on those of --tasks; with --num-fewshot it is only asked.
+    glue: str = ""
+    superglue: str = ""
     suite: str = ""  # model-card: the benchmarks of GPT-Neo's, next to what was published
     data: tuple[str, ...] = ()  # files of the suite's benchmarks, as in lambada=test.jsonl
-    picture: str = ""  # a PNG of the suite's results
+    picture: str = ""  # a PNG of the suite's results, or GLUE's
     include_path: str = ""  # a folder of further task files
     num_fewshot: int = -1  # examples before each question; -1 is as the task says
     # examples of each task, or a share of them where below 1; 0 is all
@@ -51,6 +57,8 @@ class Options:
     # rows of a forward pass; 0 is as many as have some thousand tokens
     batch_size: int = number(0, least=0)
     json: bool = False  # print an object, not a table
+    # of GLUE and SuperGLUE: how a model is fine-tuned on each task
+    tune: OmitArgPrefixes[TuneOptions] = dataclasses.field(default_factory=TuneOptions)
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     # where a mesh spans several processes; each of them runs the same command
@@ -58,16 +66,19 @@ class Options:
 
     def __post_init__(self) -> None:
         """Checks what goes together; raises `NeoError`."""
-        if sum(map(bool, (self.text, self.tasks, self.suite))) != 1:
+        is_glue = bool(self.glue or self.superglue)
+        tasks = self.tasks and not is_glue
+        if sum(map(bool, (self.text, tasks, self.suite, self.glue, self.superglue))) != 1:
             raise NeoError(
                 "give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa; or "
-                "--suite model-card"
+                "--suite model-card, or --glue FOLDER"
             )
         if self.suite and self.suite not in _SUITES:
             raise NeoError(f"no suite is called '{self.suite}'.{suggest(self.suite, _SUITES)}")
-        for name in ("data", "picture"):
-            if getattr(self, name) and not self.suite:
-                raise NeoError(f"--{name} goes with --suite model-card.")
+        if self.data and not self.suite:
+            raise NeoError("--data goes with --suite model-card.")
+        if self.picture and not (self.suite or is_glue):
+            raise NeoError("--picture goes with --suite model-card.")
         if self.suite and self.gen_kwargs:
             raise NeoError("--gen-kwargs goes with --tasks; nothing of the suite is generated.")
         if self.by_position and not self.text:
@@ -80,11 +91,13 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "eval", args)
-    if not options.text:
+    is_glue = bool(options.glue or options.superglue)
+    if not (options.text or is_glue):
         check_harness()
     if options.picture:
         check_available()
     run = _texts if options.text else _suite if options.suite else _tasks
+    run = run_glue if is_glue else run
     with options.cluster.joined(options.model.is_split):
         run(options)
 
