@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from neo_jax.axes import Array, Params
 from neo_jax.checkpoints import hub
 from neo_jax.checkpoints.host_device import copy, float_dtype
 from neo_jax.checkpoints.load import load_params
@@ -24,6 +25,7 @@ from neo_jax.checkpoints.save import Leaf, new_folder, write_model
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import is_remote, make_path
+from neo_jax.model.heads import classify_sequences, classify_tokens
 from neo_jax.model.scan import stack, unstack
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo
@@ -227,9 +229,11 @@ def _logits(folder: Path) -> str:
         return f"not compared: it takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
     length = min(config.max_length, 2 * config.window_size + 9)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
-    single, exact = _theirs(folder, tokens)
+    # Where a classifier of texts looks for their ends.
+    tokens[0, -1] = next(i for i in range(config.vocab_size) if i not in config.eos_ids)
+    single, exact = _theirs(folder, config, tokens)
     params = load_params(folder, config, dtype="float32")
-    apply = jax.jit(lambda params, tokens: Neo(config).apply({"params": params}, tokens).logits)
+    apply = jax.jit(functools.partial(_ours, Neo(config)))
     ours = np.asarray(apply(params, jnp.asarray(tokens)), np.float64)
     error, noise = np.abs(ours - exact).max(), np.abs(single - exact).max()
     scale = exact.std()
@@ -245,10 +249,18 @@ def _logits(folder: Path) -> str:
     )
 
 
-def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ours(model: Neo, params: Params, tokens: Array) -> Array:
+    """Returns the logits of a model's head."""
+    if not model.config.head.is_classifier:
+        return model.apply({"params": params}, tokens).logits
+    is_of_texts = model.config.head.kind == "score"
+    return (classify_sequences if is_of_texts else classify_tokens)(model, params, tokens)
+
+
+def _theirs(folder: Path, config: ModelConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits of transformers in float32 and in float64."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.models.gpt_neo import modeling_gpt_neo
 
     class Float64:
@@ -260,18 +272,25 @@ def _theirs(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return getattr(torch, name)
 
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, config.to_hf()["architectures"][0]).from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise NeoError(f"{folder}: transformers misses or does not know {wrong[0]}; report this.")
     ids = torch.tensor(tokens)
+
+    def logits() -> np.ndarray:
+        found = model.eval()(ids)
+        ends = ("start_logits", "end_logits")  # of an answer
+        pair = [found[name] for name in ends if name in found]
+        return (torch.stack(pair, -1) if pair else found.logits).double().numpy()
+
     with torch.no_grad():
-        single = model.eval()(ids).logits.double().numpy()
+        single = logits()
+        model.double()
         with mock.patch.object(modeling_gpt_neo, "torch", Float64()):
-            exact = model.double()(ids).logits.numpy()
-    return single, exact
+            return single, logits()
 
 
 def _free_memory() -> int:

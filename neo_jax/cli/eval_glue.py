@@ -17,6 +17,8 @@ def run_glue(options: "Options") -> None:
     from neo_jax.cli.eval import print_columns
     from neo_jax.evaluation import glue, glue_table, glue_tasks
 
+    if options.limit % 1:
+        raise NeoError("with --glue and --superglue --limit is a number of examples, not a share.")
     enable_compilation_cache()
     suite, data = ("glue", options.glue) if options.glue else ("superglue", options.superglue)
     names = glue_tasks.at_hand(suite, data)

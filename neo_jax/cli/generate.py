@@ -264,7 +264,7 @@ def _what_decides(
     models = [lm] if isinstance(draft, str | None) else [lm, draft]
     loaded = [
         [
-            dataclasses.asdict(each.config),
+            {n: x for n, x in dataclasses.asdict(each.config).items() if n != "head"},
             str(each.model.dtype),
             str(each.model.cache_dtype),
             checksums(each.params),  # of weights with adapters merged, whatever files they are of

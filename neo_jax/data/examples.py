@@ -137,7 +137,7 @@ def _rows(
     inputs: Sequence[str | os.PathLike[str]], columns: Columns
 ) -> Iterator[tuple[str, dict[str, Any] | NeoError]]:
     """Yields where each row is, and its cells by column, or why it has none."""
-    for name in map(os.fspath, inputs):
+    for name in [os.fspath(path) for path in inputs]:
         if name.startswith(SCHEME):
             for number, row in enumerate(HubDataset(name, columns.text).rows(), 1):
                 yield f"{name}, row {number}", row
@@ -173,7 +173,7 @@ def table_rows(
     Raises:
       NeoError: the file cannot be read.
     """
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     csv.field_size_limit(sys.maxsize)
     lines = text_lines(path)
     number = 0

@@ -193,6 +193,7 @@ def _config(
         dropout=0.1,
         metric=metric,
         mesh=model.mesh,
+        rules=model.rules,
         save_every=10**9,
         keep=1,
         optimizer=OptimizerConfig(
@@ -213,7 +214,8 @@ def _judge(
     options: TuneOptions,
 ) -> None:
     """Writes what a trained classifier gives, and removes its weights."""
-    lm = load(folder / "model", mesh=model.mesh, dtype=options.train_dtype)
+    place: dict[str, Any] = {"mesh": model.mesh, "rules": model.rules}
+    lm = load(folder / "model", dtype=options.train_dtype, **place)
     head = lm.config.head
 
     def logits(split: str) -> np.ndarray:
@@ -284,7 +286,8 @@ def run(
     shots: int = -1, limit: int = 0,
 ) -> Iterator[TaskResult]:  # fmt: skip
     """Yields the result of each task: fine-tuned, or with `shots` from 0 on only asked."""
-    lm = load(model.model or None, mesh=model.mesh, dtype=model.dtype) if shots >= 0 else None
+    place: dict[str, Any] = {"mesh": model.mesh, "rules": model.rules}
+    lm = load(model.model or None, dtype=model.dtype, **place) if shots >= 0 else None
     for name in names:
         if lm is None:
             folder = make_path(output) / name

@@ -216,8 +216,8 @@ def read_rows(task: str, source: Path | str) -> list[Row]:
 
 def _raw_rows(spec: Task, source: Path | str) -> Any:
     if isinstance(source, str):
-        rows = HubDataset(source, "").rows()
-        return ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
+        streamed = enumerate(HubDataset(source, "").rows(), 1)
+        return ((f"{source}, row {i}", row) for i, row in streamed)
     if source.name.endswith(".jsonl"):
         return json_lines(source)
     with source.open(encoding="utf-8") as file:

@@ -46,7 +46,7 @@ def classification(logits: np.ndarray, head: HeadConfig) -> Classification:
         named = [label for label, p in zip(head.labels, probabilities, strict=True) if p > 0.5]
         return Classification(",".join(named), probabilities, logits)
     exponents = np.exp(logits - logits.max())
-    label = head.labels[int(logits.argmax())]
+    label = head.labels[int(np.argmax(logits))]
     return Classification(label, exponents / exponents.sum(), logits)
 
 

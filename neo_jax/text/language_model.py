@@ -315,12 +315,15 @@ class LanguageModel:
           NeoError: no such layer or pooling, or more tokens than the context holds.
         """
         many = [self.encode(t) for t in ([texts] if isinstance(texts, str) else listed(texts))]
-        how = layer, pooling, normalize
-        states = inspection.hidden_states(self.model, self.params, many, *how)
+        states = inspection.hidden_states(self.model, self.params, many, layer, pooling, normalize)
         return states[0] if isinstance(texts, str) else states
 
+    @overload
+    def classify(self, texts: str, batch_size: int = ...) -> Classification: ...
+    @overload
+    def classify(self, texts: Sequence[Any], batch_size: int = ...) -> list[Classification]: ...
     def classify(
-        self, texts: str | Sequence[Prompt | tuple[str, str]], batch_size: int = 0
+        self, texts: str | Sequence[Any], batch_size: int = 0
     ) -> Classification | list[Classification]:
         """Returns what a classifier says of a text, or of each of several.
 

@@ -40,7 +40,8 @@ class TrainConfig:
     # as in "pile=0.7,books=0.3".
     data: str
     output: str  # the run's folder, also gs://: checkpoints, metrics.jsonl, at the end model/
-    steps: int = number(least=0)  # 0 where `epochs` says how many
+    # 0 where `epochs` says how many
+    steps: int = number(least=0, words="be at least 1, not {}, or epochs given")
     batch_size: int = number(least=1)  # sequences of a step, over all devices
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -96,7 +97,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self)
         if bool(self.steps) == bool(self.epochs):
-            raise NeoError(f"steps must be at least 1, not {self.steps}, or epochs; not both.")
+            given = "both steps and epochs are given; leave one out."
+            none = f"steps must be at least 1, not {self.steps}, or epochs given."
+            raise NeoError(given if self.steps else none)
         if self.batch_size % self.accumulation:
             raise NeoError(
                 f"batch_size {self.batch_size} does not divide into accumulation "

@@ -24,7 +24,7 @@ OPTIONS = {
     "score": ["--input", "--output", "--json", "--stride", "--model", "--mesh", "--dtype"],
     "eval": [
         "--text", "--wikitext", "--stride", "--tasks", "--include-path", "--num-fewshot", "--limit",
-        "--suite", "--data", "--picture",
+        "--suite", "--data", "--picture", "--glue", "--superglue", "--seeds",
         "--output", "--cache", "--json", "--model", "--mesh",
     ],
     "chat": ["--server", "--chat-template", "--system", "--filter", "--model", "--temperature"],
@@ -32,8 +32,9 @@ OPTIONS = {
     "info": ["--model", "--revision", "--json"],
     "prepare": [
         "--output", "--tokenizer", "--train-tokenizer", "--tokenizer-kind", "--text-field",
-        "--held-out", "--json",
+        "--held-out", "--json", "--label-field", "--held-out-files", "--skip-bad",
     ],
+    "classify": ["--input", "--output", "--json", "--model", "--mesh"],
     "train": ["CONFIG"],
     "plan": ["--model", "--topology", "--step", "--mesh", "--rules", "--search", "--json"],
 }  # fmt: skip

@@ -106,6 +106,7 @@ def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
     file = Path(config.output).with_name("config.py")
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.labels import HeadConfig\n"
         "from neo_jax.transforms.lora import LoraConfig\n"
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"
@@ -164,6 +165,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, config, tmp_p
     )
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.labels import HeadConfig\n"
         "from neo_jax.transforms.lora import LoraConfig\n"
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"

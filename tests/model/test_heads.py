@@ -228,8 +228,9 @@ def test_the_best_span_of_an_answer():
     logits[0, :, 0] = [9, 0, 4, 0, 0, 0]  # the first is of the question
     logits[0, :, 1] = [0, 3, 0, 0, 2, 5]
     is_context = np.array([[False, True, True, True, True, True]])
-    assert [int(x[0]) for x in heads.best_spans(logits, is_context, 4)] == [2, 5]
-    assert [int(x[0]) for x in heads.best_spans(logits, is_context, 3)] == [2, 4]
+    for longest, span in ((4, [2, 5]), (3, [2, 4])):
+        found = heads.best_spans(jnp.asarray(logits), jnp.asarray(is_context), longest)
+        assert [int(x[0]) for x in found] == span
 
 
 @pytest.mark.parametrize(

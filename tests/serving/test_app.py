@@ -12,6 +12,7 @@ import random
 import socket
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
@@ -29,7 +30,7 @@ from neo_jax.serving.protocol import (
     DetokenizeBody,
     TokenizeBody,
 )
-from neo_jax.serving.reading_bodies import EmbeddingBody
+from neo_jax.serving.reading_bodies import ClassifyBody, EmbeddingBody
 from neo_jax.text.language_model import LanguageModel
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -94,7 +95,7 @@ def test_labels(client, make_service, lm):
     """As vLLM answers; of the pooled vector [2.5, 2.5, 2.5, 2.5] and a head of two labels."""
     head = HeadConfig("score", ("bad", "good"))
     config = dataclasses.replace(lm.config, head=head)
-    params = {"score": {"kernel": np.array([[0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]], np.float32)}}
+    params = {"score": {"kernel": jnp.array([[0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]])}}
     classifier = LanguageModel(lm.model.clone(config=config), params, lm.tokenizer, lm.folder)
     service = dataclasses.replace(make_service(), lm=classifier)
     client = type(client)(make_app(service))

@@ -350,6 +350,7 @@ def test_a_save_that_fails_in_the_background_is_one_line_and_the_end(config, tmp
     file = tmp_path / "config.py"
     file.write_text(
         "from neo_jax.config import ModelConfig\n"
+        "from neo_jax.labels import HeadConfig\n"
         "from neo_jax.transforms.lora import LoraConfig\n"
         "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
         f"config = {config!r}\n"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.labels import HeadConfig
@@ -43,11 +44,15 @@ class Classification:
         problem = self.head.problem_type
         kind = jnp.int32 if problem == "single_label_classification" else jnp.float32
         several = (len(self.head.labels),) if problem == "multi_label_classification" else ()
+
+        def shape(*sizes: int, dtype: DTypeLike) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype)
+
         return Batch(
-            jax.ShapeDtypeStruct((rows, length), jnp.int32),
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
-            jax.ShapeDtypeStruct((rows, *several), kind),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
+            shape(rows, length, dtype=jnp.int32),
+            shape(rows, dtype=jnp.int32),
+            shape(rows, *several, dtype=kind),
+            shape(rows, dtype=jnp.float32),
         )
 
     def embed(
