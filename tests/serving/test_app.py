@@ -99,7 +99,7 @@ def test_labels(client, make_service, lm):
     classifier = LanguageModel(lm.model.clone(config=config), params, lm.tokenizer, lm.folder)
     service = dataclasses.replace(make_service(), lm=classifier)
     client = type(client)(make_app(service))
-    answer = client("POST", "/classify", {"input": ["a b", [1, 2]], "model": "neo"}).json()
+    answer = client("POST", "/classify", {"input": ["a b", "c d"], "model": "neo"}).json()
     assert (answer["object"], answer["model"], answer["id"][:9]) == ("list", "neo", "classify-")
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
     first = answer["data"][0]
