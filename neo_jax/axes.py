@@ -37,15 +37,16 @@ MLP = "mlp"
 VOCAB = "vocab"
 POSITIONS = "positions"
 LAYERS = "layers"
-LABELS = "labels"
+LABELS, FEATURES = "labels", "features"
 
 LOGICAL_AXES = (BATCH, LENGTH, KV_LENGTH, EMBED, HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS)
-"""Those that a mesh can split; layers come one after another, and labels are few."""
+"""Those that a mesh can split; layers come one after another, and a classifier's head, of labels by
+features, is small: every device has it."""
 
 Params = dict[str, Any]
 """The canonical parameter tree: nested dictionaries, one sub-tree a layer, arrays at the leaves."""
 
 __all__ = [
-    "BATCH", "EMBED", "HEADS", "HEAD_DIM", "KV_LENGTH", "LABELS", "LAYERS", "LENGTH",
+    "BATCH", "EMBED", "FEATURES", "HEADS", "HEAD_DIM", "KV_LENGTH", "LABELS", "LAYERS", "LENGTH",
     "LOGICAL_AXES", "MLP", "POSITIONS", "VOCAB", "Array", "Bool", "Float", "Int", "Params", "UInt",
 ]  # fmt: skip

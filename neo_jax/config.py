@@ -265,6 +265,7 @@ def _set(config: ModelConfig, **values: Any) -> None:
 
 _SIZES = {
     "embed": "embed_dim",
+    "features": "embed_dim",
     "heads": "num_heads",
     "head_dim": "head_dim",
     "mlp": "mlp_dim",

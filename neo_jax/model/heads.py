@@ -8,7 +8,7 @@ name of its kind: {"score": {"kernel": [C, D]}}; `score` has no bias, the others
 import jax.numpy as jnp
 from jax.nn.initializers import normal
 
-from neo_jax.axes import EMBED, LABELS, Array, Float, Int, Params
+from neo_jax.axes import FEATURES, LABELS, Array, Float, Int, Params
 from neo_jax.model.layers import Einsum
 from neo_jax.model.transformer import Neo
 
@@ -99,7 +99,7 @@ def _head(model: Neo) -> Einsum:
     head, width = model.config.head, model.config.embed_dim
     return Einsum(
         (len(head.labels), width),
-        (LABELS, EMBED),
+        (LABELS, FEATURES),
         normal(0.02),
         (LABELS,) if head.has_bias else (),
         model.dtype,

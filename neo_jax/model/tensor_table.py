@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from neo_jax.axes import EMBED, HEAD_DIM, HEADS, LABELS, MLP, POSITIONS, VOCAB, Array
+from neo_jax.axes import EMBED, FEATURES, HEAD_DIM, HEADS, LABELS, MLP, POSITIONS, VOCAB, Array
 from neo_jax.config import ModelConfig
 
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
@@ -88,7 +88,7 @@ def _heads(config: ModelConfig) -> list["_Entry"]:
     """Returns the entries of what stands on the last norm and is no part of the model below."""
     if not config.head.is_classifier:
         return [] if config.tied_head else [_HEAD]
-    kernel = (f"{config.head.kind}/kernel", (LABELS, EMBED), 1)
+    kernel = (f"{config.head.kind}/kernel", (LABELS, FEATURES), 1)
     return (
         [kernel, (f"{config.head.kind}/bias", (LABELS,), 0)] if config.head.has_bias else [kernel]
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from neo_jax.devices.processes import to_host
 from neo_jax.serving.jobs import PromptFound
 from neo_jax.serving.reading_bodies import ClassifyBody, EmbeddingBody
 from neo_jax.serving.replies import aside, head, usage
@@ -35,7 +34,8 @@ async def classify(service: Service, body: ClassifyBody) -> dict[str, Any]:
     name = service.name(body.model)
     work = await aside(sum(map(len, body.input)), classify_jobs, service, body)
     own = service.lm.config.head
-    kernel = to_host(service.lm.params[own.kind]["kernel"]).astype(np.float32)
+    # Every device has the whole head, also where several processes hold the model.
+    kernel = np.asarray(service.lm.params[own.kind]["kernel"].addressable_data(0), np.float32)
     entries = []
     for index, vector in enumerate(await _pooled(service, work)):
         found = classification(kernel @ vector, own)

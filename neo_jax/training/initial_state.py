@@ -129,8 +129,7 @@ def load_stacked(model: Neo, folder: Path, dtype: DTypeLike, with_head: bool = T
             lambda leaf: leaf.sharding, abstract_params(model.clone(config=stored))
         )
         if stored.head.is_classifier:
-            everywhere = sharding.named((), ())
-            after[head.kind] = jax.tree.map(lambda _: everywhere, before[head.kind])
+            after[head.kind] = before[head.kind]
     params = load_params(folder, stored, dtype=dtype, shardings=before)
     params = jax.jit(stacked, out_shardings=after)(params)
     if head.is_classifier:
