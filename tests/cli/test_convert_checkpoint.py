@@ -210,6 +210,7 @@ def test_the_checkpoint_of_a_run(succeed, tmp_path):
 
 CONFIG = """
 from neo_jax.config import ModelConfig
+from neo_jax.labels import HeadConfig
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 
 config = TrainConfig(
