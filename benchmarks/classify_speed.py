@@ -115,7 +115,7 @@ def main():
             state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
     train_theirs(*padded(order[0]), torch.tensor(dataset.labels[order[0]]).long())
-    params = unstack(state.params, ours.model)
+    params = jax.tree.map(lambda leaf: leaf + 0, unstack(state.params, ours.model))
     sequence_logits(model, params, texts[:256], 32)
     results = {
         name: [] for name in ("train ours", "train theirs", "predict ours", "predict theirs")
