@@ -115,50 +115,56 @@ def draw(seed):
     return Triple(mesh, text, model, rng.choice([1, 1, 2]), rng.random() < 0.3, seed)
 
 
-def split_sequences():
-    """Returns triples of every mesh of eight devices that splits sequences, in turn by each rule.
+_SPLIT = {"length": "context", "embed": "fsdp", "heads": "model", "mlp": "model", "vocab": "model"}
 
-    The window is as long as a shard, shorter or longer; lengths, documents and prompts are ragged.
+
+def split_sequences():
+    """Returns triples of every mesh of eight devices that splits sequences, by each of some rules.
+
+    All meshes come first by one of the rules, then by another. Windows are as long as a shard,
+    shorter or longer; lengths, documents and prompts are ragged.
     """
-    triples = []
+    plain, both = {}, {"length": "context+model"}
+    variants = [plain, {"embed": "fsdp+context"}, {"kv_length": "context"}, both]
+    pairs = []
     for sizes in itertools.product((1, 2, 4, 8), repeat=4):
         mesh = dict(zip(("data", "fsdp", "model", "context"), sizes, strict=True))
         if math.prod(sizes) != 8:
             continue
-        table = {"length": ["context"], "embed": ["fsdp"], "kv_length": [], "positions": []}
-        table |= {axis: ["model"] for axis in ("heads", "mlp", "vocab")}
-        variants = [{}, {"embed": ["fsdp", "context"]}, {"kv_length": ["context"]}]
-        if mesh["model"] > 1:
-            variants.append({"length": ["context", "model"]})
-        for variant in variants if mesh["context"] > 1 else variants[3:]:
-            names = [name for name, size in mesh.items() if size > 1]
-            rules = {
-                axis: "+".join(name for name in chosen if name in names)
-                for axis, chosen in {**table, **variant}.items()
-            }
-            seed = len(triples)
-            model = ModelConfig(
-                num_layers=2,
-                num_heads=8,
-                embed_dim=64,
-                mlp_dim=120,
-                vocab_size=200,
-                max_length=240,
-                window_size=(1, 3, 8, 20)[seed % 4],
-                eos_token_id=-1,
-            )
-            triples.append(
-                Triple(
-                    ",".join(f"{name}={mesh[name]}" for name in names),
-                    ",".join(f"{axis}:{target}" for axis, target in rules.items() if target),
-                    model,
-                    accumulation=1 + (seed % 5 == 0),
-                    has_segment_starts=seed % 2 == 0,
-                    seed=seed,
-                    length=(16, 24, 40, 56)[seed // 2 % 4],
-                )
-            )
-    return triples
+        mine = variants if mesh["context"] > 1 else [both]
+        mine = mine if mesh["model"] > 1 else mine[: len(mine) - 1]
+        start = len(pairs)
+        pairs.append([(mesh, mine[(start + i) % len(mine)]) for i in range(len(mine))])
+    rounds = itertools.zip_longest(*pairs)
+    listed = [pair for each in rounds for pair in each if pair]
+    return [_split(seed, *pair) for seed, pair in enumerate(listed)]
+
+
+def _split(seed, mesh, variant):
+    names = [name for name, size in mesh.items() if size > 1]
+    rules = {
+        axis: "+".join(name for name in target.split("+") if name in names)
+        for axis, target in {**_SPLIT, **variant}.items()
+    }
+    model = ModelConfig(
+        num_layers=2,
+        num_heads=8,
+        embed_dim=64,
+        mlp_dim=120,
+        vocab_size=200,
+        max_length=240,
+        window_size=(1, 3, 8, 20)[seed % 4],
+        eos_token_id=-1,
+    )
+    return Triple(
+        ",".join(f"{name}={mesh[name]}" for name in names),
+        ",".join(f"{axis}:{target}" for axis, target in rules.items() if target),
+        model,
+        accumulation=1 + (seed % 5 == 0),
+        has_segment_starts=seed % 2 == 0,
+        seed=seed,
+        length=(16, 24, 40, 56)[seed // 2 % 4],
+    )
 
 
 class Run:

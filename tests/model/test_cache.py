@@ -245,3 +245,22 @@ def test_num_slots():
     assert num_slots(CONFIG, 1, 5 + SLACK) == 5 + SLACK
     assert num_slots(CONFIG, 1, 20) == 20
     assert num_slots(CONFIG, 0, 20) == 20
+
+
+@pytest.mark.parametrize("width", [1, 5, 20])
+def test_shards_of_a_cache_are_written_as_the_whole_is(width):
+    """Whatever a device's slots are, of tokens that wrap around and some that are none."""
+    shards, size = 4, 6
+    write = jax.jit(cache_write.write_shard, static_argnums=3)
+    whole, parts = empty(2, shards * size), [empty(2, size)] * shards
+    for start in (0, 3, 19, 40):
+        chunk = start + np.arange(width)[None] + np.array([[0], [2]])
+        chunk[1, : width // 2] = -1
+        new = LayerCache(contents(chunk), -contents(chunk), jnp.asarray(chunk, jnp.int32))
+        whole = at_once(whole, new)
+        parts = [write(part, new, jnp.int32(i), shards) for i, part in enumerate(parts)]
+    together = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves, min(leaves[0].ndim - 1, 2)), *parts
+    )
+    for ours, theirs in zip(together, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
