@@ -13,7 +13,7 @@ from neo_jax.labels import HeadConfig, as_head
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu", "silu"]
-Kernel = Literal["auto", "dense", "blocked", "splash", "cudnn"]  # of attention, see `ops.attention`
+Kernel = Literal["auto", "dense", "single", "blocked", "splash", "cudnn"]  # see `ops.attention`
 
 VOCAB_MULTIPLE = 128
 

@@ -3,6 +3,7 @@
 | name    | what                                                     | "auto" takes it for         |
 |---------|----------------------------------------------------------|-----------------------------|
 | dense   | every query against every key; the plain one, the oracle | decoding                    |
+| single  | one query against every key                              | a step of it, on a CPU      |
 | blocked | blocks of queries against the keys that they can see     | whole sequences             |
 | splash  | a TPU kernel                                             | the same, bfloat16 on a TPU |
 | cudnn   | an NVIDIA kernel                                         | the same, 16 bits on a GPU  |
@@ -25,12 +26,14 @@ from neo_jax.ops.attention.context import attend_split, context_axes
 from neo_jax.ops.attention.cudnn import cudnn
 from neo_jax.ops.attention.dense import dense
 from neo_jax.ops.attention.mask import Mask
+from neo_jax.ops.attention.single import LANES, single
 from neo_jax.ops.attention.splash import splash
 from neo_jax.ops.int8 import Int8
 from neo_jax.sharding.rules import Sharding, device_of
 
 KERNELS: dict[str, Callable[..., Array]] = {
     "dense": dense,
+    "single": single,
     "blocked": blocked,
     "splash": splash,
     "cudnn": cudnn,
@@ -91,7 +94,7 @@ def choose(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool = Fals
     """
     usual = "blocked" if mask.aligned else "dense"
     if kernel == "auto":
-        fast = OF_DEVICE.get(device.platform, usual)
+        fast = OF_DEVICE.get(device.platform, usual if mask.aligned else "single")
         return usual if _obstacle(fast, q, mask, device, is_split) else fast
     if kernel not in KERNELS:
         raise NeoError(f"unknown attention kernel '{kernel}'.{suggest(kernel, KERNELS)}")
@@ -103,7 +106,14 @@ def choose(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool = Fals
 
 def _obstacle(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool) -> str:
     """Returns why a kernel cannot serve these queries, "" where it can."""
-    if kernel != "dense" and not mask.aligned:
+    if kernel == "single":
+        slots = mask.k_positions.shape[1]
+        if q.shape[2] != 1:
+            return f"serves one query a row, not {q.shape[2]}"
+        if q.shape[-1] % LANES or slots % LANES:
+            sizes = f"{slots} and {q.shape[-1]}"
+            return f"takes slots and widths of heads in multiples of {LANES}, not {sizes}"
+    elif kernel != "dense" and not mask.aligned:
         return "serves a sequence that attends to itself"
     if kernel == "splash":
         if device.platform != "tpu":
@@ -124,4 +134,15 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool) ->
     return ""
 
 
-__all__ = ["KERNELS", "Kernel", "Mask", "attend", "blocked", "choose", "cudnn", "dense", "splash"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Mask",
+    "attend",
+    "blocked",
+    "choose",
+    "cudnn",
+    "dense",
+    "single",
+    "splash",
+]
