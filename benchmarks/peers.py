@@ -1,6 +1,6 @@
 """Generation on a CPU next to every engine that runs GPT-2 there; prints a table of ratios.
 
-  python benchmarks/peers.py [--rounds 5] [--dtypes float32 bfloat16 int8] [--engines ...] [--json F]
+  python benchmarks/peers.py [--rounds 5] [--dtypes float32 bfloat16 int8] [--json FILE]
 
 GPT-2 124M in shape, one set of drawn weights for all, greedy, prompts of ids; engines take turns in
 one process, each in its own threads. What is not installed is left out and named:
@@ -62,7 +62,7 @@ def main() -> None:
 def said_if_missing(name: str, dtype: str):
     try:
         yield
-    except (ImportError, engines.Missing) as error:
+    except (ImportError, engines.MissingError) as error:
         print(f"without {name} in {dtype}: {error}", flush=True)
 
 

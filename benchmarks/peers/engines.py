@@ -12,7 +12,7 @@ VOCAB = 50257
 THREADS = torch.get_num_threads()
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """An engine does not have this dtype; says so."""
 
 
@@ -74,7 +74,7 @@ def neo_jax(weights: Weights, dtype: str):
 
 def transformers(weights: Weights, dtype: str):
     if dtype == "int8":
-        raise Missing("transformers has no int8 for CPUs")
+        raise MissingError("transformers has no int8 for CPUs")
     model = weights.copy().to(getattr(torch, dtype)).eval()
     return lambda prompts, new: _generate(model, prompts, new)
 
@@ -82,7 +82,7 @@ def transformers(weights: Weights, dtype: str):
 def torch_compile(weights: Weights, dtype: str):
     """The same, its forward pass compiled, over a static cache."""
     if dtype == "int8":
-        raise Missing("transformers has no int8 for CPUs")
+        raise MissingError("transformers has no int8 for CPUs")
     model = weights.copy().to(getattr(torch, dtype)).eval()
     model.forward = torch.compile(model.forward, dynamic=False)
     return lambda prompts, new: _generate(model, prompts, new, cache_implementation="static")
@@ -93,7 +93,7 @@ def ctranslate2(weights: Weights, dtype: str):
     from ctranslate2.converters import TransformersConverter
 
     if dtype not in ctranslate2.get_supported_compute_types("cpu"):
-        raise Missing(f"CTranslate2 has no {dtype} on this CPU")
+        raise MissingError(f"CTranslate2 has no {dtype} on this CPU")
     folder = weights.folder / "ctranslate2"
     if not folder.exists():
         _tokenizer_folder(weights)
@@ -120,7 +120,7 @@ def onnxruntime(weights: Weights, dtype: str):
     from onnxruntime.quantization import quantize_dynamic
 
     if dtype == "bfloat16":
-        raise Missing("onnxruntime has no bfloat16 kernels for CPUs")
+        raise MissingError("onnxruntime has no bfloat16 kernels for CPUs")
     path = _onnx(weights)
     if dtype == "int8":
         path = path.with_name("int8.onnx")
@@ -142,7 +142,7 @@ def openvino(weights: Weights, dtype: str):
     import openvino
 
     if dtype == "int8":
-        raise Missing("its int8 needs weights that NNCF compressed")
+        raise MissingError("its int8 needs weights that NNCF compressed")
     core = openvino.Core()
     config = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
