@@ -19,10 +19,12 @@ from neo_jax.model.scan import Remat
 from neo_jax.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from neo_jax.tools.plan.serving import Served
     from neo_jax.tools.plan.steps import Step
     from neo_jax.tools.plan.topology import Topology
 
 _COMPILED = 3  # meshes of a search
+_PREFIX_CACHE = 256  # MB, as `serve` has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,15 @@ class PlanOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions(LoadOptions):
-    """Plans a training, prefill or decoding step of a model."""
+    """Plans a training, prefill or decoding step of a model, or a server."""
 
     model: str = ""  # a preset such as gpt-neo-2.7b, a folder or a hub name; else the bundled one
     mesh: str = ""  # as in fsdp=4,model=2; else what the rules say, or fsdp=-1
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    step: Literal["train", "prefill", "decode"] = "train"
-    batch: int = 0  # sequences of a step, over all devices; 0 is one for each device
+    # serve: how many sequences a server can write at a time, and how fast
+    step: Literal["train", "prefill", "decode", "serve"] = "train"
+    # sequences of a step, over all devices; 0 is one for each device, of a server as many as fit
+    batch: int = 0
     length: int = 0  # tokens of each, or slots of its cache; 0 is the model's whole context
     remat: Remat = "full"  # of training: computed again in the backward pass: none, products, full
     accumulation: int = 1  # of training: parts of a batch, one after another
@@ -83,6 +87,10 @@ def main(args: Sequence[str]) -> None:
         fields = {"topology": topology.name, "ranking": report.describe_ranking(found)}
         lines = report.ranking_lines(found)
         draw = functools.partial(report.draw_ranking, found, topology.name)
+    elif isinstance(options, StepOptions) and options.step == "serve":
+        servers = _servers(options, topology)
+        fields, lines = report.describe_servers(servers), report.server_lines(servers)
+        draw = functools.partial(report.draw, servers[-1].plan)
     else:
         plan = make_plan(
             build(chosen.mesh or ("" if chosen.rules else "fsdp=-1"), chosen.rules), topology
@@ -109,6 +117,21 @@ def _start_jax(topology: str) -> None:
             jax.config.update("jax_num_cpu_devices", number)
 
 
+def _servers(options: StepOptions, topology: "Topology") -> Sequence["Served"]:
+    """Returns servers of several numbers of sequences, or of the one that is requested."""
+    from neo_jax.tools.plan.serving import plan_server, served
+
+    mesh = options.mesh or ("" if options.rules else "fsdp=-1")
+
+    def build(rows: int) -> "Step":
+        return _step(dataclasses.replace(options, batch=rows), topology, mesh, options.rules)
+
+    prefix_bytes = 10**6 * _PREFIX_CACHE
+    if options.batch:
+        return [served(build(options.batch), topology, prefix_bytes)]
+    return plan_server(build, topology, prefix_bytes)
+
+
 def _step(
     options: StepOptions | ConfigOptions, topology: "Topology", mesh: str, rules: str
 ) -> "Step":
@@ -133,7 +156,9 @@ def _step(
     check_batch(batch, length)
     if options.step == "train":
         if options.quantize != "none" or options.cache_dtype != "auto":
-            raise UsageError("--quantize and --cache-dtype are for --step prefill and decode.")
+            raise UsageError(
+                "--quantize and --cache-dtype are for --step prefill, decode and serve."
+            )
         config = TrainConfig(
             data="",
             output="",
@@ -149,11 +174,11 @@ def _step(
         return steps.training_step(config, sharding)
     if length > model.max_length:
         raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
-    kind = steps.prefill_step if options.step == "prefill" else steps.decode_step
+    kinds = {"prefill": steps.prefill_step, "decode": steps.decode_step, "serve": steps.serve_step}
     cached = cached_dtype(options.cache_dtype, topology.devices[0])
     dtype = jnp.dtype(options.dtype)
     neo = Neo(model, dtype, options.kernel, sharding, cache_dtype=cached)
-    return kind(neo, batch, length, options.quantize)
+    return kinds[options.step](neo, batch, length, options.quantize)
 
 
 def _model(name: str, revision: str = "") -> ModelConfig:

@@ -51,8 +51,11 @@ def coarse_capacity(length: int, context: int) -> int:
 
 
 def row_sizes(most: int) -> list[int]:
-    """Returns the numbers of rows that a server's batch may have: 1, 4, 16, ..., and the most."""
-    sizes = itertools.takewhile(lambda size: size < most, (4**i for i in itertools.count()))
+    """Returns the numbers of rows that a server's batch may have: 1, 4, 16, ..., and the most.
+
+    None is above half of the most: where the number changes, both batches are there for a moment.
+    """
+    sizes = itertools.takewhile(lambda size: 2 * size <= most, (4**i for i in itertools.count()))
     return [*sizes, most]
 
 

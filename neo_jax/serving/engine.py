@@ -17,6 +17,7 @@ from neo_jax.decode.requests import Event, PromptRead, Request
 from neo_jax.decode.scheduler import Scheduler
 from neo_jax.devices.channel import Channel
 from neo_jax.serving.jobs import (
+    CHUNK,
     Busy,
     Delta,
     Job,
@@ -32,9 +33,6 @@ from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.options import pick
 from neo_jax.text.tokenizer import Tokenizer
 from neo_jax.text.word_filter import WordFilter
-
-CHUNK = 256
-"""Tokens of prompts that are read between two steps of the texts that are being written."""
 
 _LOG = logging.getLogger(__name__)
 

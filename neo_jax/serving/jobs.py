@@ -13,6 +13,9 @@ from neo_jax.text.generate import StopText
 from neo_jax.text.tokenizer import Tokenizer
 from neo_jax.text.word_filter import WordFilter
 
+CHUNK = 256
+"""Tokens of prompts that are read between two steps of the texts that are being written."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -151,10 +151,24 @@ def test_int8_weights_and_cache_of_decoding(capsys, checkpoints):
     assert fields["cache"]["per_sequence"] * 4 == size
     assert fields["cache"]["dtype"] == "int8"
     assert "a token, int8" in run(capsys, *args)
-    assert "are for --step prefill and decode" in fail(
+    assert "are for --step prefill, decode and serve" in fail(
         capsys, "--topology", "cpu:8", "--quantize", "int8"
     )
 
 
 def on_a_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_how_many_sequences_a_server_can_write(capsys, checkpoints):
+    """As many as fit: one unit more does not, by the same arithmetic."""
+    args = ("--model", str(checkpoints["bare"]), "--step", "serve", "--topology", "cpu:4")
+    args += ("--mesh", "data=2,model=2", "--rules", "decode")
+    fields = json.loads(run(capsys, *args, "--batch", "4", "--json"))
+    (server,) = fields["servers"]
+    assert fields["max_sequences"] == server["sequences"] == 4
+    step = server["plan"]["memory"]
+    assert step["arguments"] == sum(step["parts"].values())
+    assert server["memory"] > step["total"]
+    assert server["plan"]["cache"]["per_sequence"] > 0
+    assert "--max-sequences 4, of up to 64 tokens" in run(capsys, *args, "--batch", "4")

@@ -12,6 +12,7 @@ from neo_jax.files.figure import as_png, new_figure
 from neo_jax.model.cache import sequence_bytes
 from neo_jax.tools.plan.plan import Plan, utilisation
 from neo_jax.tools.plan.search import Candidate
+from neo_jax.tools.plan.serving import Served
 from neo_jax.tools.plan.steps import Step
 
 
@@ -50,7 +51,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def _cache(step: Step) -> dict[str, Any] | None:
     """Returns what the cache of a sequence takes of all devices together, in decoding."""
-    if step.kind != "decode":
+    if step.kind not in ("decode", "serve"):
         return None
     dtype = np.dtype(step.model.cache_dtype or step.model.dtype)
     memory = sequence_bytes(step.model.config, step.length, dtype)
@@ -161,6 +162,37 @@ def ranking_lines(candidates: Sequence[Candidate]) -> Iterator[str]:
         note += "" if best.fits else ", does not fit"
         size = bytes_text(best.memory)
         yield f"{each.mesh:<28}{each.rules:<14}{size:>10}{time:>13}  {note}"
+
+
+def describe_servers(servers: Sequence[Served]) -> dict[str, Any]:
+    """Returns servers as fields for JSON, the largest last."""
+    return {
+        "topology": servers[-1].plan.topology.name,
+        "max_sequences": servers[-1].rows if servers[-1].fits else None,
+        "servers": [
+            {"sequences": each.rows, "memory": each.memory, "plan": describe(each.plan)}
+            for each in servers
+        ],
+    }
+
+
+def server_lines(servers: Sequence[Served]) -> Iterator[str]:
+    """Yields servers as a table, and the step of the largest as one, some lines at a time."""
+    largest = servers[-1]
+    length, size = largest.plan.step.length, bytes_text(largest.plan.memory.capacity)
+    if largest.fits:
+        yield f"sequences     --max-sequences {largest.rows}, of up to {length:,} tokens, in {size}"
+    yield f"\n{'sequences':>9}{'a device':>12}{'step':>12}{'tokens/s':>10}"
+    for each in servers:
+        roof = each.plan.roofline
+        known = roof is not None and math.isfinite(roof.step)
+        step = f"{1e3 * roof.step:.2f} ms" if roof and known else ""
+        speed = f"{each.rows / roof.step:,.0f}" if roof and known else ""
+        note = "" if each.fits else "  does not fit"
+        yield f"{each.rows:>9}{bytes_text(each.memory):>12}{step:>12}{speed:>10}{note}"
+    yield "\na device holds at most: a step, prompts that are being read, what is kept of prompts,"
+    yield "both batches where one takes the place of another; the step of the largest:\n"
+    yield from lines(largest.plan)
 
 
 def draw_ranking(candidates: Sequence[Candidate], title: str) -> bytes:

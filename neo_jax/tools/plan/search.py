@@ -15,7 +15,7 @@ Build = Callable[[str, str], Step]
 """Builds a step for a mesh and rules, or raises `NeoError` where these cannot split it."""
 
 # How often weights are multiplied: forward, in training again, and backward twice.
-_PASSES = {"train": 4, "prefill": 1, "decode": 1}
+_PASSES = {"train": 4, "prefill": 1, "decode": 1, "serve": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _sent(step: Step) -> float:
     if training:
         sent += (2 * 2 + 4) * weights * (fsdp - 1) / fsdp
         sent += 2 * 4 * weights / fsdp * (data - 1) / data
-    new_tokens = 1 if step.kind == "decode" else step.length
+    new_tokens = 1 if step.kind in ("decode", "serve") else step.length
     rows = step.tokens / new_tokens / step.sharding.num_shards(BATCH)
     branch = 4 * rows * new_tokens * config.embed_dim  # float32, what a device has of it
     sums = _PASSES[step.kind] * (2 if training else 1) * config.num_layers

@@ -6,7 +6,7 @@ What a strategy cannot split, of a model or a batch, is a `NeoError`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,23 @@ from jax.sharding import Mesh
 from neo_jax.axes import BATCH
 from neo_jax.checkpoints.options import Quantize
 from neo_jax.decode import engine
-from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.decode.capacity import LENGTH_UNIT, row_sizes
+from neo_jax.decode.options import Room, SamplingOptions, make_settings
+from neo_jax.decode.prefill import first_chunk
+from neo_jax.decode.state import empty_state, insert_read
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.model import cache as caching
 from neo_jax.model.transformer import Neo, init_params, logical_axes
 from neo_jax.ops.tuning import tpu_layout
-from neo_jax.sharding.rules import Sharding, tree_shardings
+from neo_jax.serving.jobs import CHUNK
+from neo_jax.serving.protocol import MOST_BIASES
+from neo_jax.sharding.rules import Sharding, padded_rows, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import abstract_inputs, abstract_state, make_objective, make_step
 from neo_jax.transforms.quantize import quantized_shapes
 
-Kind = Literal["train", "prefill", "decode"]
+Kind = Literal["train", "prefill", "decode", "serve"]
 
 OPEN_TRIPS = 1
 """How often the one loop of data-dependent length runs: decoding, where a trip is a token."""
@@ -44,6 +49,11 @@ class Step:
     tokens: int  # that go through the model in a step
     trace: Callable[[], jax.stages.Traced]
     trace_useful: Callable[[], jax.stages.Traced]  # the same without computing anything again
+    # what there is on the devices next to the arguments: trees like those of `parts`
+    beside: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # and for a moment between two steps, when the temporaries of the step are not there
+    between: Any = ()
+    trace_between: Callable[[], jax.stages.Traced] | None = None  # what may be begun meanwhile
 
     @property
     def sharding(self) -> Sharding:
@@ -110,6 +120,65 @@ def decode_step(model: Neo, batch: int, length: int, quantize: Quantize = "none"
     return Step("decode", model, batch, length, parts, batch, trace, trace)
 
 
+def serve_step(
+    model: Neo, batch: int, length: int, quantize: Quantize = "none", num_alternatives: int = 20
+) -> Step:
+    """Returns the step of a server that writes `batch` texts of up to `length` tokens.
+
+    Next to it is the cache of the prompts that are being read; and when the batch takes another
+    number of rows, or longer texts, both are there for a moment.
+    """
+    room = Room(biases=MOST_BIASES, alternatives=min(num_alternatives, model.config.vocab_size))
+    params = _prefill_arguments(model, 1, 1, quantize)[0]
+
+    def state_of(rows: int, slots: int) -> engine.DecodeState:
+        make = functools.partial(empty_state, model, rows, slots, room=room)
+        return _placed(model, jax.eval_shape(make, params))
+
+    sizes = sorted({padded_rows(model.sharding, size) for size in row_sizes(batch)})
+    smaller = [state_of(rows, length) for rows in sizes[-2:-1]]
+    shorter = [state_of(sizes[-1], length // 2)] if length > 2 * LENGTH_UNIT else []
+    between = max(smaller + shorter, key=lambda state: tree_bytes(state, False), default=())
+
+    context = model.config.max_length
+    chunk = min(CHUNK, context)
+    prompt = jax.ShapeDtypeStruct((padded_rows(model.sharding, 1), chunk), jnp.int32)
+    lengths = jax.ShapeDtypeStruct(prompt.shape[:1], jnp.int32)
+    read = functools.partial(first_chunk, model, slots=context)
+    reading = _placed_cache(model, jax.eval_shape(read, params, prompt, lengths)[1])
+
+    state, number = state_of(sizes[-1], length), jax.ShapeDtypeStruct((), jnp.int32)
+    trace = functools.partial(engine.run.on(model).trace, model, params, state, number, number)
+    rows = (state._replace(cache=()), number, number)
+    return Step(
+        "serve",
+        model,
+        sizes[-1],
+        length,
+        {"parameters": params, "cache": state.cache, "batch": rows},
+        sizes[-1],
+        trace,
+        trace,
+        {"prompts being read": reading},
+        between,
+        functools.partial(_trace_insertion, model, state, prompt, reading),
+    )
+
+
+def _trace_insertion(
+    model: Neo, state: engine.DecodeState, prompt: Any, reading: Any
+) -> jax.stages.Traced:
+    """Traces what puts prompts that have been read into the rows of a server."""
+    lengths = jax.ShapeDtypeStruct(prompt.shape[:1], jnp.int32)
+    rows = jax.ShapeDtypeStruct(state.limits.shape, jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.settings)
+    tokens = jax.ShapeDtypeStruct((prompt.shape[0], model.config.max_length), jnp.int32)
+    return insert_read.trace(
+        model, state, tokens, lengths, reading, rows, rows, count, rows, settings
+    )
+
+
 def _prefill_arguments(model: Neo, batch: int, length: int, quantize: Quantize) -> tuple[Any, ...]:
     assert model.sharding is not None
     if quantize == "int8":
@@ -131,7 +200,16 @@ def _prefill_arguments(model: Neo, batch: int, length: int, quantize: Quantize) 
     return params, tokens, rows, rows, settings
 
 
-def _placed(model: Neo, state: engine.DecodeState) -> engine.DecodeState:
+def _placed_cache(model: Neo, cache: Any) -> Any:
+    """Returns a cache's shapes with the places of its leaves."""
+    return _placed(model, _Cached(cache)).cache
+
+
+class _Cached(NamedTuple):
+    cache: Any
+
+
+def _placed(model: Neo, state: Any) -> Any:
     """Returns a state's shapes with the places that prefill gives its leaves."""
     sharding = model.sharding
     assert sharding is not None
