@@ -37,7 +37,7 @@ def fine_tuned(train_rows, test_rows, seed, options, folder):
     write_labelled(folder / "data", find_tokenizer("bundled"), head, {"train": examples})
     config = TrainConfig(
         data=str(folder / "data"), output=str(folder / "run"), pretrained="bundled", steps=0,
-        epochs=options.epochs, batch_size=16, length=96, dtype="float32", seed=seed, dropout=0.1,
+        epochs=options.epochs, batch_size=16, length=96, dtype="float32", seed=seed,
         log_every=1000, save_every=10**6,
         optimizer=OptimizerConfig(
             learning_rate=options.learning_rate, schedule="linear", final_fraction=0.0,
@@ -56,6 +56,16 @@ def bag_of_words(train_rows, test_rows):
     model = make_pipeline(words, LogisticRegression(max_iter=1000))
     model.fit([row.text for row in train_rows], [row.label for row in train_rows])
     return float(model.score([row.text for row in test_rows], [row.label for row in test_rows]))
+
+
+def summarize(results, options):
+    """Returns means and standard deviations over the seeds, and all of them."""
+    fields = {"epochs": options.epochs, "learning_rate": options.learning_rate}
+    for name in ("fine_tuned", "bag_of_words"):
+        values = [entry[name] for entry in results]
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        fields[name] = {"mean": float(np.mean(values)), "sd": deviation}
+    return {**fields, "seeds": results}
 
 
 def main():
@@ -83,17 +93,9 @@ def main():
                  "seconds": round(time.perf_counter() - begun)}  # fmt: skip
         print(entry, flush=True)
         results.append(entry)
-    names = ("fine_tuned", "bag_of_words")
-    summary = {
-        name: {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
-        for name in names
-        if len(values := [entry[name] for entry in results]) > 1
-    }
-    print(summary)
-    if options.output:
-        how = {"epochs": options.epochs, "learning_rate": options.learning_rate}
-        fields = {"train": cut, "test": len(rows) - cut, **how, **summary, "seeds": results}
-        options.output.write_text(json.dumps(fields, indent=1) + "\n")
+        if options.output:
+            options.output.write_text(json.dumps(summarize(results, options), indent=1) + "\n")
+    print(summarize(results, options))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def _config(
         length=options.length,
         seed=seed,
         dtype=options.train_dtype,
-        dropout=0.1,
+        dropout=options.dropout,
         metric=metric,
         mesh=model.mesh,
         rules=model.rules,
