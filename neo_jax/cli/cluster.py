@@ -41,9 +41,7 @@ class ClusterOptions:
     start_timeout: int = START_TIMEOUT  # seconds in which all must come
 
     @contextlib.contextmanager
-    def joined(
-        self, on_mesh: bool, then: str = ": training goes on from its newest checkpoint"
-    ) -> Iterator[Callable[[], None]]:
+    def joined(self, on_mesh: bool, then: str = "") -> Iterator[Callable[[], None]]:
         """Joins the other processes of the run, if there are any, and leaves together with them.
 
         Without a mesh a process is on its own. Where there are others, an error ends the process

@@ -102,7 +102,7 @@ def main(args: Sequence[str]) -> None:
             f"a server needs more packages ({error}); pip install 'neo_jax[serve]'."
         ) from None
     words = read_word_filter(options.filter, options.filter_review) if options.filter else None
-    with options.cluster.joined(options.model.is_split, then="") as lose:
+    with options.cluster.joined(options.model.is_split) as lose:
         if not is_leader():
             _follow(options, lose)
             return

@@ -51,7 +51,8 @@ def main(args: Sequence[str]) -> None:
     enable_compilation_cache()
     config = options.config
     try:
-        with options.cluster.joined(bool(config.mesh or config.rules)):
+        then = ": training goes on from its newest checkpoint"
+        with options.cluster.joined(bool(config.mesh or config.rules), then):
             step = int(train(config).step)
             if is_finished(config, step):
                 print(f"{config.output}/model")

@@ -10,7 +10,7 @@ import numpy as np
 
 from neo_jax.axes import LENGTH, Array, Float, Int, Params
 from neo_jax.decode.capacity import padded_length
-from neo_jax.decode.prefixes import Path, PrefixCache, begin_with, put_chunk, take_chunk
+from neo_jax.decode.prefixes import Path, PrefixCache, begin_with, put_piece, take_piece
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache
 from neo_jax.model.transformer import Neo
@@ -98,6 +98,10 @@ first_chunk = jax.jit(_first, static_argnums=(0, 4))
 next_chunk = jax.jit(_next, static_argnums=0, donate_argnums=5)
 
 
+PIECES = 4
+"""Of a chunk. What is left of a long prompt is read as one piece where it fits into that."""
+
+
 class Reading:
     """Prompts that are read together, a chunk at a time: others work between two of them.
 
@@ -130,6 +134,7 @@ class Reading:
             self._slots = model.config.max_length
         self.chunk = min(chunk, self._slots)
         self.lengths = np.ones(rows, np.int32)
+        self._piece = max(self.chunk // PIECES, 1)
         self.tokens = np.zeros((rows, self._slots + -self._slots % self.chunk), np.int32)
         for row, ids in enumerate(prompts):
             self.tokens[row, : len(ids)], self.lengths[row] = ids, len(ids)
@@ -141,10 +146,10 @@ class Reading:
             self._path = self._prefixes.path(prompts[0])
             for known in self._prefixes.find(prompts[0]):
                 if self.start:
-                    self.cache = put_chunk(model, self.cache, known)
+                    self.cache = put_piece(model, self.cache, known)
                 else:
                     self.cache = begin_with(model, self._slots, chunk, known)
-                self.start += chunk
+                self.start += self._prefixes.piece
 
     @property
     def is_done(self) -> bool:
@@ -152,9 +157,12 @@ class Reading:
         return bool(self.start >= np.max(self.lengths))
 
     def advance(self) -> Float[Array, "B C D"]:
-        """Reads the next chunk; returns the hidden states of its tokens."""
+        """Reads the next chunk, C tokens; returns their hidden states."""
         model, params, start = self._model, self._params, self.start
-        tokens = self.tokens[:, start : start + self.chunk]
+        is_short = bool(start) and np.max(self.lengths) - start <= self._piece
+        size = self._piece if is_short else self.chunk
+        tokens = self.tokens[:, start : start + size]
+        tokens = np.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))
         if start:
             position = np.int32(start)
             hidden, self.cache = next_chunk(
@@ -162,11 +170,18 @@ class Reading:
             )
         else:
             hidden, self.cache = first_chunk(model, params, tokens, self.lengths, self._slots)
-        self.start += self.chunk
-        if self._prefixes and self.start // self.chunk <= len(self._path):
-            part = take_chunk(model, self.chunk, self.cache, np.int32(start))
-            self._prefixes.add(self._path[: self.start // self.chunk], part)
+        self.start += size
+        if self._prefixes:
+            self._keep(self._prefixes, start)
         return hidden
+
+    def _keep(self, prefixes: PrefixCache, start: int) -> None:
+        """Gives the pieces that were read from a position on to those who begin alike."""
+        size = prefixes.piece
+        whole = min(self.start, size * len(self._path))
+        for end in range(start + size, whole + 1, size):
+            piece = take_piece(self._model, size, self.cache, np.int32(end - size))
+            prefixes.add(self._path[: end // size], piece)
 
 
 class Judged(NamedTuple):

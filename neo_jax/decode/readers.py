@@ -13,7 +13,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length, row_sizes
 from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
 from neo_jax.decode.pooling import pool_weights
-from neo_jax.decode.prefill import Reading, judge
+from neo_jax.decode.prefill import PIECES, Reading, judge
 from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.requests import PromptRead, Request, Text
 from neo_jax.decode.state import DecodeState, insert, insert_read
@@ -133,7 +133,7 @@ class ChunkReader:
         """Reads for a batch of so many rows, with a room for settings, by chunks of tokens."""
         self._model, self._params, self._num_rows, self._room = model, params, rows, room
         self._chunk = min(chunk, model.config.max_length)
-        self.prefixes = PrefixCache(self._chunk, prefix_bytes)
+        self.prefixes = PrefixCache(max(self._chunk // PIECES, 1), prefix_bytes)
         self._prompts: list[_Prompt] = []
         self._now: Reading | None = None  # of these
         self._read: Reading | None = None  # of the texts that `read` returned last
@@ -187,11 +187,11 @@ class ChunkReader:
 
     def _look_at(self, start: int, hidden: Array) -> None:
         """Keeps what is wanted of the chunk that begins at a token."""
-        now = self._now
+        now, end = self._now, start + hidden.shape[1]
         assert now is not None
         judged: list[np.ndarray] = []
         if any(prompt.request.prompt_logprobs for prompt in self._prompts):
-            targets = np.pad(now.tokens, ((0, 0), (0, 1)))[:, start + 1 : start + 1 + now.chunk]
+            targets = np.pad(now.tokens, ((0, 0), (0, 1)))[:, start + 1 : end + 1]
             count = self._room.alternatives
             judged = [*map(to_host, judge(self._model, count, self._params, hidden, targets))]
         states = None
@@ -203,9 +203,7 @@ class ChunkReader:
                 new = slice(max(length - 1 - start, 0))
                 prompt.judged.append([leaf[row, new] for leaf in judged])
             if states is not None and prompt.request.prompt_pool:
-                weights = pool_weights(prompt.request.prompt_pool, length)[
-                    start : start + now.chunk
-                ]
+                weights = pool_weights(prompt.request.prompt_pool, length)[start:end]
                 prompt.pooled = prompt.pooled + weights @ states[row, : len(weights)]
 
     def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:

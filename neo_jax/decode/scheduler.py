@@ -13,7 +13,7 @@ Programs are few, whatever the requests. With c capacities (`capacity.capacity`)
 of prompts (these, 16 and 32) and the same number of rows: at most b to read prompts, c for an empty
 batch, b c to insert them, c to write, c to stop rows, and c c to change the capacity. With chunks c
 is smaller (`capacity.coarse_capacity`), b counts lengths up to a chunk, each with one row and with
-as many as a chunk holds, and two more, and there are r numbers of rows (`capacity.row_sizes`): r
+as many as a chunk holds, and three more, and there are r numbers of rows (`capacity.row_sizes`): r
 times as many of all but what reads prompts, and r r c to change the number of rows.
 """
 

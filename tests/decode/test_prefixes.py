@@ -56,20 +56,37 @@ def test_what_is_known_is_not_read_again(params, reads, model):
         shared,
         [*shared, *ids_of(20, 1)],  # three chunks are shared
         [*shared[:70], *ids_of(60, 2)],  # two
+        [*shared[:92], *ids_of(60, 4)],  # two, and three pieces
         ids_of(100, 3),
-        shared[:96],  # its last token must be read, and so its last chunk
+        shared[:96],  # its last token must be read, and so its last piece
         shared[:64],
         shared[:20],  # no longer than a chunk
     ]
-    expected = [[0, 32, 64, 96], [96], [64, 96, 128], [0, 32, 64, 96], [64], [32], [0]]
+    expected = [
+        [0, 32, 64, 96], [96], [64, 96, 128], [88, 120], [0, 32, 64, 96], [88], [56], [0],
+    ]  # fmt: skip
     for prompt, starts in zip(prompts, expected, strict=True):
         reads.clear()
         assert texts_of(scheduler, prompt) == [alone(params, prompt)]
         assert reads == starts
     prefixes = scheduler.prefixes
-    assert prefixes.hit == 32 * (3 + 2 + 2 + 1)
+    assert prefixes.hit == 96 + 64 + 88 + 88 + 56
     assert prefixes.queried == sum(map(len, prompts[:-1]))
-    assert len(prefixes._nodes) == 3 + 2 + 3  # the second prompt and the third one add two
+    assert len(prefixes._nodes) == (96 + 16 + 64 + 56 + 96) // 8
+
+
+def test_what_is_left_is_read_as_one_piece_where_it_fits(params, monkeypatch):
+    sizes = []
+    following = prefill.next_chunk
+    monkeypatch.setattr(
+        prefill, "next_chunk", lambda *args: sizes.append(args[2].shape[1]) or following(*args)
+    )
+    scheduler = Scheduler(MODEL, params, 2, ROOM, CHUNK)
+    for length, expected in [(64, [32]), (65, [32, 8]), (72, [32, 8]), (73, [32, 32])]:
+        sizes.clear()
+        prompt = ids_of(length, length)
+        assert texts_of(scheduler, prompt) == [alone(params, prompt)]
+        assert sizes == expected
 
 
 def test_what_a_prompt_says_of_itself_needs_all_of_it(params, reads):

@@ -185,7 +185,7 @@ def test_alternatives_are_the_likeliest_tokens_of_each_step(params):
 def test_no_setting_compiles_and_lengths_compile_few_programs(params):
     """Two lengths up to a chunk, the shorter also by two rows, one longer; four capacities."""
     programs = {
-        prefill.first_chunk: 4, prefill.next_chunk: 1, prefill.judge: 4, state.insert_read: 32,
+        prefill.first_chunk: 4, prefill.next_chunk: 2, prefill.judge: 5, state.insert_read: 32,
         state.resize: 24, state.empty_state: 8, engine.run.on(MODEL): 8, state.take_rows: 8,
     }  # fmt: skip
     for program in programs:
