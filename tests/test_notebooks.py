@@ -21,7 +21,7 @@ execute = runpy.run_path(str(FOLDER / "execute.py"))["execute"]
 
 
 def test_they_are_all_there():
-    names = ["classify", "context", "finetune", "quickstart", "sharding"]
+    names = ["classify", "context", "finetune", "quickstart", "serve", "sharding"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
