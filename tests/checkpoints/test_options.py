@@ -35,7 +35,7 @@ def test_the_verbs_declare_no_option_again():
         ),
         (
             {"kernel": "fast"},
-            "kernel must be 'auto', 'dense', 'blocked', 'splash' or 'cudnn', not 'fast'.",
+            "kernel must be 'auto', 'dense', 'single', 'blocked', 'splash' or 'cudnn', not 'fast'.",
         ),
     ],
 )
