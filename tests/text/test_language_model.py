@@ -91,7 +91,7 @@ def test_the_parts_are_there(checkpoints, models):
     [
         (
             {"kernel": "fast"},
-            "kernel must be 'auto', 'dense', 'blocked', 'splash' or 'cudnn', not 'fast'",
+            "kernel must be 'auto', 'dense', 'single', 'blocked', 'splash' or 'cudnn', not 'fast'",
         ),
         ({"quantize": None}, "quantize must be 'none' or 'int8', not None"),
         ({"cache_dtype": 4}, "cache_dtype must be 'auto', 'float32', 'bfloat16', 'float16' or"),
