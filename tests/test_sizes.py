@@ -77,6 +77,7 @@ def test_a_batch_of_training(tmp_path, monkeypatch):
     config = TrainConfig(str(tmp_path), str(tmp_path / "run"), 1, batch_size=1000, length=8)
     with pytest.raises(NeoError, match=f"a batch of {HUGE} sequences of 8 tokens has more than"):
         dataclasses.replace(config, batch_size=HUGE)
+    monkeypatch.setattr("neo_jax.training.loop.with_labels", lambda config: config)
     monkeypatch.setattr("neo_jax.training.loop._open", lambda *_: None)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 1e7)
     with pytest.raises(NeoError, match="a batch of 1000 sequences of 8 tokens takes at least"):
