@@ -21,6 +21,7 @@ LANES = 8
 """Numbers that are summed side by side: those of a vector register of 256 bits."""
 
 
+@jax.jit  # a name, by which its products are counted
 def single(
     q: Float[Array, "B N 1 H"],
     k: Float[Array, "B N S H"] | Int8,

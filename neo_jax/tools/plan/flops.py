@@ -129,6 +129,8 @@ def _flops_of(config: ModelConfig, eqn: Any, needed: Sequence[bool]) -> float:
     if name == "pallas_call":
         operands, results = ([var.aval.shape for var in side] for side in (eqn.invars, eqn.outvars))
         return _attention_flops(config, str(params["name"]), operands, results)
+    if params.get("name") == "single":  # `ops.attention.single`: sums that are products
+        return 4.0 * max(math.prod(var.aval.shape) for var in eqn.invars)  # of all keys, or values
     if name == "cond":
         return max(_flops(config, branch.jaxpr, needed) for branch in params["branches"])
     total = 0.0

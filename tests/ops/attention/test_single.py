@@ -51,11 +51,11 @@ def test_equals_softmax_in_float64(seed, rows, heads, slots, width):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_other_floats_are_read_exactly(rng, dtype):
+def test_other_floats_are_read_as_float32(rng, dtype):
     q, k, v, mask = drawn(rng, 2, 3, 16, 24)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     expected = single(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
-    np.testing.assert_array_equal(single(q, k, v, mask), expected)
+    np.testing.assert_allclose(single(q, k, v, mask), expected, rtol=0, atol=2e-6)
 
 
 def test_whole_numbers_take_their_scales(rng):
