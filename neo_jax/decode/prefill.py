@@ -98,8 +98,12 @@ first_chunk = jax.jit(_first, static_argnums=(0, 4))
 next_chunk = jax.jit(_next, static_argnums=0, donate_argnums=5)
 
 
-PIECES = 4
-"""Of a chunk. What is left of a long prompt is read as one piece where it fits into that."""
+def piece_of(chunk: int) -> int:
+    """Returns the tokens of a piece, a quarter of a chunk, by which prefixes are kept.
+
+    What is left of a long prompt is read as one where it fits into that.
+    """
+    return max(chunk // 4, 1)
 
 
 class Reading:
@@ -134,7 +138,7 @@ class Reading:
             self._slots = model.config.max_length
         self.chunk = min(chunk, self._slots)
         self.lengths = np.ones(rows, np.int32)
-        self._piece = max(self.chunk // PIECES, 1)
+        self._piece = piece_of(self.chunk)
         self.tokens = np.zeros((rows, self._slots + -self._slots % self.chunk), np.int32)
         for row, ids in enumerate(prompts):
             self.tokens[row, : len(ids)], self.lengths[row] = ids, len(ids)

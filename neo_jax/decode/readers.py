@@ -13,7 +13,7 @@ from neo_jax.decode import engine
 from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length, row_sizes
 from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
 from neo_jax.decode.pooling import pool_weights
-from neo_jax.decode.prefill import PIECES, Reading, judge
+from neo_jax.decode.prefill import Reading, judge, piece_of
 from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.requests import PromptRead, Request, Text
 from neo_jax.decode.state import DecodeState, insert, insert_read
@@ -133,7 +133,7 @@ class ChunkReader:
         """Reads for a batch of so many rows, with a room for settings, by chunks of tokens."""
         self._model, self._params, self._num_rows, self._room = model, params, rows, room
         self._chunk = min(chunk, model.config.max_length)
-        self.prefixes = PrefixCache(max(self._chunk // PIECES, 1), prefix_bytes)
+        self.prefixes = PrefixCache(piece_of(self._chunk), prefix_bytes)
         self._prompts: list[_Prompt] = []
         self._now: Reading | None = None  # of these
         self._read: Reading | None = None  # of the texts that `read` returned last

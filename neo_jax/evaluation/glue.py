@@ -137,8 +137,7 @@ def measure_task(
         right = []
         for places in _groups(rows):
             if name == "choices":  # of each question the likeliest choice
-                best = places[int(np.argmax(logits[places, 1] - logits[places, 0]))]
-                right.append(labels[best] == 1)
+                right.append(labels[_likeliest(places, logits)] == 1)
             else:  # exact_match: all answers to a question
                 right.append(bool(np.all(labels[places] == found[places])))
         scores[name] = float(np.mean(right))
@@ -225,9 +224,9 @@ def _judge(
     scores = measure_task(task, rows["dev"], logits("dev"), head)
     text = None
     if "test" in rows:
-        found = predictions(logits("test"), head)
-        if "choices" in TASKS[task].metrics:
-            found = _one_of_each(rows["test"], logits("test"))
+        of_test = logits("test")
+        is_choice = "choices" in TASKS[task].metrics
+        found = _one_of_each(rows["test"], of_test) if is_choice else predictions(of_test, head)
         text = submission(task, rows["test"], found.tolist())
     if is_leader():
         if text:
@@ -243,8 +242,13 @@ def _one_of_each(rows: Sequence[Row], logits: np.ndarray) -> np.ndarray:
     """Returns 1 for the likeliest choice of each question, 0 for the others."""
     found = np.zeros(len(rows), int)
     for places in _groups(rows):
-        found[places[int(np.argmax(logits[places, 1] - logits[places, 0]))]] = 1
+        found[_likeliest(places, logits)] = 1
     return found
+
+
+def _likeliest(places: Sequence[int], logits: np.ndarray) -> int:
+    """Returns the row that is likeliest to be the right choice, of those of a question."""
+    return places[int(np.argmax(logits[places, 1] - logits[places, 0]))]
 
 
 def _shots(task: str, rows: Sequence[Row], count: int, seed: int) -> list[str]:

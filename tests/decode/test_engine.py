@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from decode_model import draw_params
 from transformers import GPTNeoForCausalLM
 
 from neo_jax.checkpoints.save import save_pretrained
@@ -17,7 +18,7 @@ from neo_jax.decode.options import ROOM, SamplingOptions, make_settings, stack_s
 from neo_jax.decode.state import empty_state
 from neo_jax.errors import NeoError
 from neo_jax.model.tensor_table import tensors
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 
 pytestmark = [pytest.mark.core, pytest.mark.optimized]
@@ -63,12 +64,7 @@ def generate(params, prompts, settings, model=MODEL, max_new_tokens=NEW):
 
 @pytest.fixture(scope="module")
 def params():
-    """Wider weights than at the start of training, so that texts do not repeat themselves."""
-    drawn = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(1))
-    scales = {"kernel": 2, "wpe": 8}
-    return jax.tree.map_with_path(
-        lambda path, leaf: scales.get(path[0].key, scales.get(path[-1].key, 1)) * leaf, drawn
-    )
+    return draw_params(MODEL, 1)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 # The state is that of a step before: what the next one takes are the arrays that there are, and by
 # how much the process grows.
 RUN = """
-import ctypes, gc, json, re, sys, threading, time
+import json, sys
 import jax
 import numpy as np
 jax.config.update("jax_platforms", "cpu")
@@ -24,33 +25,7 @@ from neo_jax.sharding.rules import make_sharding
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
 from neo_jax.training.step import abstract_inputs, abstract_state, make_step
-
-def anonymous():
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
-
-def settled():
-    gc.collect()
-    sizes = [0]
-    for _ in range(50):
-        time.sleep(0.1)
-        ctypes.CDLL(None).malloc_trim(0)
-        sizes.append(anonymous())
-        if abs(sizes[-1] - sizes[-2]) < 1e6:
-            break
-    return sizes[-1]
-
-def peak_of(function):
-    sizes, done = [], threading.Event()
-    def watch():
-        while not done.wait(0.002):
-            sizes.append(anonymous())
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        return jax.block_until_ready(function()), max(sizes)
-    finally:
-        done.set()
-        watching.join()
+from anonymous_memory import peak_of, settled
 
 config = TrainConfig(
     "", "", 10, 8, mesh=sys.argv[1], remat=sys.argv[2], dtype=sys.argv[3],
@@ -88,6 +63,7 @@ def test_eight_cpu_devices_take_what_is_planned(mesh, remat, dtype, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=Path(__file__).parents[2],  # where anonymous_memory is
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +16,11 @@ from neo_jax.tools.plan.serving import plan_server
 from neo_jax.tools.plan.steps import serve_step
 from neo_jax.tools.plan.topology import find_topology
 
+TESTS = Path(__file__).parents[2]  # where anonymous_memory is
+
 # The scheduler twice: the first compiles. Its batch grows in rows and in length, then it writes.
 RUN = """
-import ctypes, gc, json, re, sys, threading, time
+import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -33,32 +36,7 @@ from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.tools.plan.serving import served
 from neo_jax.tools.plan.steps import serve_step
 from neo_jax.tools.plan.topology import find_topology
-
-def anonymous():
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
-
-def settled():
-    gc.collect()
-    sizes = [0]
-    for _ in range(50):
-        time.sleep(0.1)
-        ctypes.CDLL(None).malloc_trim(0)
-        sizes.append(anonymous())
-        if abs(sizes[-1] - sizes[-2]) < 1e6:
-            break
-    return sizes[-1]
-
-def peak_of(function):
-    sizes, done = [], threading.Event()
-    def watch():
-        while not done.wait(0.002):
-            sizes.append(anonymous())
-    watching = threading.Thread(target=watch)
-    watching.start()
-    function()
-    done.set()
-    watching.join()
-    return max(sizes)
+from anonymous_memory import peak_of, settled
 
 ROWS = 64
 topology = find_topology("cpu:8")
@@ -86,7 +64,7 @@ def work():
 
 work()
 before = settled()
-peak = peak_of(work)
+_, peak = peak_of(work)
 held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params)
            for shard in leaf.addressable_shards)
 plan = served(serve_step(model, ROWS, 1024), topology, 0)
@@ -99,7 +77,12 @@ print(json.dumps({"planned": 8 * plan.memory, "taken": peak - before + held, "be
 def test_eight_cpu_devices_take_what_is_planned():
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "-c", RUN],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=TESTS,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
