@@ -36,6 +36,7 @@ SIZES = {
     "125m": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 50257},
 }
 ROWS = 16
+PREDICTED, PREDICTED_TOGETHER = 256, 32
 
 
 def make_data(vocab):
@@ -49,26 +50,111 @@ def make_data(vocab):
     return LabelledDataset(tokens, offsets, labels, 64, head, vocab, Path())
 
 
-def theirs_of(folder):
-    """Returns functions that train and predict in transformers."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+class Theirs:
+    """Training and predictions in transformers, of batches padded to their longest text."""
 
-    def train(tokens, mask, labels):
-        loss = model(tokens, attention_mask=mask, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    def __init__(self, folder, dataset, texts):
+        self.model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-5)
+        self.labels, self.texts = torch.tensor(dataset.labels).long(), texts
+        self.order = np.random.default_rng(0).permutation(len(texts)).reshape(-1, ROWS)
 
-    def predict(tokens, mask):
-        model.eval()
+    def padded(self, rows):
+        """Returns tokens and what of them is text."""
+        pad, width = self.model.config.pad_token_id, max(len(self.texts[i]) for i in rows)
+        tokens = np.full((len(rows), width), pad)
+        for row, i in zip(tokens, rows, strict=True):
+            row[: len(self.texts[i])] = self.texts[i]
+        return torch.tensor(tokens), torch.tensor((tokens != pad).astype(int))
+
+    def train(self, steps):
+        """Takes some steps."""
+        for i in steps:
+            rows = self.order[i % len(self.order)]
+            tokens, mask = self.padded(rows)
+            loss = self.model(tokens, attention_mask=mask, labels=self.labels[rows]).loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+
+    def predict(self):
+        """Labels `PREDICTED` texts."""
+        self.model.eval()
         with torch.inference_mode():
-            found = model(tokens, attention_mask=mask).logits
-        model.train()
-        return found
+            for start in range(0, PREDICTED, PREDICTED_TOGETHER):
+                tokens, mask = self.padded(range(start, start + PREDICTED_TOGETHER))
+                self.model(tokens, attention_mask=mask)
+        self.model.train()
 
-    return train, predict
+
+class Ours:
+    """Training and predictions here."""
+
+    def __init__(self, folder, dataset, texts):
+        config = TrainConfig(
+            data="", output="", steps=1000, batch_size=ROWS, model=read_config(folder), length=64,
+            optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=0), dtype="float32",
+        )  # fmt: skip
+        self.model, self.texts = Neo(config.model), texts[:PREDICTED]
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        self.step = make_step(self.model, optimizer, config)
+        self.state = state_of(load_stacked(self.model, Path(folder), np.float32), optimizer)
+        stream = labelled_batches(dataset, batch_size=ROWS, seed=0)
+        self.batches = [Batch(**next(stream)) for _ in range(32)]
+        copied = jax.tree.map(lambda leaf: leaf + 0, self.state.params)  # a step consumes its state
+        self.params = unstack(copied, config.model)
+
+    def compile(self):
+        """Runs every program once, before the clock runs."""
+        for width in sorted({batch.tokens.shape[1] for batch in self.batches}):
+            first = next(b for b in self.batches if b.tokens.shape[1] == width)
+            self.state, metrics = self.step(self.state, first)
+        jax.block_until_ready(metrics)
+        self.predict()
+
+    def train(self, steps):
+        """Takes some steps."""
+        for i in steps:
+            self.state, metrics = self.step(self.state, self.batches[i % len(self.batches)])
+        jax.block_until_ready(metrics)
+
+    def predict(self):
+        """Labels `PREDICTED` texts."""
+        sequence_logits(self.model, self.params, self.texts, PREDICTED_TOGETHER)
+
+
+def make_both(shape):
+    """Returns both, with the same weights and data."""
+    pad = shape["vocab_size"] - 1
+    config = transformers.GPTNeoConfig(
+        **shape, attention_types=[[["global", "local"], shape["num_layers"] // 2]],
+        num_labels=2, pad_token_id=pad, eos_token_id=pad,
+    )  # fmt: skip
+    dataset = make_data(shape["vocab_size"])
+    texts = [row.tolist() for row in np.split(dataset.tokens, dataset.offsets[1:-1])]
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        return Ours(folder, dataset, texts), Theirs(folder, dataset, texts)
+
+
+def take_turns(ours, theirs, rounds, steps):
+    """Returns examples a second of each, by what is done, a number a round."""
+    results = {f"{kind} {who}": [] for kind in ("train", "predict") for who in ("ours", "theirs")}
+
+    def timed(name, count, work, *args):
+        begun = time.perf_counter()
+        work(*args)
+        results[name].append(count / (time.perf_counter() - begun))
+
+    for turn in range(rounds):
+        here = range(turn * steps, (turn + 1) * steps)
+        timed("train ours", ROWS * steps, ours.train, here)
+        timed("train theirs", ROWS * steps, theirs.train, here)
+        timed("predict ours", PREDICTED, ours.predict)
+        timed("predict theirs", PREDICTED, theirs.predict)
+        print({name: round(values[-1], 1) for name, values in results.items()}, flush=True)
+    return results
 
 
 def main():
@@ -79,76 +165,10 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    shape = SIZES[options.size]
-    pad = shape["vocab_size"] - 1
-    config = transformers.GPTNeoConfig(
-        **shape, attention_types=[[["global", "local"], shape["num_layers"] // 2]],
-        num_labels=2, pad_token_id=pad, eos_token_id=pad,
-    )  # fmt: skip
-    dataset = make_data(shape["vocab_size"])
-    texts = [row.tolist() for row in np.split(dataset.tokens, dataset.offsets[1:-1])]
-
-    def padded(rows):
-        width = max(len(texts[i]) for i in rows)
-        tokens = np.full((len(rows), width), pad)
-        for row, i in zip(tokens, rows, strict=True):
-            row[: len(texts[i])] = texts[i]
-        return torch.tensor(tokens), torch.tensor((tokens != pad).astype(int))
-
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-        train_theirs, predict_theirs = theirs_of(folder)
-        ours = TrainConfig(
-            data="", output="", steps=1000, batch_size=ROWS, model=read_config(folder), length=64,
-            optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=0), dtype="float32",
-        )  # fmt: skip
-        model = Neo(ours.model)
-        optimizer = make_optimizer(ours.optimizer, ours.steps)
-        step = make_step(model, optimizer, ours)
-        state = state_of(load_stacked(model, Path(folder), np.float32), optimizer)
-    stream = labelled_batches(dataset, batch_size=ROWS, seed=0)
-    batches = [Batch(**next(stream)) for _ in range(32)]
-    order = np.random.default_rng(0).permutation(512).reshape(-1, ROWS)
-    for width in (16, 32, 64):  # compiled before the clock runs
-        found = [batch for batch in batches if batch.tokens.shape[1] == width]
-        for batch in found[:1]:
-            state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    train_theirs(*padded(order[0]), torch.tensor(dataset.labels[order[0]]).long())
-    params = jax.tree.map(lambda leaf: leaf + 0, unstack(state.params, ours.model))
-    sequence_logits(model, params, texts[:256], 32)
-    results = {
-        name: [] for name in ("train ours", "train theirs", "predict ours", "predict theirs")
-    }
-
-    def timed(name, count, work):
-        begun = time.perf_counter()
-        work()
-        results[name].append(count / (time.perf_counter() - begun))
-
-    for turn in range(options.rounds):
-        here = range(turn * options.steps, (turn + 1) * options.steps)
-
-        def train_ours(here=here):
-            nonlocal state
-            for i in here:
-                state, found = step(state, batches[i % len(batches)])
-            jax.block_until_ready(found)
-
-        def train_them(here=here):
-            for i in here:
-                rows = order[i % len(order)]
-                train_theirs(*padded(rows), torch.tensor(dataset.labels[rows]).long())
-
-        def predict_them():
-            for start in range(0, 256, 32):
-                predict_theirs(*padded(range(start, start + 32)))
-
-        timed("train ours", ROWS * options.steps, train_ours)
-        timed("train theirs", ROWS * options.steps, train_them)
-        timed("predict ours", 256, lambda: sequence_logits(model, params, texts[:256], 32))
-        timed("predict theirs", 256, predict_them)
-        print({name: round(values[-1], 1) for name, values in results.items()}, flush=True)
+    ours, theirs = make_both(SIZES[options.size])
+    ours.compile()
+    theirs.train([0])
+    results = take_turns(ours, theirs, options.rounds, options.steps)
     ratios = {
         kind: float(np.median(np.divide(results[f"{kind} ours"], results[f"{kind} theirs"])))
         for kind in ("train", "predict")

@@ -77,8 +77,9 @@ def test_a_batch_of_training(tmp_path, monkeypatch):
     config = TrainConfig(str(tmp_path), str(tmp_path / "run"), 1, batch_size=1000, length=8)
     with pytest.raises(NeoError, match=f"a batch of {HUGE} sequences of 8 tokens has more than"):
         dataclasses.replace(config, batch_size=HUGE)
-    monkeypatch.setattr("neo_jax.training.loop.with_labels", lambda config: config)
-    monkeypatch.setattr("neo_jax.training.loop._open", lambda *_: None)
+    for name in ("open_split", "_check_vocabulary"):
+        monkeypatch.setattr(f"neo_jax.training.loop.{name}", lambda *_: None)
+    monkeypatch.setattr("neo_jax.training.loop.with_labels", lambda config, _: config)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 1e7)
     with pytest.raises(NeoError, match="a batch of 1000 sequences of 8 tokens takes at least"):
         train(config)

@@ -67,10 +67,17 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("give either --tokenizer, as in gpt-neo-125m, or --train-tokenizer 4096.")
     if not 0 <= options.train_tokenizer < 2**31:
         raise UsageError(f"no vocabulary has {options.train_tokenizer} tokens; take 4096, say.")
-    if options.label_field:
-        _labelled(options)
+    fields = _labelled(options) if options.label_field else _documents(options)
+    if options.json:
+        print_json(fields)
         return
-    fields = prepare(
+    for split, numbers in fields["splits"].items():
+        _print_split(split, numbers)
+
+
+def _documents(options: Options) -> dict[str, Any]:
+    """Prepares documents, or pairs of prompts and completions."""
+    return prepare(
         options.inputs,
         options.output,
         options.tokenizer or None,
@@ -81,53 +88,46 @@ def main(args: Sequence[str]) -> None:
         separator=options.separator,
         held_out=options.held_out,
     )
-    if options.json:
-        print_json(fields)
-        return
-    for split, numbers in fields["splits"].items():
-        _print_split(split, numbers)
 
 
-def _labelled(options: Options) -> None:
+def _labelled(options: Options) -> dict[str, Any]:
     """Prepares examples with labels."""
     if not options.tokenizer:
         raise UsageError("examples with labels need --tokenizer, as in gpt-neo-125m.")
-    columns = Columns(options.text_field, options.label_field, options.second_text_field)
-    fields = prepare_labelled(
+    return prepare_labelled(
         options.inputs,
         options.output,
         options.tokenizer,
-        columns,
+        Columns(options.text_field, options.label_field, options.second_text_field),
         problem_type=options.problem_type,
         labels=options.labels,
         held_out=options.held_out,
         held_out_inputs=options.held_out_files,
         skip_bad=options.skip_bad,
     )
-    if options.json:
-        print_json(fields)
-        return
-    for split, numbers in fields["splits"].items():
-        rows = [("examples", f"{numbers['examples']:,}")]
-        for label, count in numbers.get("balance", {}).items():
-            rows.append((label, f"{count:,}, {count / numbers['examples']:.1%}"))
-        if "mean" in numbers:
-            rows.append(("label", f"mean {numbers['mean']:.4g}, sd {numbers['sd']:.4g}"))
-        print(split)
-        print_table([(f"  {name}", value) for name, value in rows])
-        lengths = numbers["lengths"]
-        print(f"  tokens an example: median {lengths['median']:,}, longest {lengths['longest']:,}")
 
 
 def _print_split(split: str, numbers: dict[str, Any]) -> None:
-    lengths = numbers["lengths"]
-    rows = {
-        "documents": f"{numbers['documents']:,}",
-        "bytes": f"{numbers['bytes']:,}",
-        "tokens": f"{numbers['tokens']:,}, {numbers['tokens_per_byte']:.4f} a byte",
-        "tokens a document": f"median {lengths['median']:,}, mean {lengths['mean']:,.1f}, "
-        f"longest {lengths['longest']:,}; documents of as many up to twice as many:",
-    }
+    """Prints how much there is, of documents or of examples, and how long they are."""
+    lengths, rows = numbers["lengths"], []
+    if count := numbers.get("examples"):
+        rows.append(("examples", f"{count:,}"))
+        balance = numbers.get("balance", {}).items()
+        rows += [(label, f"{some:,}, {some / count:.1%}") for label, some in balance]
+        if "mean" in numbers:
+            rows.append(("label", f"mean {numbers['mean']:.4g}, sd {numbers['sd']:.4g}"))
+    else:
+        rows.append(("documents", f"{numbers['documents']:,}"))
+        rows.append(("bytes", f"{numbers['bytes']:,}"))
+        rows.append(("tokens", f"{numbers['tokens']:,}, {numbers['tokens_per_byte']:.4f} a byte"))
+    each = "an example" if count else "a document"
+    rows.append(
+        (
+            f"tokens {each}",
+            f"median {lengths['median']:,}, mean {lengths['mean']:,.1f}, longest "
+            f"{lengths['longest']:,}; of as many up to twice as many:",
+        )
+    )
     print(split)
-    print_table([(f"  {name}", value) for name, value in rows.items()])
+    print_table([(f"  {name}", value) for name, value in rows])
     print(indent(draw_histogram(lengths["histogram"]), "    "))

@@ -6,7 +6,7 @@ import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -17,6 +17,8 @@ from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.transforms.lora import LoraConfig
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +36,31 @@ def main(args: Sequence[str]) -> None:
         if "-h" in args or "--help" in args:
             print(
                 "usage: neo-jax train CONFIG [OPTIONS]\n\n"
-                f"CONFIG is a .py file that defines `config`, or one of: {', '.join(_names())}\n"
+                f"CONFIG is a .py file that defines `config`, or one of: {', '.join(names())}\n"
                 "A .py file is a program that runs: take it from people you trust.\n"
                 "neo-jax train CONFIG --help lists every field and its value."
             )
             return
-        raise UsageError(f"name a config first: one of {', '.join(_names())}, or a .py file.")
+        raise UsageError(f"name a config first: one of {', '.join(names())}, or a .py file.")
     default = Options(load_config(args[0]), ClusterOptions())
     options = parse(Options, "train", args[1:], default=default)
     from neo_jax.devices.compilation_cache import enable_compilation_cache
     from neo_jax.devices.processes import say
     from neo_jax.training.checkpoint import SaveError
-    from neo_jax.training.labelled import is_finished
-    from neo_jax.training.loop import train
+    from neo_jax.training.loop import run
 
     enable_compilation_cache()
     config = options.config
     try:
         then = ": training goes on from its newest checkpoint"
         with options.cluster.joined(bool(config.mesh or config.rules), then):
-            step = int(train(config).step)
-            if is_finished(config, step):
+            outcome = run(config)
+            if outcome.is_done:
                 print(f"{config.output}/model")
             else:
-                say(f"stopped after step {step}; the same command goes on from there")
+                say(
+                    f"stopped after step {outcome.state.step}; the same command goes on from there"
+                )
     except SaveError as error:
         os._exit(explain(error))  # the usual way out would wait for orbax's threads
 
@@ -68,20 +71,29 @@ def load_config(name: str) -> TrainConfig:
     Raises:
       NeoError: there is no such config, or the file defines none.
     """
+    return load_defined(name, "config", TrainConfig)
+
+
+def load_defined(name: str, variable: str, kind: type[T]) -> T:
+    """Reads what a config's file defines under a name; see `load_config`.
+
+    Raises:
+      NeoError: there is no such config, or the file defines nothing of the kind.
+    """
     path = Path(name)
     if path.suffix != ".py":
         path = installed_folder("configs") / f"{re.sub('[-.]', '_', name)}.py"
         if not path.is_file():
-            raise NeoError(f"no config is called '{name}'.{suggest(name, _names())}")
+            raise NeoError(f"no config is called '{name}'.{suggest(name, names())}")
     if not path.is_file():
-        raise NeoError(f"{path} does not exist; name a .py file that defines `config`.")
+        raise NeoError(f"{path} does not exist; name a .py file that defines `{variable}`.")
     try:
-        config = runpy.run_path(str(path)).get("config")
+        found = runpy.run_path(str(path)).get(variable)
     except Exception as error:  # it is a program: anything may go wrong
         raise NeoError(f"{path}: {_reason(error)}") from error
-    if not isinstance(config, TrainConfig):
-        raise NeoError(f"{path} does not define a TrainConfig called `config`.")
-    return config
+    if not isinstance(found, kind):
+        raise NeoError(f"{path} does not define a {kind.__name__} called `{variable}`.")
+    return found
 
 
 def _reason(error: Exception) -> str:
@@ -102,7 +114,7 @@ def installed_folder(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
-def _names() -> list[str]:
+def names() -> list[str]:
     """Returns the names of `configs/` as people write them: gpt_neo_1_3b is gpt-neo-1.3b."""
     stems = sorted(path.stem for path in installed_folder("configs").glob("[!_]*.py"))
     return [re.sub(r"(?<=\d)_(?=\d)", ".", stem).replace("_", "-") for stem in stems]

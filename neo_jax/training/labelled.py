@@ -1,7 +1,6 @@
 """What a run on examples with labels has of its own: the head, epochs, and its evaluation."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from neo_jax.data.labelled import (
 from neo_jax.data.mixture import Mixture
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, suggest
-from neo_jax.files.paths import is_file, make_path
 from neo_jax.labels import HeadConfig
 from neo_jax.model.transformer import Neo
 from neo_jax.training.config import TrainConfig
@@ -39,16 +37,19 @@ def open_split(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
     return Mixture.open(config.data, split, config.sequence_length, config.across_documents)
 
 
-def with_labels(config: TrainConfig) -> TrainConfig:
+def with_labels(config: TrainConfig, dataset: Mixture | LabelledDataset) -> TrainConfig:
     """Returns a config whose model has the head that its data is for, and whose run has steps.
 
     Examples with labels make the model a classifier, and texts a language model.
 
+    Args:
+      config: of the run.
+      dataset: what it trains on, see `open_split`.
+
     Raises:
-      NeoError: the data cannot be opened, or an option is not for such data.
+      NeoError: an option is not for such data.
     """
-    labelled = is_labelled(config.data)
-    dataset = open_split(config, "train")
+    labelled = isinstance(dataset, LabelledDataset)
     head = dataset.head if isinstance(dataset, LabelledDataset) else HeadConfig()
     if labelled and config.prompts:
         raise NeoError("a classifier continues no prompts; leave prompts out.")
@@ -64,14 +65,6 @@ def with_labels(config: TrainConfig) -> TrainConfig:
     else:
         steps = -(-sum(part.num_sequences for part in dataset.parts) // config.batch_size)
     return dataclasses.replace(config, steps=config.epochs * steps, epochs=0, eval_every=steps)
-
-
-def is_finished(config: TrainConfig, step: int) -> bool:
-    """Returns whether a run of a config, as it was given, has ended at a step of its own accord."""
-    file = make_path(config.output) / "best.json"
-    best = json.loads(file.read_text(encoding="utf-8"))["step"] if is_file(file) else 0
-    config = with_labels(config)
-    return step >= config.steps or is_exhausted(config, step, best)
 
 
 def is_exhausted(config: TrainConfig, step: int, best: int) -> bool:

@@ -4,7 +4,7 @@ import bisect
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,19 @@ from neo_jax.training.step import (
 from neo_jax.transforms.lora import merge
 
 
+class Outcome(NamedTuple):
+    """What became of a run."""
+
+    state: TrainState  # the last one
+    is_done: bool  # else it was requested to stop before its end, and goes on when it is run again
+
+
 def train(config: TrainConfig) -> TrainState:
+    """Runs a config, see `run`; returns the final state."""
+    return run(config).state
+
+
+def run(config: TrainConfig) -> Outcome:
     """Trains to the last step, from the newest checkpoint in `config.output` if there is one.
 
     Leaves in the output folder: checkpoints/, best.json, metrics.jsonl, loss.png, what else the
@@ -66,7 +78,7 @@ def train(config: TrainConfig) -> TrainState:
 
     Returns:
       The final state, which may be of a later step if the run has gone further before; or that of
-      the step at which the run was requested to stop: then without model/.
+      the step at which the run was requested to stop: then without model/. And whether it is done.
 
     Raises:
       NeoError: see `check_run`; the data set does not fit the model, or the folder cannot be
@@ -74,14 +86,15 @@ def train(config: TrainConfig) -> TrainState:
     """
     probe.start()
     with holding(make_path(config.output), inside=True):
-        return _train(config)
+        return _run(config)
 
 
-def _train(config: TrainConfig) -> TrainState:
-    """`train`, in an output folder that no other run writes to."""
+def _run(config: TrainConfig) -> Outcome:
+    """`run`, in an output folder that no other run writes to."""
     config, folder = find_pretrained(config)
-    config = with_labels(config)
-    dataset = _open(config, "train")
+    dataset = open_split(config, "train")
+    config = with_labels(config, dataset)
+    _check_vocabulary(config, dataset)
     sharding = make_sharding(config.mesh, config.rules)
     if sharding is None and jax.process_count() > 1:
         raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
@@ -148,7 +161,7 @@ def _train(config: TrainConfig) -> TrainState:
             params = found.params if found else params
     if is_done:
         _export(config, unstack(trained(params), config.model), tokenizer)
-    return state
+    return Outcome(state, is_done)
 
 
 def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
@@ -171,8 +184,7 @@ def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
     )
 
 
-def _open(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
-    dataset = open_split(config, split)
+def _check_vocabulary(config: TrainConfig, dataset: Mixture | LabelledDataset) -> None:
     is_there = isinstance(dataset, LabelledDataset) or dataset.parts
     if is_there and dataset.vocab_size > config.model.vocab_size:
         missing = dataset.vocab_size - config.model.vocab_size
@@ -183,7 +195,6 @@ def _open(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
             f"{config.data} has a vocabulary of {dataset.vocab_size}, the model one of "
             f"{config.model.vocab_size}; set {fix}, or prepare with its tokenizer."
         )
-    return dataset
 
 
 class Placement:
@@ -237,9 +248,10 @@ def _make_evaluation(
     """Returns a function that evaluates the held-out splits; None where there is no need of it."""
     if isinstance(objective, Classification):
         return make_evaluation(config, model, objective, place)
-    dataset = _open(config, "held_out") if config.eval_every else None
+    dataset = open_split(config, "held_out") if config.eval_every else None
     if not isinstance(dataset, Mixture) or not dataset.parts:
         return None
+    _check_vocabulary(config, dataset)
     num_bytes = sum(part.num_target_bytes for part in dataset.parts)
     sums_of = jax.jit(functools.partial(objective.evaluate, model))
 

@@ -16,7 +16,7 @@ from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.labelled import is_exhausted, with_labels
+from neo_jax.training.labelled import is_exhausted, open_split, with_labels
 from neo_jax.training.loop import train
 from neo_jax.transforms.lora import LoraConfig
 
@@ -107,15 +107,24 @@ def test_a_classifier_is_trained_saved_and_used(config, held_out, capsys):
     assert sum(said["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_adapters_on_a_mesh(config, held_out):
+def test_adapters_on_a_mesh(config, held_out, monkeypatch):
     """Trained with the head in whole, in PEFT's format; evaluations stop when none is better."""
+    opened, open_set = [], LabelledDataset.open.__func__
+
+    def watched(kind, folder, split, length):
+        opened.append(split)
+        return open_set(kind, folder, split, length)
+
+    monkeypatch.setattr(LabelledDataset, "open", classmethod(watched))
     config = dataclasses.replace(
         config, lora=LoraConfig(rank=4), mesh="fsdp=2,model=2", epochs=20, patience=1,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2),
     )  # fmt: skip
     state = train(config)
+    assert opened == ["train", "held_out"]
     output = Path(config.output)
-    steps, best = with_labels(config).eval_every, json.loads((output / "best.json").read_text())
+    steps = with_labels(config, open_split(config, "train")).eval_every
+    best = json.loads((output / "best.json").read_text())
     assert int(state.step) == best["step"] + steps < 20 * steps
     assert int(train(config).step) == int(state.step)  # it has ended
     for name in ("adapter", "model"):
