@@ -12,13 +12,16 @@ from tyro.conf import OmitArgPrefixes
 from neo_jax.cli import parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.eval_glue import run_glue
+from neo_jax.cli.eval_noise import run_noise
 from neo_jax.cli.options import TextModelOptions, print_json, write_picture
 from neo_jax.errors import NeoError, suggest
+from neo_jax.evaluation.noise import NoiseOptions
 from neo_jax.evaluation.tune_options import TuneOptions
 from neo_jax.fields import check, number
 from neo_jax.files.figure import check_available
 
 if TYPE_CHECKING:
+    from neo_jax.evaluation.harness import NeoLM
     from neo_jax.evaluation.texts import Total
     from neo_jax.text.language_model import LanguageModel
 
@@ -46,7 +49,7 @@ class Options:
     superglue: str = ""
     suite: str = ""  # model-card: the benchmarks of GPT-Neo's, next to what was published
     data: tuple[str, ...] = ()  # files of the suite's benchmarks, as in lambada=test.jsonl
-    picture: str = ""  # a PNG of the suite's results, or GLUE's
+    picture: str = ""  # a PNG of the results of the suite, of GLUE, or with noise
     include_path: str = ""  # a folder of further task files
     num_fewshot: int = -1  # examples before each question; -1 is as the task says
     # examples of each task, or a share of them where below 1; 0 is all
@@ -59,6 +62,8 @@ class Options:
     json: bool = False  # print an object, not a table
     # of GLUE and SuperGLUE: how a model is fine-tuned on each task
     tune: OmitArgPrefixes[TuneOptions] = dataclasses.field(default_factory=TuneOptions)
+    # of --text and --tasks: how well with noise
+    noise: OmitArgPrefixes[NoiseOptions] = dataclasses.field(default_factory=NoiseOptions)
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     # where a mesh spans several processes; each of them runs the same command
@@ -77,8 +82,12 @@ class Options:
             raise NeoError(f"no suite is called '{self.suite}'.{suggest(self.suite, _SUITES)}")
         if self.data and not self.suite:
             raise NeoError("--data goes with --suite model-card.")
-        if self.picture and not (self.suite or is_glue):
+        if self.picture and not (self.suite or is_glue or self.noise.perturb):
             raise NeoError("--picture goes with --suite model-card.")
+        if self.noise.perturb and not (self.text or tasks):
+            raise NeoError("--perturb goes with --text or --tasks.")
+        if self.noise.perturb and self.by_position:
+            raise NeoError("--by-position goes without --perturb.")
         if self.suite and self.gen_kwargs:
             raise NeoError("--gen-kwargs goes with --tasks; nothing of the suite is generated.")
         if self.by_position and not self.text:
@@ -97,7 +106,7 @@ def main(args: Sequence[str]) -> None:
     if options.picture:
         check_available()
     run = _texts if options.text else _suite if options.suite else _tasks
-    run = run_glue if is_glue else run
+    run = run_glue if is_glue else run_noise if options.noise.perturb else run
     with options.cluster.joined(options.model.is_split):
         run(options)
 
@@ -199,14 +208,21 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 def _tasks(options: Options) -> None:
     from neo_jax.evaluation import tasks
 
-    manager = tasks.open_tasks([options.include_path] if options.include_path else [])
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    names = tasks.find_tasks(names, manager)
+    names, manager = open_named(options)
     results = _run(options, options.model.load(), names, manager)
     if options.json:
         _print_results(results)
     else:
         print(tasks.table(results))
+
+
+def open_named(options: Options) -> tuple[list[str], Any]:
+    """Returns the tasks that are named, and the manager that knows them; raises as `find_tasks`."""
+    from neo_jax.evaluation import tasks
+
+    manager = tasks.open_tasks([options.include_path] if options.include_path else [])
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    return tasks.find_tasks(names, manager), manager
 
 
 def _suite(options: Options) -> None:
@@ -235,10 +251,18 @@ def _run(
     options: Options, lm: "LanguageModel", names: Sequence[Any], manager: Any
 ) -> dict[str, Any]:
     """Returns the harness's results, of tasks or of their names."""
-    from neo_jax.evaluation import tasks
     from neo_jax.evaluation.harness import NeoLM
 
     model = NeoLM(lm, cache=options.cache, batch_size=options.batch_size or "auto")
+    return run_tasks(options, model, names, manager, options.output)
+
+
+def run_tasks(
+    options: Options, model: "NeoLM", names: Sequence[Any], manager: Any, output: str
+) -> dict[str, Any]:
+    """Returns the harness's results of a model, which are written into a folder if one is named."""
+    from neo_jax.evaluation import tasks
+
     results = tasks.run(
         model,
         names,
@@ -246,7 +270,7 @@ def _run(
         num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
         limit=options.limit or None,
         gen_kwargs=options.gen_kwargs,
-        output=options.output,
+        output=output,
     )
     results.pop("samples", None)
     return results
