@@ -58,9 +58,7 @@ def main(args: Sequence[str]) -> None:
             if outcome.is_done:
                 print(f"{config.output}/model")
             else:
-                say(
-                    f"stopped after step {outcome.state.step}; the same command goes on from there"
-                )
+                say(f"stopped after step {outcome.state.step}; the same command goes on from there")
     except SaveError as error:
         os._exit(explain(error))  # the usual way out would wait for orbax's threads
 

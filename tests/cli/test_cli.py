@@ -24,7 +24,7 @@ OPTIONS = {
     "score": ["--input", "--output", "--json", "--stride", "--model", "--mesh", "--dtype"],
     "eval": [
         "--text", "--wikitext", "--stride", "--tasks", "--include-path", "--num-fewshot", "--limit",
-        "--suite", "--data", "--picture", "--glue", "--superglue", "--seeds",
+        "--suite", "--data", "--picture", "--glue", "--superglue", "--seeds", "--perturb",
         "--output", "--cache", "--json", "--model", "--mesh",
     ],
     "chat": ["--server", "--chat-template", "--system", "--filter", "--model", "--temperature"],
