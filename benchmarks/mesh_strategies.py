@@ -1,13 +1,14 @@
 """Draws meshes, rules and models at random, and compares each that is accepted with one device.
 
     python benchmarks/mesh_strategies.py RESULTS.jsonl [--triples 60] [--seed 0] [--run-only]
+        [--length-context]
     python benchmarks/mesh_strategies.py RESULTS.jsonl --split-sequences
 
 Eight CPU devices train for three steps and continue three prompts: losses, the first gradients, the
 parameters after the last step, greedy texts and the log-probabilities of given ones are to be those
 of one device. A triple that is refused with a line is drawn again. --run-only leaves the comparison
 out, to find what the compiler cannot do among more of them; --no-shardy takes XLA's older
-partitioner.
+partitioner. --length-context draws until the rules have length:context.
 --split-sequences draws nothing: it takes every mesh of eight devices that splits sequences, with
 data, fsdp and model axes, in turn by each rule, each once.
 
@@ -47,7 +48,8 @@ def work(options):
     for seed in range(options.first, options.first + 20):
         if options.split_sequences and seed >= len(listed):
             return
-        triple = listed[seed] if options.split_sequences else mesh_triples.draw(seed)
+        draw = mesh_triples.draw_split if options.length_context else mesh_triples.draw
+        triple = listed[seed] if options.split_sequences else draw(seed)
         print(json.dumps({"seed": seed, "triple": str(triple)}), flush=True)
         began = time.monotonic()
         try:
@@ -77,6 +79,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-only", action="store_true")
     parser.add_argument("--no-shardy", action="store_true")
+    parser.add_argument("--length-context", action="store_true")
     parser.add_argument("--split-sequences", action="store_true")
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

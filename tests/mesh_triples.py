@@ -115,6 +115,12 @@ def draw(seed):
     return Triple(mesh, text, model, rng.choice([1, 1, 2]), rng.random() < 0.3, seed)
 
 
+def draw_split(seed):
+    """Returns a triple as `draw` does, the first of some whose rules split sequences."""
+    drawn = (draw(1000 * seed + number) for number in itertools.count())
+    return next(triple for triple in drawn if "length:context" in triple.rules.split(","))
+
+
 _SPLIT = {"length": "context", "embed": "fsdp", "heads": "model", "mlp": "model", "vocab": "model"}
 
 
