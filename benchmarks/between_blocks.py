@@ -16,8 +16,8 @@ from pathlib import Path
 from neo_jax.config import preset
 from neo_jax.sharding.rules import STRATEGIES, make_sharding
 from neo_jax.tools.plan.collectives import traffic
+from neo_jax.tools.plan.compilation import compile_for
 from neo_jax.tools.plan.hlo import parse
-from neo_jax.tools.plan.plan import compile_and_read
 from neo_jax.tools.plan.steps import training_step
 from neo_jax.tools.plan.topology import find_topology
 from neo_jax.training.config import TrainConfig
@@ -31,9 +31,9 @@ def measure(rules, layers):
     model = dataclasses.replace(preset("gpt-neo-2.7b"), num_layers=layers)
     config = TrainConfig("", "", 1, batch_size=1, model=model, remat="full", dtype="bfloat16")
     sharding = make_sharding("model=4", rules, topology.devices)
-    compiled, text = compile_and_read(training_step(config, sharding).trace().lower(), topology)
-    sent = sum(row.wire_bytes for row in traffic(parse(text), sharding.mesh.shape))
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    compiled = compile_for(training_step(config, sharding).trace().lower(), topology)
+    sent = sum(row.wire_bytes for row in traffic(parse(compiled.text), sharding.mesh.shape))
+    temporaries = compiled.temporaries
     return {"rules": rules, "layers": layers, "sent": sent, "temporaries": temporaries}
 
 

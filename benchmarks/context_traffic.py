@@ -26,8 +26,8 @@ import jax
 from neo_jax.config import preset
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.collectives import located
+from neo_jax.tools.plan.compilation import compile_for
 from neo_jax.tools.plan.hlo import parse
-from neo_jax.tools.plan.plan import compile_and_read
 from neo_jax.tools.plan.steps import training_step
 from neo_jax.tools.plan.topology import find_topology
 from neo_jax.training.config import TrainConfig
@@ -43,10 +43,10 @@ def measure(name, length):
     sharding = make_sharding(f"context={CHIPS}", "length:context", topology.devices)
     step = training_step(config, sharding)
     weights = sum(leaf.size for leaf in jax.tree.leaves(step.parts["parameters"]))
-    compiled, text = compile_and_read(step.trace().lower(), topology)
+    compiled = compile_for(step.trace().lower(), topology)
     sent = collections.Counter()
     halo = model.window_size - 1
-    for run, row in located(parse(text), sharding.mesh.shape):
+    for run, row in located(parse(compiled.text), sharding.mesh.shape):
         shape = run.instruction.shape
         sizes = set(re.search(r"\[([\d,]*)\]", shape)[1].split(","))
         if "bf16" not in shape:
@@ -56,7 +56,6 @@ def measure(name, length):
         else:
             what = "keys and values"
         sent[what] += row.wire_bytes
-    stats = compiled.memory_analysis()
     attention = sent["halo"] + sent["queries"] + sent["keys and values"]
     gathered = 4 * length * model.embed_dim * (CHIPS - 1) // CHIPS
     return {
@@ -69,7 +68,7 @@ def measure(name, length):
         "keys_and_values": sent["keys and values"],
         "rest_over_gradients": round(sent["rest"] / (2 * 4 * weights * (CHIPS - 1) / CHIPS), 4),
         "share": round(attention / (6 * gathered), 4),
-        "temporaries": stats.temp_size_in_bytes,
+        "temporaries": compiled.temporaries,
     }
 
 

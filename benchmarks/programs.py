@@ -32,7 +32,7 @@ from neo_jax.decode.options import SamplingOptions, make_settings  # noqa: E402
 from neo_jax.model.transformer import Neo, init_params  # noqa: E402
 from neo_jax.sharding.rules import Sharding, make_sharding  # noqa: E402
 from neo_jax.tools.plan import steps  # noqa: E402
-from neo_jax.tools.plan.plan import compile_and_read  # noqa: E402
+from neo_jax.tools.plan.compilation import compile_for  # noqa: E402
 from neo_jax.tools.plan.topology import Topology, find_topology  # noqa: E402
 from neo_jax.training.config import TrainConfig  # noqa: E402
 from neo_jax.training.optimizer import make_optimizer  # noqa: E402
@@ -142,7 +142,7 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, lowered, topology in programs(args.only):
-        text = lowered.as_text() if args.lowered else compile_and_read(lowered, topology)[1]
+        text = lowered.as_text() if args.lowered else compile_for(lowered, topology).text
         text = normalized(text)
         (args.folder / f"{name}.txt").write_text(text)
         print(hashlib.sha256(text.encode()).hexdigest()[:16], name, flush=True)

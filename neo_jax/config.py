@@ -13,7 +13,9 @@ from neo_jax.labels import HeadConfig, as_head
 
 AttentionType = Literal["global", "local"]
 Activation = Literal["gelu_new", "gelu", "relu", "silu"]
-Kernel = Literal["auto", "dense", "single", "blocked", "splash", "cudnn"]  # see `ops.attention`
+Kernel = Literal[  # see `ops.attention`
+    "auto", "dense", "single", "blocked", "splash", "splash-256", "splash-1024", "cudnn"
+]
 
 VOCAB_MULTIPLE = 128
 

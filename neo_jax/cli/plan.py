@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -19,11 +20,13 @@ from neo_jax.model.scan import Remat
 from neo_jax.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from neo_jax.tools.plan.estimate import Choice
+    from neo_jax.tools.plan.search import Candidate
     from neo_jax.tools.plan.serving import Served
     from neo_jax.tools.plan.steps import Step
     from neo_jax.tools.plan.topology import Topology
 
-_COMPILED = 3  # meshes of a search
+_COMPILED = 3  # ways of a search that fit
 _PREFIX_CACHE = 256  # MB, as `serve` has it
 
 
@@ -32,7 +35,11 @@ class PlanOptions:
     """For which devices, and how to report."""
 
     topology: str = "v5e:4x4"  # a TPU and its shape in chips, as in 2*v5e:16x16 (slices), or cpu:8
-    search: bool = False  # rank every mesh that divides, and compile the best three
+    # rank every mesh that divides, of training with every remat, accumulation, kernel and splitting
+    # of sequences too, by arithmetic; compile the best three
+    search: bool = False
+    memory: float = 0.0  # of a search: GB of a device that a step may take; 0 is all that it has
+    arithmetic: bool = False  # compile nothing: what arithmetic says, within seconds
     json: bool = False  # print JSON
     picture: str = ""  # draw into this PNG file
 
@@ -73,36 +80,85 @@ def main(args: Sequence[str]) -> None:
     if options.plan.picture:
         check_available()
     _start_jax(options.plan.topology)
-    from neo_jax.tools.plan import report
-    from neo_jax.tools.plan.plan import make_plan
-    from neo_jax.tools.plan.search import search
     from neo_jax.tools.plan.topology import find_topology
 
     topology = find_topology(options.plan.topology)
-    build = functools.partial(_step, options, topology)
-    chosen = options if isinstance(options, StepOptions) else options.config
-    if options.plan.search:
-        kind = options.step if isinstance(options, StepOptions) else "train"
-        found = search(build, topology, kind, _COMPILED)
-        fields = {"topology": topology.name, "ranking": report.describe_ranking(found)}
-        lines = report.ranking_lines(found)
-        draw = functools.partial(report.draw_ranking, found, topology.name)
+    trained = isinstance(options, ConfigOptions) or options.step == "train"
+    if options.plan.arithmetic and not trained:
+        raise UsageError("--arithmetic is for --step train.")
+    if options.plan.search or options.plan.arithmetic:
+        fields, lines, draw = _ranked(options, topology, trained)
     elif isinstance(options, StepOptions) and options.step == "serve":
-        servers = _servers(options, topology)
-        fields, lines = report.describe_servers(servers), report.server_lines(servers)
-        draw = functools.partial(report.draw, servers[-1].plan)
+        fields, lines, draw = _served(options, topology)
     else:
-        plan = make_plan(
-            build(chosen.mesh or ("" if chosen.rules else "fsdp=-1"), chosen.rules), topology
-        )
-        fields, lines = report.describe(plan), report.lines(plan)
-        draw = functools.partial(report.draw, plan)
+        fields, lines, draw = _planned(options, topology)
     if options.plan.json:
         print_json(fields)
     else:
         print(*lines, sep="\n")
     if options.plan.picture:
         write_picture(options.plan.picture, draw())
+
+
+_Report = tuple[dict[str, Any], Iterable[str], Callable[[], bytes]]
+"""What is told: fields for JSON, lines for people, and what draws a picture."""
+
+
+def _planned(options: StepOptions | ConfigOptions, topology: "Topology") -> _Report:
+    from neo_jax.tools.plan import report
+    from neo_jax.tools.plan.plan import make_plan
+
+    plan = make_plan(_step(options, topology, *_strategy(options)), topology)
+    return report.describe(plan), report.lines(plan), functools.partial(report.draw, plan)
+
+
+def _served(options: StepOptions, topology: "Topology") -> _Report:
+    from neo_jax.tools.plan import report
+
+    servers = _servers(options, topology)
+    draw = functools.partial(report.draw, servers[-1].plan)
+    return report.describe_servers(servers), report.server_lines(servers), draw
+
+
+def _ranked(options: StepOptions | ConfigOptions, topology: "Topology", trained: bool) -> _Report:
+    """Ranks ways to run the step, by arithmetic and the best by the compiler too."""
+    from neo_jax.sharding.rules import make_sharding
+    from neo_jax.tools.plan import ranking
+    from neo_jax.tools.plan.search import estimated, search, search_training
+    from neo_jax.tools.plan.steps import training_step
+
+    number = 0 if options.plan.arithmetic else _COMPILED
+    limit = 1e9 * options.plan.memory
+    if not trained:
+        build = functools.partial(_step, options, topology)
+        found = search(build, topology, number, _tell)
+    else:
+        config = _train_config(options, len(topology.devices))
+
+        def build_choice(choice: "Choice") -> "Step":
+            sharding = make_sharding(choice.mesh, choice.rules, topology.devices)
+            assert sharding is not None
+            return training_step(choice.applied(config), sharding)
+
+        if options.plan.search:
+            found = search_training(config, build_choice, topology, number, limit, _tell)
+        else:
+            sharding = make_sharding(*_strategy(options), topology.devices)
+            assert sharding is not None
+            found = [estimated(config, sharding, topology)]
+    fields = {"topology": topology.name, **ranking.describe_ranking(found)}
+    draw = functools.partial(ranking.draw_ranking, found, topology.name)
+    return fields, ranking.ranking_lines(found), draw
+
+
+def _tell(candidate: "Candidate") -> None:
+    print(f"compiling {candidate.mesh} ...", file=sys.stderr)
+
+
+def _strategy(options: StepOptions | ConfigOptions) -> tuple[str, str]:
+    """Returns mesh and rules as they are requested, or fsdp over all devices."""
+    chosen = options if isinstance(options, StepOptions) else options.config
+    return chosen.mesh or ("" if chosen.rules else "fsdp=-1"), chosen.rules
 
 
 def _start_jax(topology: str) -> None:
@@ -121,10 +177,8 @@ def _servers(options: StepOptions, topology: "Topology") -> Sequence["Served"]:
     """Returns servers of several numbers of sequences, or of the one that is requested."""
     from neo_jax.tools.plan.serving import plan_server, served
 
-    mesh = options.mesh or ("" if options.rules else "fsdp=-1")
-
     def build(rows: int) -> "Step":
-        return _step(dataclasses.replace(options, batch=rows), topology, mesh, options.rules)
+        return _step(dataclasses.replace(options, batch=rows), topology, *_strategy(options))
 
     prefix_bytes = 10**6 * _PREFIX_CACHE
     if options.batch:
@@ -139,39 +193,16 @@ def _step(
     import jax.numpy as jnp
 
     from neo_jax.checkpoints.load import cached_dtype
-    from neo_jax.devices.memory import check_batch
     from neo_jax.model.transformer import Neo
     from neo_jax.sharding.rules import make_sharding
     from neo_jax.tools.plan import steps
 
     sharding = make_sharding(mesh, rules, topology.devices)
     assert sharding is not None
-    if isinstance(options, ConfigOptions):
-        return steps.training_step(_with_model(options.config), sharding)
+    if isinstance(options, ConfigOptions) or options.step == "train":
+        return steps.training_step(_train_config(options, len(topology.devices)), sharding)
     model = _model(options.model, options.revision)
-    if min(options.batch, options.length, options.accumulation - 1) < 0:
-        raise UsageError("--batch and --length must be 0 or more, --accumulation at least 1.")
-    batch = options.batch or len(topology.devices) * options.accumulation
-    length = options.length or model.max_length
-    check_batch(batch, length)
-    if options.step == "train":
-        if options.quantize != "none" or options.cache_dtype != "auto":
-            raise UsageError(
-                "--quantize and --cache-dtype are for --step prefill, decode and serve."
-            )
-        config = TrainConfig(
-            data="",
-            output="",
-            steps=1,
-            batch_size=batch,
-            model=model,
-            length=length,
-            dtype=options.dtype,
-            kernel=options.kernel,
-            remat=options.remat,
-            accumulation=options.accumulation,
-        )
-        return steps.training_step(config, sharding)
+    batch, length = _batch(options, model, len(topology.devices))
     if length > model.max_length:
         raise UsageError(f"--length {length} exceeds the model's context of {model.max_length}.")
     kinds = {"prefill": steps.prefill_step, "decode": steps.decode_step, "serve": steps.serve_step}
@@ -179,6 +210,40 @@ def _step(
     dtype = jnp.dtype(options.dtype)
     neo = Neo(model, dtype, options.kernel, sharding, cache_dtype=cached)
     return kinds[options.step](neo, batch, length, options.quantize)
+
+
+def _train_config(options: StepOptions | ConfigOptions, num_devices: int) -> TrainConfig:
+    """Returns what `train` would be given."""
+    if isinstance(options, ConfigOptions):
+        return _with_model(options.config)
+    if options.quantize != "none" or options.cache_dtype != "auto":
+        raise UsageError("--quantize and --cache-dtype are for --step prefill, decode and serve.")
+    model = _model(options.model, options.revision)
+    batch, length = _batch(options, model, num_devices)
+    return TrainConfig(
+        data="",
+        output="",
+        steps=1,
+        batch_size=batch,
+        model=model,
+        length=length,
+        dtype=options.dtype,
+        kernel=options.kernel,
+        remat=options.remat,
+        accumulation=options.accumulation,
+    )
+
+
+def _batch(options: StepOptions, model: ModelConfig, num_devices: int) -> tuple[int, int]:
+    """Returns the sequences of a step and their length, checked."""
+    from neo_jax.devices.memory import check_batch
+
+    if min(options.batch, options.length, options.accumulation - 1) < 0:
+        raise UsageError("--batch and --length must be 0 or more, --accumulation at least 1.")
+    batch = options.batch or num_devices * options.accumulation
+    length = options.length or model.max_length
+    check_batch(batch, length)
+    return batch, length
 
 
 def _model(name: str, revision: str = "") -> ModelConfig:

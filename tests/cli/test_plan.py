@@ -90,8 +90,23 @@ def test_a_search(capsys, config, tmp_path):
     args = (config, "--topology", "cpu:4", "--search", "--picture", str(picture))
     _, *table = run(capsys, *args).splitlines()
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert len({line.partition(" ")[0] for line in table}) == len(table) == 6
-    assert ["compiled" in line for line in table] == [True] * 3 + [False] * 3
+    assert ["compiled" in line for line in table[:4]] == [True] * 3 + [False]
+    assert "ways considered" in table[-2]
+    assert table[-1].startswith("--mesh ")
+
+
+def test_arithmetic_alone(capsys, config):
+    args = (config, "--topology", "v5e:2x2", "--arithmetic", "--json")
+    fields = json.loads(run(capsys, *args))
+    (row,) = fields["ranking"]
+    assert row["estimate"]["fits"] is True
+    assert row["plan"] is None
+    ranked = json.loads(run(capsys, *args, "--search", "--memory", "0.000001"))
+    assert ranked["considered"] > 10
+    assert ranked["why"].startswith("Nothing fits")
+    assert "--arithmetic is for" in fail(
+        capsys, "--model", "gpt-neo-125m", "--step", "decode", "--arithmetic",
+    )  # fmt: skip
 
 
 @pytest.mark.core

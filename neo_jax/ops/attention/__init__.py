@@ -5,12 +5,15 @@
 | dense   | every query against every key; the plain one, the oracle | decoding                    |
 | single  | one query against every key                              | a step of it, on a CPU      |
 | blocked | blocks of queries against the keys that they can see     | whole sequences             |
-| splash  | a TPU kernel                                             | the same, bfloat16 on a TPU |
+| splash  | a TPU kernel, in blocks of up to 512 x 512 logits        | the same, bfloat16 on a TPU |
 | cudnn   | an NVIDIA kernel                                         | the same, 16 bits on a GPU  |
 
-Where the rules split sequences, `context` brings together what a device's queries see.
+`splash-256` and `splash-1024` are splash with blocks of up to 256 or 1024; `neo-jax plan --search`
+tells which suits a shape. Where the rules split sequences, `context` brings together what a
+device's queries see.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +40,8 @@ KERNELS: dict[str, Callable[..., Array]] = {
     "blocked": blocked,
     "splash": splash,
     "cudnn": cudnn,
+    "splash-256": functools.partial(splash, largest=256),
+    "splash-1024": functools.partial(splash, largest=1024),
 }
 OF_DEVICE = {"tpu": "splash", "gpu": "cudnn"}
 """The kernels that are made for one kind of device, and which the compiler cannot split."""
@@ -70,7 +75,7 @@ def attend(
         assert isinstance(k, Array)  # Int8 are those of caches
         assert isinstance(v, Array)
         return attend_split(KERNELS[name], name == "splash", q, k, v, mask, sharding)
-    if sharding is None or name not in OF_DEVICE.values():
+    if sharding is None or name.partition("-")[0] not in OF_DEVICE.values():
         return KERNELS[name](q, k, v, mask)
     heads = sharding.spec((BATCH, HEADS, None, None), q.shape, "queries")
     rows = sharding.spec((BATCH, None), mask.q_positions.shape, "positions")
@@ -115,7 +120,9 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool) ->
             return f"takes slots and widths of heads in multiples of {LANES}, not {sizes}"
     elif kernel != "dense" and not mask.aligned:
         return "serves a sequence that attends to itself"
-    if kernel == "splash":
+    if kernel.startswith("splash"):
+        if is_split and kernel != "splash":
+            return "serves no sequence that the rules split over devices"
         if device.platform != "tpu":
             return f"runs on TPUs, not on a {device.platform.upper()}"
         if q.dtype != jnp.bfloat16:

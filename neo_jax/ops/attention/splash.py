@@ -15,7 +15,8 @@ from neo_jax.axes import Array, Float
 from neo_jax.ops.attention.mask import Mask
 
 LANES = 128  # of a TPU's registers: lengths are padded to a multiple
-BLOCK_SIZES = (512, 256, LANES)
+BLOCK_SIZES = (2048, 1024, 512, 256, LANES)
+USUAL_SIZE = 512  # the largest that is taken unless a kernel's name says another
 
 _NOWHERE = -1  # the document of what only fills a block
 
@@ -27,6 +28,7 @@ def splash(
     mask: Mask,
     kernel: Any = None,
     interpret: bool = False,
+    largest: int = USUAL_SIZE,
 ) -> Float[Array, "B N T H"]:
     """Equals `dense` for a sequence that attends to itself, its output rounded to q's dtype.
 
@@ -35,7 +37,8 @@ def splash(
 
     The mask is aligned, or `kernel` is what `causal_kernel` returns for the queries; tokens before
     a query's start are hidden where they belong to another start. `interpret` runs the kernel step
-    by step where there is no TPU; slow.
+    by step where there is no TPU; slow. `largest` is the side of the blocks, where the window and
+    the length allow it.
     """
     length, keys = q.shape[2], k.shape[2]
     q, k, v = map(_filled, (q, k, v))
@@ -54,7 +57,7 @@ def splash(
         else:  # to the left of a query its window but for itself, to the right nothing
             window = (mask.window - 1, 0)
             visible = splash_attention.LocalMask(shape, window, offset=keys - length)
-        kernel = _kernel(visible, q.shape[1], 1, mask.window, interpret)
+        kernel = _kernel(visible, q.shape[1], 1, mask.window, interpret, largest)
     return jax.vmap(kernel)(q, k, v, segments)[:, :, :length].astype(jnp.float32)
 
 
@@ -79,9 +82,16 @@ def causal_kernel(
     return _kernel(visible, num_heads, len(indices), None, interpret)
 
 
-def _kernel(visible: Any, num_heads: int, shards: int, window: int | None, interpret: bool) -> Any:
+def _kernel(
+    visible: Any,
+    num_heads: int,
+    shards: int,
+    window: int | None,
+    interpret: bool,
+    largest: int = USUAL_SIZE,
+) -> Any:
     queries, keys = visible.shape[0] // shards, visible.shape[1]
-    of_queries, of_keys = block_size(queries, window), block_size(keys, window)
+    of_queries, of_keys = (block_size(size, window, largest) for size in (queries, keys))
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([visible] * num_heads),
         block_sizes=splash_attention.BlockSizes(
@@ -110,11 +120,11 @@ def _documents(starts: Array, positions: Array) -> Array:
     return _filled(jnp.where(positions >= 0, starts, _NOWHERE), _NOWHERE)
 
 
-def block_size(length: int, window: int | None) -> int:
+def block_size(length: int, window: int | None, largest: int = USUAL_SIZE) -> int:
     """Returns the side of the blocks of logits: large, but no wider than the window.
 
     A wider block would be mostly hidden: at a window of 256 and 2048 tokens blocks of 512 form 1.9
     times the logits that blocks of 256 do. The length is a multiple of 128.
     """
-    widest = length if window is None else max(window, LANES)
+    widest = min(length if window is None else max(window, LANES), largest)
     return next(size for size in BLOCK_SIZES if size <= widest and length % size == 0)

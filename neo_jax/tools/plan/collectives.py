@@ -26,6 +26,7 @@ class Traffic(NamedTuple):
     times: int  # that it runs
     wire_bytes: int  # that a device sends, all times together
     between_slices: bool = False  # by the network, and not from neighbour to neighbour
+    links: float = 2.0  # by which a device sends at a time: both directions of a ring
 
 
 def traffic(

@@ -18,6 +18,9 @@ from neo_jax.tools.plan.hlo import Instruction, elements, sizes
 
 Shape = tuple[int, ...]
 
+SPLASH = r"splash_\w*?_(fwd|dq|dkv)"
+"""The kernels of attention, by the names of their calls."""
+
 
 def traced_flops(traced: Any, config: ModelConfig) -> float:
     """Returns the FLOPs of all products of a `jax.stages.Traced`, on all devices together.
@@ -92,7 +95,7 @@ def _attention_flops(
     v of the output's gradient, and one for each gradient that a kernel forms (Dao, "FlashAttention
     2", 2023, algorithms 1 and 2).
     """
-    kind = re.match(r"splash_\w*?_(fwd|dq|dkv)", name)
+    kind = re.match(SPLASH, name)
     if not kind:
         return 0.0
     queries = max(operands, key=len)

@@ -1,42 +1,72 @@
 """What a compiled program computes and what it moves through memory, on one device."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from neo_jax.config import ModelConfig
 from neo_jax.tools.plan.flops import compiled_flops
 from neo_jax.tools.plan.hlo import Instruction, Program, Run, elements, num_bytes, runs
+from neo_jax.tools.plan.kernels import extras
 
 Lines = Mapping[str, Instruction]  # a computation: its instructions by name
 
 
 class Work(NamedTuple):
-    """What one run of a program takes of a device."""
+    """What one run of a program, or of an instruction, takes of a device."""
 
     flops: float  # of products of matrices; others are few
     memory_bytes: float  # that go through its memory
+    hidden_flops: float = 0.0  # of attention's kernels, with keys that are not seen
+    vector_ops: float = 0.0  # of these kernels; those of others are done while memory is read
+
+    def __add__(self, other: object) -> "Work":
+        """Returns the sums."""
+        assert isinstance(other, Work)
+        return Work(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 def work(
     program: Program, config: ModelConfig | None = None, open_trips: int | None = None
 ) -> Work:
-    """Counts a program's products and its traffic with memory, loops as often as they run.
+    """Returns the sum of what `works` yields, loops as often as they run."""
+    total = Work(0.0, 0.0)
+    for run, each in works(program, config, open_trips):
+        total += Work(*(run.known_times * part for part in each))
+    return total
+
+
+def works(
+    program: Program,
+    config: ModelConfig | None = None,
+    open_trips: int | None = None,
+    largest: int = 0,
+) -> Iterator[tuple[Run, Work]]:
+    """Yields the instructions that a device runs one after another, and what each takes once.
 
     An instruction reads its operands and writes its result, apart from what a TPU holds in its
     vector memory; of an operand that is only sliced the slices count, of a result that is only
-    updated the update.
+    updated the update. A fusion is one instruction, with the products of those in it.
 
     Without the config of the model whose attention they compute, kernels count as nothing. Of
-    `open_trips` see `runs`; there is a `ValueError` where that is needed and None.
+    `open_trips` see `runs`; there is a `ValueError` where that is needed and None. `largest` is the
+    side of the blocks of attention, 0 what is usual.
     """
-    flops = memory_bytes = 0.0
+    last: tuple[Run, Work] | None = None
     for run in runs(program, open_trips):
-        lines, times = program.computations[run.computation], run.known_times
-        flops += times * compiled_flops(run.instruction, lines, config)
-        if not run.fusions:
-            memory_bytes += times * _traffic(program, run)
-    return Work(flops, memory_bytes)
+        lines = program.computations[run.computation]
+        flops = compiled_flops(run.instruction, lines, config)
+        if run.fusions and last:
+            before = last[1]
+            last = last[0], before._replace(flops=before.flops + flops)
+            continue
+        if last:
+            yield last
+        more = extras(run.instruction, lines, config, largest)
+        moved = _traffic(program, run) + more.memory_bytes
+        last = run, Work(flops, moved, more.hidden_flops, more.vector_ops)
+    if last:
+        yield last
 
 
 # Instructions that move nothing by themselves: names for what is there, and ends of what began.

@@ -3,22 +3,20 @@
 import dataclasses
 import math
 import re
-import tempfile
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from neo_jax.devices.chips import Chip
 from neo_jax.devices.memory import device_memory
 from neo_jax.tools.plan.collectives import Traffic, traffic
+from neo_jax.tools.plan.compilation import compile_for
 from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.tools.plan.hlo import parse
 from neo_jax.tools.plan.hlo_cost import Work, work
+from neo_jax.tools.plan.kernels import block_side
+from neo_jax.tools.plan.predict import Prediction, compiled_phases, predict
 from neo_jax.tools.plan.steps import OPEN_TRIPS, Step
 from neo_jax.tools.plan.topology import Topology
 
@@ -80,30 +78,13 @@ class Plan:
     work: Work | None = None
     traffic: Sequence[Traffic] = ()
     roofline: Roofline | None = None
+    prediction: Prediction | None = None
     program_bytes: int = 0  # of the compiled program's text: whether it grows with depth
 
     @property
     def fits(self) -> bool:
         """Whether the devices have the memory."""
         return not self.refusal and not self.memory.total > self.memory.capacity
-
-
-def compile_and_read(
-    lowered: jax.stages.Lowered, topology: Topology
-) -> tuple[jax.stages.Compiled, str]:
-    """Compiles a program for a topology; returns it and its text.
-
-    The text of a TPU's program is what its compiler writes on the way: `as_text` fails on programs
-    that TPUs run in part on their SparseCores.
-    """
-    if topology.is_here:
-        compiled = lowered.compile()
-        return compiled, compiled.as_text() or ""
-    with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = lowered.compile(compiler_options=options)
-        (written,) = Path(folder).glob("**/*.after_optimizations.txt")
-        return compiled, written.read_text()
 
 
 def make_plan(step: Step, topology: Topology) -> Plan:
@@ -116,27 +97,25 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     traced = step.trace()
     useful = traced_flops(step.trace_useful(), config) / devices
     repeated = traced_flops(traced, config) / devices - useful
-    lowered = traced.lower()
-    start = time.perf_counter()
-    try:
-        compiled, text = compile_and_read(lowered, topology)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        seconds, memory = time.perf_counter() - start, _refused(step, topology, str(error))
-        reason = " ".join(str(error).split(".\n")[0].split())
-        return Plan(step, topology, memory, useful, repeated, seconds, reason)
-    seconds = time.perf_counter() - start
-    program = parse(text)
+    compiled = compile_for(traced.lower(), topology)
+    if compiled.refusal:
+        memory = _refused(step, topology, compiled.refusal)
+        reason = " ".join(compiled.refusal.split(".\n")[0].split())
+        return Plan(step, topology, memory, useful, repeated, compiled.seconds, reason)
+    program, slices = parse(compiled.text), slices_of(step.mesh)
     done = work(program, config, OPEN_TRIPS)
-    sent = traffic(program, step.mesh.shape, OPEN_TRIPS, slices_of(step.mesh))
-    stats: Any = compiled.memory_analysis()
-    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    total = arguments + temporaries + new + stats.generated_code_size_in_bytes
-    memory = Memory(*_parts(step, topology), arguments, temporaries, total, capacity(topology))
+    sent = traffic(program, step.mesh.shape, OPEN_TRIPS, slices)
+    memory = Memory(
+        *_parts(step, topology), compiled.arguments, compiled.temporaries, compiled.total,
+        capacity(topology),
+    )  # fmt: skip
     roof = roofline(topology.chip, done, sent)
-    return Plan(step, topology, memory, useful, repeated, seconds, "", done, sent, roof, len(text))
+    side = block_side(step.model.kernel)
+    phases = compiled_phases(program, config, step.mesh.shape, OPEN_TRIPS, slices, side)
+    return Plan(
+        step, topology, memory, useful, repeated, compiled.seconds, "", done, sent, roof,
+        predict(topology.chip, phases), len(compiled.text),
+    )  # fmt: skip
 
 
 def _refused(step: Step, topology: Topology, message: str) -> Memory:
@@ -186,9 +165,9 @@ def slices_of(mesh: Mesh) -> dict[str, int]:
     return {name: slices for name, slices in along.items() if slices > 1}
 
 
-def utilisation(chip: Chip, roof: Roofline, useful_flops: float) -> float:
-    """Returns the share of the peak that useful products have, at the roofline's time: MFU.
+def utilisation(chip: Chip, times: Roofline | Prediction, useful_flops: float) -> float:
+    """Returns the share of the peak that useful products have in a step of that time: MFU.
 
     Chowdhery et al., "PaLM", 2022, appendix B.
     """
-    return useful_flops / chip.peak_flops / roof.step
+    return useful_flops / chip.peak_flops / times.step

@@ -11,7 +11,7 @@ from neo_jax.devices.memory import bytes_text
 from neo_jax.files.figure import as_png, new_figure
 from neo_jax.model.cache import sequence_bytes
 from neo_jax.tools.plan.plan import Plan, utilisation
-from neo_jax.tools.plan.search import Candidate
+from neo_jax.tools.plan.predict import Prediction
 from neo_jax.tools.plan.serving import Served
 from neo_jax.tools.plan.steps import Step
 
@@ -43,10 +43,23 @@ def describe(plan: Plan) -> dict[str, Any]:
         "roofline_ms": {**roof.milliseconds, "step": 1e3 * roof.step} if roof else None,
         "mfu": utilisation(chip, roof, plan.useful_flops) if roof else None,
         "tokens_per_second": step.tokens / roof.step if roof else None,
+        "predicted": _predicted(plan),
         "compile_seconds": plan.compile_seconds,
         "program_bytes": plan.program_bytes or None,
     }
     return without_nan(fields)
+
+
+def _predicted(plan: Plan) -> dict[str, Any] | None:
+    times = plan.prediction
+    if times is None:
+        return None
+    parts = {name: 1e3 * seconds for name, seconds in times.parts.items()}
+    return {
+        "ms": {**parts, "collectives": 1e3 * times.collectives, "step": 1e3 * times.step},
+        "mfu": utilisation(plan.topology.chip, times, plan.useful_flops),
+        "tokens_per_second": plan.step.tokens / times.step,
+    }
 
 
 def _cache(step: Step) -> dict[str, Any] | None:
@@ -107,7 +120,27 @@ def lines(plan: Plan) -> Iterator[str]:
         share = utilisation(plan.topology.chip, roof, plan.useful_flops)
         speed = f"{step.tokens / roof.step:,.0f} tokens/s"
         yield f"  bound by {roof.slowest}: {speed}, MFU at most {share:.1%}"
+    if plan.prediction and not math.isnan(plan.prediction.step):
+        yield "\npredicted time of a step"
+        yield from _prediction_lines(plan, plan.prediction)
     yield f"compiled in {plan.compile_seconds:.1f} s"
+
+
+_PARTS = {
+    "products": "bound by products",
+    "vectors": "bound by the vector units, in attention",
+    "memory": "bound by memory",
+    "waiting": "in which devices wait for each other",
+}
+
+
+def _prediction_lines(plan: Plan, times: Prediction) -> Iterator[str]:
+    for name, seconds in times.parts.items():
+        if seconds:
+            yield _row(name, f"{1e3 * seconds:.2f}") + f" ms  {_PARTS[name]}"
+    share = utilisation(plan.topology.chip, times, plan.useful_flops)
+    speed = f"{plan.step.tokens / times.step:,.0f} tokens/s"
+    yield _row("in all", f"{1e3 * times.step:.2f}") + f" ms  {speed}, MFU {share:.1%}"
 
 
 def _row(name: str, value: str, note: str = "") -> str:
@@ -139,31 +172,6 @@ def draw(plan: Plan) -> bytes:
     return as_png(figure)
 
 
-def describe_ranking(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Returns a ranking as fields for JSON, with the whole plan where one was made."""
-    return [
-        {
-            "mesh": each.mesh,
-            "rules": each.rules,
-            "estimate": {"memory": each.memory, "ms": 1e3 * each.seconds, "fits": each.fits},
-            "plan": describe(each.plan) if each.plan else None,
-        }
-        for each in candidates
-    ]
-
-
-def ranking_lines(candidates: Sequence[Candidate]) -> Iterator[str]:
-    """Yields a ranking as a table, line by line."""
-    yield f"{'mesh':<28}{'rules':<14}{'a device':>10}{'step':>13}"
-    for each in candidates:
-        best = each.best
-        time = f"{1e3 * best.seconds:.2f} ms" if math.isfinite(best.seconds) else ""
-        note = "compiled" if each.plan else "by arithmetic"
-        note += "" if best.fits else ", does not fit"
-        size = bytes_text(best.memory)
-        yield f"{each.mesh:<28}{each.rules:<14}{size:>10}{time:>13}  {note}"
-
-
 def describe_servers(servers: Sequence[Served]) -> dict[str, Any]:
     """Returns servers as fields for JSON, the largest last."""
     return {
@@ -193,17 +201,3 @@ def server_lines(servers: Sequence[Served]) -> Iterator[str]:
     yield "\na device holds at most: a step, prompts that are being read, what is kept of prompts,"
     yield "both batches where one takes the place of another; the step of the largest:\n"
     yield from lines(largest.plan)
-
-
-def draw_ranking(candidates: Sequence[Candidate], title: str) -> bytes:
-    """Returns a PNG of a ranking: the least time of a step, and the memory of a device."""
-    figure = new_figure(10, 1.5 + 0.3 * len(candidates), title)
-    times, memories = figure.subplots(1, 2, sharey=True)
-    for each in reversed(candidates):
-        name, best = f"{each.mesh} {each.rules}", each.best
-        color = "#08306b" if each.plan else "#9ecae1"
-        times.barh([name], [1e3 * best.seconds if best.seconds < math.inf else 0], color=color)
-        memories.barh([name], [best.memory / 1e9], color=color if best.fits else "#cb181d")
-    times.set_xlabel("least time of a step, ms (dark: compiled)")
-    memories.set_xlabel("memory of a device, GB (red: does not fit)")
-    return as_png(figure)

@@ -4,14 +4,14 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.errors import NeoError
-from neo_jax.tools.plan.plan import Plan, capacity, compile_and_read, make_plan
+from neo_jax.tools.plan.compilation import compile_for
+from neo_jax.tools.plan.plan import Plan, capacity, make_plan
 from neo_jax.tools.plan.steps import Step
 from neo_jax.tools.plan.topology import Topology
 
@@ -50,9 +50,7 @@ def served(step: Step, topology: Topology, prefix_bytes: int) -> Served:
     if plan.refusal:
         return Served(plan, plan.memory.total, 0)
     assert step.trace_between is not None
-    compiled, _ = compile_and_read(step.trace_between().lower(), topology)
-    stats: Any = compiled.memory_analysis()
-    inserting = stats.temp_size_in_bytes
+    inserting = compile_for(step.trace_between().lower(), topology).temporaries
     beside = _beside(step, topology, prefix_bytes, plan.memory.temporaries or 0, inserting)
     return Served(plan, plan.memory.total + beside, inserting)
 

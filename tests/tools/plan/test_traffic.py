@@ -10,8 +10,8 @@ import pytest
 from neo_jax.config import ModelConfig
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.collectives import located, traffic
+from neo_jax.tools.plan.compilation import compile_for
 from neo_jax.tools.plan.hlo import parse
-from neo_jax.tools.plan.plan import compile_and_read
 from neo_jax.tools.plan.steps import training_step
 from neo_jax.tools.plan.topology import find_topology
 from neo_jax.training.config import TrainConfig
@@ -30,7 +30,7 @@ def moved(topology, mesh, rules):
     topology = find_topology(topology)
     sharding = make_sharding(mesh, rules, topology.devices)
     step = training_step(dataclasses.replace(RUN, batch_size=sharding.mesh.size), sharding)
-    _, text = compile_and_read(step.trace().lower(), topology)
+    text = compile_for(step.trace().lower(), topology).text
     for row in traffic(parse(text), dict(sharding.mesh.shape)):
         found[row.kind, "+".join(row.axes)] += row.wire_bytes
     return found, step, sharding.mesh.shape
@@ -71,7 +71,7 @@ def test_a_local_layer_moves_its_window_whatever_the_length():
     model = dataclasses.replace(MODEL, num_layers=2, embed_dim=256, num_heads=2, max_length=length)
     config = dataclasses.replace(RUN, batch_size=1, model=model)
     step = training_step(config, sharding)
-    _, text = compile_and_read(step.trace().lower(), topology)
+    text = compile_for(step.trace().lower(), topology).text
     sent = collections.Counter()
     for run, row in located(parse(text), sharding.mesh.shape):
         is_of_attention = "bf16" in run.instruction.shape  # gradients are sums in float32
