@@ -26,8 +26,8 @@ from neo_jax.ops.attention import Mask, attend
 from neo_jax.ops.attention.splash import causal_kernel
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.collectives import located
+from neo_jax.tools.plan.compilation import compile_for
 from neo_jax.tools.plan.hlo import parse
-from neo_jax.tools.plan.plan import compile_and_read
 from neo_jax.tools.plan.topology import find_topology
 
 CHIPS = 8
@@ -58,9 +58,9 @@ def measure(name, length):
     temporaries = {}
     for function, count in ((forward, 3), (both, 4)):
         lowered = jax.jit(function).trace(*[x] * count).lower()
-        compiled, text = compile_and_read(lowered, topology)
-        temporaries[function.__name__] = compiled.memory_analysis().temp_size_in_bytes
-    rows = located(parse(text), sharding.mesh.shape)
+        compiled = compile_for(lowered, topology)
+        temporaries[function.__name__] = compiled.temporaries
+    rows = located(parse(compiled.text), sharding.mesh.shape)
     waiting = [row for run, row in rows if not run.instruction.opcode.endswith("-start")]
     indices, half = np.arange(length).reshape(CHIPS, -1), length // CHIPS // 2
     dealt = np.concatenate([indices[:, :half], indices[::-1, half:]], axis=1)

@@ -124,8 +124,8 @@ def _compiled_seconds(command: str) -> float:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         status = neo_jax(["plan", *command.split(), "--json"])
-    plan = json.loads(out.getvalue()) if not status else {"fits": False}
-    if not plan["fits"]:
+    plan: dict[str, Any] = {} if status else json.loads(out.getvalue())
+    if not plan.get("fits"):
         raise SystemExit(f"neo-jax plan {command} failed, or does not fit.")
     return plan["predicted"]["ms"]["step"] / 1e3
 
