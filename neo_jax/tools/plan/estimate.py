@@ -1,8 +1,7 @@
 """A training step of our models on paper: whether a choice of how to run it can be, and what then.
 
 Memory is counted in what stays (parameters, optimizer, gradients), what the backward pass keeps of
-each layer, and what one layer and a block of logits take; `benchmarks/search_check.py` compares
-with the compiler.
+each layer, and what one layer and a block of logits take.
 """
 
 import dataclasses

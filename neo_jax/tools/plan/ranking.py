@@ -54,6 +54,10 @@ def ranking_lines(candidates: Sequence[Candidate]) -> Iterator[str]:
     if len(front) > 1:
         yield "\nnone is both faster and smaller, by arithmetic"
         yield from (_line(each, "") for each in front)
+    if len(candidates) == 1:
+        for name, seconds in candidates[0].best.times.parts.items():
+            yield f"  {name:<20}{1e3 * seconds:>10.2f} ms"
+        return
     yield f"\n{len(candidates):,} ways considered. {why(candidates)}"
     first = candidates[0]
     if first.choice and first.best.fits:

@@ -98,6 +98,9 @@ def test_arithmetic_of_one_mesh(topology):
     assert one.choice == Choice(fsdp=4, remat="none")
     assert math.isfinite(one.seconds)
     assert one.memory == estimated_memory(config, one.choice)
+    _, line, *parts = ranking.ranking_lines([one])
+    assert "by arithmetic" in line
+    assert [part.split()[0] for part in parts] == list(one.times.parts)
     odd = make_sharding("fsdp=2,model=2", "mlp:model", topology.devices)
     with pytest.raises(NeoError, match="arithmetic knows the rules of fsdp"):
         search.estimated(config, odd, topology)
