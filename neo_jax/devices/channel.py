@@ -112,7 +112,8 @@ def connect(on_loss: Callable[[], object], timeout: float = START_TIMEOUT) -> Ch
         key = told[1:].tobytes()
         if server:
             return Channel(_accept(server, key, jax.process_count() - 1, timeout), on_loss)
-        address = distributed.global_state.coordinator_address or ""  # is process 0's
+        # It is process 0's. Where JAX found it out, nothing public says it.
+        address = distributed.global_state.coordinator_address or ""
         host = address.rpartition(":")[0].strip("[]")
         try:
             made = socket.create_connection((host, int(told[0])), timeout)
@@ -142,9 +143,8 @@ def _accept(
         while len(found) < count:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             made, _ = server.accept()
-            made.settimeout(_GREETING)
             with contextlib.suppress(OSError):
-                if hmac.compare_digest(made.recv(len(key), socket.MSG_WAITALL), key):
+                if hmac.compare_digest(_greeting(made, len(key)), key):
                     found.append(made)
                     continue
             made.close()
@@ -154,4 +154,15 @@ def _accept(
             f"{server.getsockname()[1]} of process 0 in {timeout:g} s; open all ports between the "
             "hosts of a run."
         ) from error
+    return found
+
+
+def _greeting(source: socket.socket, size: int) -> bytes:
+    """Returns so many bytes, which may come in pieces, or those before an end."""
+    deadline, found = time.monotonic() + _GREETING, b""
+    while len(found) < size:
+        source.settimeout(max(deadline - time.monotonic(), 0.01))
+        if not (new := source.recv(size - len(found))):
+            break
+        found += new
     return found

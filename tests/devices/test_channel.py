@@ -83,6 +83,17 @@ def test_who_does_not_know_the_secret_is_turned_away(monkeypatch):
         each.close()
 
 
+def test_a_secret_may_come_in_pieces():
+    with channel._listen() as server:
+        known = socket.create_connection(("localhost", server.getsockname()[1]))
+        known.sendall(b"0123")
+        threading.Timer(0.1, known.sendall, [b"456789abcdef"]).start()
+        (found,) = channel._accept(server, b"0123456789abcdef", 1, 1)
+        assert found.getpeername()[1] == known.getsockname()[1]
+    found.close()
+    known.close()
+
+
 def test_three_processes(tmp_path):
     """Process 0 hears of all others, all hear it, and one that dies takes the others with it."""
     script = """
