@@ -1,22 +1,29 @@
 """neo-jax serve on two processes: the texts of one, and an end of both."""
 
+import dataclasses
 import re
 import signal
 import threading
 
 import httpx
+import jax
+import numpy as np
 import pytest
 from several_processes import Runs, ended
 
 import neo_jax
+from neo_jax.checkpoints.save import save_pretrained
+from neo_jax.labels import HeadConfig
+from neo_jax.model.heads import init_head
+from neo_jax.model.transformer import Neo
 
 
 @pytest.fixture(scope="module")
 def start(checkpoints, tmp_path_factory):
     """Starts a server of two processes of two devices; returns them and its address."""
 
-    def call(runs):
-        command = ["serve", "--model", checkpoints["pieces"], "--mesh", "data=2,model=2"]
+    def call(runs, model):
+        command = ["serve", "--model", model, "--mesh", "data=2,model=2"]
         command += ["--max-sequences", 4]
         first, second = runs("-m", "neo_jax", *command, "--port", 0, devices=2)
         said = ""
@@ -27,7 +34,7 @@ def start(checkpoints, tmp_path_factory):
         return first, second, found[1]
 
     with Runs(tmp_path_factory.getbasetemp()) as runs:
-        yield lambda: call(runs)
+        yield lambda model=checkpoints["pieces"]: call(runs, model)
 
 
 def stream(url, on_first):
@@ -77,3 +84,20 @@ def test_the_death_of_one_ends_both(start):
     status, _, err = ended(first)
     died = "neo-jax: another process of this run died or cannot be reached; start all of them"
     assert (status, err[-1:]) == (1, [f"{died} again."])
+
+
+def test_labels_are_those_of_one_process(start, checkpoints, tmp_path):
+    lm = neo_jax.load(checkpoints["pieces"])
+    config = dataclasses.replace(lm.config, head=HeadConfig("score", ("bad", "good", "so-so")))
+    head = jax.tree.map(lambda leaf: 10 * leaf, init_head(Neo(config), jax.random.key(1)))
+    save_pretrained(tmp_path, config, {**lm.params, **head}, tokenizer=lm.tokenizer)
+    texts = ["The fox", "and the dog does not mind it", "a café in 日本", "I"]
+    expected = neo_jax.load(tmp_path).classify(texts)
+    assert len({each.label for each in expected}) > 1
+    first, second, url = start(tmp_path)
+    answer = httpx.post(f"{url}/classify", json={"input": texts}, timeout=60).json()
+    assert [each["label"] for each in answer["data"]] == [each.label for each in expected]
+    for found, each in zip(answer["data"], expected, strict=True):
+        np.testing.assert_allclose(found["probs"], each.probabilities, rtol=1e-5)
+    first.send_signal(signal.SIGTERM)
+    assert (ended(first)[0], ended(second)) == (0, (0, "", []))
