@@ -68,7 +68,8 @@ def run(
                     if answer.status == 200:
                         break
                 if process.poll() is not None or time.monotonic() - begin > seconds:
-                    raise RuntimeError(f"{' '.join(command)} does not answer; see {log}")
+                    said = Path(log).read_text(errors="replace")[-500:]
+                    raise RuntimeError(f"{' '.join(command)} does not answer; {log}: {said}")
                 time.sleep(0.02)
             yield Server(process, url, time.monotonic() - begin)
         finally:
