@@ -35,9 +35,10 @@ import torch
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save
 
+from neo_jax.checkpoints.adapter_files import base_folder
 from neo_jax.checkpoints.load import load_int8, load_params
 from neo_jax.checkpoints.open_model import open_model, stored_leaves
-from neo_jax.checkpoints.peft import base_folder, describe_adapter, load_adapter
+from neo_jax.checkpoints.peft import describe_adapter, load_adapter
 from neo_jax.checkpoints.save import save_int8, save_pretrained
 from neo_jax.config import ModelConfig
 from neo_jax.data.packing import TokenDataset

@@ -37,16 +37,17 @@ MLP = "mlp"
 VOCAB = "vocab"
 POSITIONS = "positions"
 LAYERS = "layers"
-LABELS, FEATURES = "labels", "features"
+LABELS, VIRTUAL, FEATURES = "labels", "virtual", "features"
 
 LOGICAL_AXES = (BATCH, LENGTH, KV_LENGTH, EMBED, HEADS, HEAD_DIM, MLP, VOCAB, POSITIONS)
 """Those that a mesh can split; layers come one after another, and a classifier's head, of labels by
-features, is small: every device has it."""
+features, and a soft prompt, of virtual tokens by features, are small: every device has them."""
 
 Params = dict[str, Any]
 """The canonical parameter tree: nested dictionaries, one sub-tree a layer, arrays at the leaves."""
 
 __all__ = [
     "BATCH", "EMBED", "FEATURES", "HEADS", "HEAD_DIM", "KV_LENGTH", "LABELS", "LAYERS", "LENGTH",
-    "LOGICAL_AXES", "MLP", "POSITIONS", "VOCAB", "Array", "Bool", "Float", "Int", "Params", "UInt",
+    "LOGICAL_AXES", "MLP", "POSITIONS", "VIRTUAL", "VOCAB", "Array", "Bool", "Float", "Int",
+    "Params", "UInt",
 ]  # fmt: skip

@@ -14,16 +14,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Params
+from neo_jax.checkpoints.adapter_files import adapter_kind
 from neo_jax.checkpoints.formats import StoredTensor, open_weights
 from neo_jax.checkpoints.host_device import copy, float_dtype, shard
 from neo_jax.checkpoints.open_model import match, open_model
 from neo_jax.checkpoints.options import Quantize
 from neo_jax.checkpoints.peft import apply_adapter, load_adapter
+from neo_jax.checkpoints.prefix_mapper import KIND, load_mapper
+from neo_jax.checkpoints.prompt_tuning import KINDS, load_soft_prompt
 from neo_jax.checkpoints.save import groups
 from neo_jax.config import ModelConfig
 from neo_jax.devices import probe
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
+from neo_jax.model.prefix_mapper import MAPPER
+from neo_jax.model.soft_prompt import PROMPT
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.ops.tuning import tpu_layout
 from neo_jax.sharding.rules import Sharding
@@ -41,9 +46,11 @@ def load_model(
 ) -> tuple[ModelConfig, Params]:
     """Reads a model, and merges into it the adapter in `folder`, if `base` is another.
 
+    A soft prompt and a mapper do not merge: they are next to the model, as `PROMPT` and `MAPPER`.
+
     Args:
       folder: what `neo_jax.checkpoints.hub.resolve` returned.
-      base: of the model, see `neo_jax.checkpoints.peft.base_folder`.
+      base: of the model, see `neo_jax.checkpoints.adapter_files.base_folder`.
       dtype: of the parameters that are floats.
       sharding: where they go.
       quantization: what kernels and tables of tokens are rounded to; what is stored as int8 stays.
@@ -51,6 +58,13 @@ def load_model(
     Raises:
       NeoError: files are missing, damaged, or not of one model.
     """
+    kind = adapter_kind(folder) if base != folder else None
+    if kind in (*KINDS, KIND):
+        config, params = load_model(base, base, dtype, sharding, quantization)
+        place = sharding.named((), ()) if sharding else None
+        if kind == KIND:
+            return config, {**params, MAPPER: jax.device_put(load_mapper(folder, config), place)}
+        return config, {**params, PROMPT: jax.device_put(load_soft_prompt(folder, config), place)}
     config, is_int8 = open_model(base)
     if is_int8 and base != folder:
         raise NeoError(

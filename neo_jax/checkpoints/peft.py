@@ -2,7 +2,7 @@
 
 What is read are adapters of low rank (LoRA) of linear maps and of tables, with or without norms of
 their own (DoRA), and parameters that were trained in whole next to them. They are merged into the
-model as it is loaded.
+model as it is loaded. Soft prompts, which do not merge, are in `prompt_tuning`.
 """
 
 import contextlib
@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save
 
 from neo_jax.axes import Params
-from neo_jax.checkpoints import hub
-from neo_jax.checkpoints.formats import FLOATS, StoredTensor, open_file
+from neo_jax.checkpoints.adapter_files import CONFIG, open_adapter, read_floats, write_adapter
+from neo_jax.checkpoints.formats import StoredTensor
 from neo_jax.checkpoints.host_device import copy, shard
 from neo_jax.checkpoints.peft_config import (
     LABELS,
@@ -33,17 +32,12 @@ from neo_jax.checkpoints.peft_config import (
 )
 from neo_jax.config import ModelConfig
 from neo_jax.devices.processes import is_leader, to_host
-from neo_jax.errors import NeoError, brief, reason
-from neo_jax.files.json_text import read_json
-from neo_jax.files.paths import is_file, make_path, write_whole
+from neo_jax.errors import NeoError
+from neo_jax.files.paths import make_path
 from neo_jax.labels import CLASSIFIERS
 from neo_jax.model.low_rank import LowRank
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.transforms.lora import LoraConfig, with_norms
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-OLD_WEIGHTS = "adapter_model.bin"
 
 _PREFIX = "base_model.model."
 _TABLE, _HEAD = ("wte", "embedding"), ("lm_head", "embedding")
@@ -90,7 +84,6 @@ def save_adapter(
     fields = {
         "peft_type": "LORA",
         "task_type": TASKS[config.head.kind],
-        "base_model_name_or_path": hub.PUBLISHED.get(base.lower(), base),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": lora.scale * rank,
@@ -100,23 +93,11 @@ def save_adapter(
         "fan_in_fan_out": config.family.transposed,
         "modules_to_save": [config.head.kind] if config.head.is_classifier else None,
     }
-    place = make_path(folder)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        if tokenizer is not None:
-            tokenizer.save(place)
-        if named := config.head.to_hf(config.family.prefix, None):
-            # PEFT leaves labels to whoever loads.
-            write_whole(place / LABELS, json.dumps(named, indent=2) + "\n")
-        write_whole(place / WEIGHTS, save(arrays, {"format": "pt"}))
-        write_whole(place / CONFIG, json.dumps(fields, indent=2) + "\n")
-    except OSError as error:
-        raise NeoError(f"cannot save to {folder}: {reason(error)}.") from error
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return is_file(folder / CONFIG) and not is_file(folder / "config.json")
+    others = {}
+    if named := config.head.to_hf(config.family.prefix, None):
+        # PEFT leaves labels to whoever loads.
+        others[LABELS] = json.dumps(named, indent=2) + "\n"
+    write_adapter(folder, base, fields, arrays, others, tokenizer)
 
 
 def describe_adapter(folder: Path) -> dict[str, Any]:
@@ -127,7 +108,7 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     """
     config = read_peft_config(folder / CONFIG)
     with contextlib.ExitStack() as files:
-        found = _open(folder, files)[1].values()
+        found = open_adapter(folder, files)[1].values()
         parameters = sum(math.prod(stored.shape) for stored in found)
         dtypes = sorted({stored.dtype for stored in found})
     return {
@@ -139,33 +120,6 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
         "parameters": parameters,
         "dtype": "+".join(dtypes),
     }
-
-
-def base_folder(folder: Path, *, token: str | None = None) -> Path:
-    """Returns the folder of the model that an adapter is for; a model's is its own.
-
-    Args:
-      folder: what `neo_jax.checkpoints.hub.resolve` returned.
-      token: for gated and private repositories.
-
-    Raises:
-      NeoError: the adapter names no model, or one that cannot be found.
-    """
-    if not is_adapter(folder):
-        return folder
-    fields = read_json(folder / CONFIG)
-    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
-    if not isinstance(name, str) or not name:
-        raise NeoError(
-            f"{folder / CONFIG} names no model in base_model_name_or_path; write there the folder "
-            "or the hub name of the model that the adapter is for."
-        )
-    if not isinstance(revision, str | None):
-        raise NeoError(f"{folder / CONFIG}: revision {brief(revision)} is no name.")
-    try:
-        return hub.resolve(name, revision=revision, token=token)
-    except NeoError as error:
-        raise NeoError(f"base_model_name_or_path in {folder / CONFIG}: {error}") from error
 
 
 class Change(NamedTuple):
@@ -201,7 +155,7 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
     changes: dict[tuple[str, ...], Change] = {}
     replaced: dict[tuple[str, ...], np.ndarray] = {}
     with contextlib.ExitStack() as files:
-        source, found = _open(path, files)
+        source, found = open_adapter(path, files)
         names = {kind: f"{_PREFIX}{kind}.weight" for kind in CLASSIFIERS}
         sizes = {kind: found[name].shape[0] for kind, name in names.items() if name in found}
         config = dataclasses.replace(config, head=adapted_head(path, config.head, sizes))
@@ -213,7 +167,7 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         for name in [*found]:
             same = groups.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."))
             if same:
-                whole = _read(source, found.pop(name), name, same[0].places["hf"].whole)
+                whole = read_floats(source, found.pop(name), name, same[0].places["hf"].whole)
                 for row in same:
                     replaced[row.path] = copy(row.of("hf", whole), whole.dtype, row.shape)
     if found or not changes:
@@ -285,16 +239,6 @@ def apply_adapter(adapter: Adapter, params: Params, shardings: Params | None = N
     return run(unflatten_dict(leaves), adapter.changes)
 
 
-def _open(folder: Path, files: contextlib.ExitStack) -> tuple[Path, dict[str, StoredTensor]]:
-    """Returns the file of an adapter's weights, and what it holds."""
-    old = folder / OLD_WEIGHTS
-    if is_file(folder / WEIGHTS) or not is_file(old):
-        return folder / WEIGHTS, open_file(folder / WEIGHTS, files)
-    from neo_jax.checkpoints.formats import torch_file
-
-    return old, torch_file.open_file(old, files)
-
-
 def _changes(
     source: Path, found: dict[str, StoredTensor], rows: list[Tensor], said: PeftConfig
 ) -> dict[tuple[str, ...], Change]:
@@ -306,7 +250,7 @@ def _changes(
     rank, whole = said.rank_of(module), outputs * rows[0].places["hf"].parts
 
     def take(name: str, *shape: int) -> np.ndarray:
-        return _read(source, found.pop(name, None), name, shape)
+        return read_floats(source, found.pop(name, None), name, shape)
 
     norms = None
     if _is_table(rows[0]):  # it multiplies rows from the left
@@ -385,16 +329,3 @@ def _module(row: Tensor, config: ModelConfig) -> str:
     """Returns what PEFT is to call a kernel in every layer."""
     words = _module_name(row).split(".")
     return ".".join(words[-config.family.adapter_words :])
-
-
-def _read(
-    source: Path, stored: StoredTensor | None, name: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    if stored is None:
-        raise NeoError(f"{source} lacks {name}; copy it again.")
-    if stored.shape != shape or stored.dtype not in FLOATS:
-        raise NeoError(
-            f"{source}: {name} is {stored.dtype} {list(stored.shape)}, not of floats "
-            f"{list(shape)}; is the adapter for this model?"
-        )
-    return copy(stored.view(), np.dtype(np.float32), shape, f"{source}: {name}")

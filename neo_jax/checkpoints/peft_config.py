@@ -81,7 +81,10 @@ def read_peft_config(path: Path) -> PeftConfig:
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
         kind = brief(fields.get("peft_type"))
-        raise NeoError(f"{path}: peft_type is {kind}; this loads 'LORA': {MERGE}.")
+        raise NeoError(
+            f"{path}: peft_type is {kind}; this loads 'LORA', 'PROMPT_TUNING' and 'P_TUNING': "
+            f"{MERGE}."
+        )
     for name, value in fields.items():
         fine = _OFF + _DRAWS if name == "init_lora_weights" else _OFF
         if name not in _NEUTRAL and value not in fine:

@@ -24,6 +24,8 @@ from neo_jax.devices import processes
 from neo_jax.errors import NeoError, reason
 from neo_jax.files.locks import LOCK, locked
 from neo_jax.files.paths import is_remote, make_path, rmtree
+from neo_jax.model.prefix_mapper import MAPPER
+from neo_jax.model.soft_prompt import PROMPT
 from neo_jax.model.tensor_table import Tensor, tensors
 from neo_jax.ops.int8 import Int8
 from neo_jax.transforms.quantize import is_rounded
@@ -95,6 +97,7 @@ def save_pretrained(
     Raises:
       NeoError: `params` is not what `config` describes, or the folder cannot be written.
     """
+    _check_is_whole(params)
     left, leaves = flatten_dict(params), {}
     for tensor in tensors(config):
         leaf, name = left.pop(tensor.path, None), "/".join(tensor.path)
@@ -132,6 +135,7 @@ def save_int8(
     Raises:
       NeoError: weights are not int8, or the folder cannot be written.
     """
+    _check_is_whole(params)
     leaves, arrays = flatten_dict(params), {}
     for tensor in tensors(config):
         leaf, name = leaves[tensor.path], ".".join(tensor.path)
@@ -147,6 +151,15 @@ def save_int8(
     rows.sort(key=_alignment)
     fields = {**config.to_hf(), MARK: METHOD}
     _save(params, make_path(folder), fields, rows, tokenizer, max_shard_bytes)
+
+
+def _check_is_whole(params: Params) -> None:
+    for name in (PROMPT, MAPPER):
+        if name in params:
+            raise NeoError(
+                f"the model has {name}, which no folder of a model can hold; its adapter does: "
+                "name that, or the model that it is for."
+            )
 
 
 def write_model(

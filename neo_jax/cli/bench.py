@@ -100,10 +100,10 @@ def _config(chosen: ModelOptions) -> tuple[ModelConfig, bool]:
     """Returns the shape of a model, and whether it is a preset, whose weights are to be drawn."""
     if chosen.model in PRESETS:
         return preset(chosen.model), True
-    from neo_jax.checkpoints import hub, open_model, peft
+    from neo_jax.checkpoints import adapter_files, hub, open_model
 
     folder = hub.resolve(chosen.model or None, revision=chosen.revision or None)
-    return open_model.read_config(peft.base_folder(folder)), False
+    return open_model.read_config(adapter_files.base_folder(folder)), False
 
 
 def _report(step: "Measurement") -> None:

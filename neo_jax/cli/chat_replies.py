@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.devices.processes import say
 from neo_jax.errors import NeoError, brief, reason
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.text.conversation import Message, Reply, TooLong
 from neo_jax.text.generate import stream
 from neo_jax.text.options import TextOptions
@@ -44,7 +45,7 @@ def model_reply(
 
     def reply(messages: Sequence[Message]) -> Iterator[str]:
         ids = lm.encode(template.render(messages), False)
-        context, new = lm.config.max_length, options.max_new_tokens
+        context, new = text_context(lm.model), options.max_new_tokens
         if len(ids) + new > context:
             raise TooLong(
                 f"what was said, {len(ids)} tokens, and {new} new ones exceed the context of "

@@ -19,6 +19,7 @@ from neo_jax.evaluation.noise import NoiseOptions
 from neo_jax.evaluation.tune_options import TuneOptions
 from neo_jax.fields import check, number
 from neo_jax.files.figure import check_available
+from neo_jax.model.soft_prompt import text_context
 
 if TYPE_CHECKING:
     from neo_jax.evaluation.harness import NeoLM
@@ -136,7 +137,7 @@ def _texts(options: Options) -> None:
         for each in (totals.setdefault(subset, Total()), everything):
             each.add(total)
     totals = {**(totals if len(totals) > 1 else {}), "all": everything}
-    context = lm.config.max_length
+    context = text_context(lm.model)
     how = {
         "model": options.model.model or "bundled",
         "context": context,

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import jax
@@ -22,12 +22,14 @@ from neo_jax.cli.options import (
     print_json,
     read_prompts,
     said_in,
+    with_features_of,
 )
 from neo_jax.cli.sample_file import keeps, kept_samples
 from neo_jax.decode.options import BeamOptions, SamplingOptions
 from neo_jax.devices.processes import is_leader, say
 from neo_jax.devices.signals import WATCH
 from neo_jax.errors import NeoError
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.text.generate import fit
 from neo_jax.text.options import TextOptions, check_together, pick, read_filter
 
@@ -46,6 +48,8 @@ class Options(TextOptions):
     # the text to continue; "" begins one; - or none is what is piped in
     prompt: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT]")] = ()
     prompts_file: str = ""  # many: .txt, a prompt a line; or .jsonl, {"prompt": ...}, {"ids": ...}
+    # .npy, a row for each prompt, or of one prompt for as many texts: what a mapper reads first
+    features: str = ""
     # a .jsonl file for the samples, with ids and log-probabilities; an interrupted run goes on
     output: str = ""
     json: bool = False  # print samples as JSON lines
@@ -110,6 +114,12 @@ def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str
     if draft and draft != "prompt":
         model = dataclasses.replace(options.model, model=options.draft_model, revision="")
         draft = model.load()
+    shown: dict[tuple[int, ...], Prompt] = {}  # prompts as they were given, where they are longer
+    if options.features:
+        given = prompts
+        lm, prompts = with_features_of(lm, options.features, given)
+        given = [*given] * (len(prompts) // len(given))
+        shown = {tuple(map(int, ids)): each for ids, each in zip(prompts, given, strict=True)}
     # All at once: no text is written before the last prompt is known to fit.
     cut = 0
     for number, prompt in enumerate(prompts, 1):
@@ -120,18 +130,19 @@ def _generate(prompts: Sequence["Prompt"], options: Options, said: Container[str
             where = f"{options.prompts_file}, prompt {number}: " if options.prompts_file else ""
             raise NeoError(f"{where}{error}") from error
     if cut:
-        room = lm.config.max_length - options.max_new_tokens
+        room = text_context(lm.model) - options.max_new_tokens
         say(f"{cut} of {len(prompts)} prompts cut to their newest {room} tokens")
     plain = not (options.json or options.output)
     one = (
         not draft
         and options.beams.num_beams == 1
         and len(prompts) == options.num_samples == jax.process_count() == 1
+        and not shown
     )
     if plain and one and sys.stdout.isatty():
         _stream(lm, prompts[0], options)
     else:
-        _write(lm, draft, prompts, options, plain)
+        _write(lm, draft, prompts, options, plain, shown)
 
 
 def _filled(lm: "LanguageModel", options: Options, said: Container[str]) -> Options:
@@ -184,6 +195,7 @@ def _write(
     prompts: Sequence["Prompt"],
     options: Options,
     plain: bool,
+    shown: Mapping[tuple[int, ...], "Prompt"],
 ) -> None:
     drafted = accepted = 0
 
@@ -192,9 +204,9 @@ def _write(
             nonlocal drafted, accepted
             drafted += sum(sample.drafted or 0 for sample in done)
             accepted += sum(sample.accepted or 0 for sample in done)
-            on_finish(index, done)
+            on_finish(index, [named(sample) for sample in done])
 
-        return lm.samples(
+        found = lm.samples(
             prompts,
             sampling=options.sampling,
             on_finish=count,
@@ -202,6 +214,11 @@ def _write(
             draft=draft,
             **pick(vars(options), TextOptions),
         )
+        return map(named, found)
+
+    def named(sample: "Sample") -> "Sample":
+        prompt = shown.get(tuple(map(int, sample.prompt))) if shown else None
+        return dataclasses.replace(sample, prompt=prompt) if prompt else sample
 
     if keeps(options.output):
         _keep(samples, prompts, options.output, _what_decides(lm, draft, prompts, options))
@@ -251,7 +268,9 @@ def _what_decides(
 ) -> Any:
     """What the samples depend on: the command, the prompts, and all that was loaded."""
     command = dataclasses.asdict(options)
-    for name in ("output", "json", "batch_size", "prompts_file", "cluster", "filter_review"):
+    for name in (
+        "output", "json", "batch_size", "prompts_file", "cluster", "filter_review", "features"
+    ):  # fmt: skip
         del command[name]
     words = read_filter(dataclasses.replace(options, filter_review=""))
     command["filter"] = words and words.words  # whatever file holds them

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from tyro.conf import Positional, arg
 
 from neo_jax.checkpoints import hub, open_model
-from neo_jax.checkpoints.peft import describe_adapter, is_adapter
+from neo_jax.checkpoints.adapter_files import adapter_kind, is_adapter
+from neo_jax.checkpoints.peft import describe_adapter
+from neo_jax.checkpoints.prefix_mapper import KIND, describe_mapper
+from neo_jax.checkpoints.prompt_tuning import KINDS, describe_soft_prompt
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
 from neo_jax.config import PRESETS, ModelConfig, preset
@@ -60,7 +63,8 @@ def main(args: Sequence[str]) -> None:
 
 
 def _print_adapter(folder: Path, options: Options) -> None:
-    fields = describe_adapter(folder)
+    kinds = {KIND: describe_mapper, **dict.fromkeys(KINDS, describe_soft_prompt)}
+    fields = kinds.get(adapter_kind(folder), describe_adapter)(folder)
     if options.mesh or options.rules:
         raise UsageError(
             f"an adapter is laid out as its model is; name that: {fields['base_model']}"

@@ -17,7 +17,7 @@ from neo_jax.files.compression import unpacked_name
 from neo_jax.files.paths import check_writable, is_remote, make_path
 
 if TYPE_CHECKING:
-    from neo_jax.text.language_model import LanguageModel
+    from neo_jax.text.language_model import LanguageModel, Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,27 @@ def _prompt(fields: dict[str, Any], key: str, where: str) -> str | list[int]:
     if isinstance(ids, list) and all(type(i) is int for i in ids):
         return ids
     raise NeoError(f'{where}: expected {{"{key}": "text"}} or {{"ids": [1, 2, 3]}}.')
+
+
+def with_features_of(
+    lm: "LanguageModel", path: str, prompts: Sequence["Prompt"]
+) -> tuple["LanguageModel", list["Prompt"]]:
+    """Returns a model and prompts behind what it maps the rows of a .npy file to.
+
+    One prompt is for all rows.
+
+    Raises:
+      NeoError: see `open_features` and `with_features`.
+    """
+    from neo_jax.data.features import open_features
+    from neo_jax.text.prefixes import with_features
+
+    rows = open_features(path)
+    prompts = [*prompts] * (len(rows) if len(prompts) == 1 else 1)
+    if len(prompts) != len(rows):
+        raise NeoError(f"{path} has {len(rows)} rows, for {len(prompts)} texts; give one for each.")
+    lm, ids = with_features(lm, rows, prompts)
+    return lm, [*ids]
 
 
 def check_output(path: str, source: str = "") -> None:

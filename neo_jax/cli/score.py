@@ -15,8 +15,10 @@ from neo_jax.cli.options import (
     output_lines,
     print_json,
     read_prompts,
+    with_features_of,
 )
 from neo_jax.devices.processes import say
+from neo_jax.model.soft_prompt import text_context
 
 if TYPE_CHECKING:
     from neo_jax.text.language_model import Prompt
@@ -32,6 +34,7 @@ class Options:
     input: str  # .jsonl, {"text": ...} or {"ids": [...]} a line; or .txt, a text a line
     output: str = ""  # a .jsonl file; stdout if not given
     json: bool = False  # print JSON lines, as it does anyway
+    features: str = ""  # .npy, a row for each text: what a model's mapper reads before it
     stride: int = 0  # tokens from window to window beyond the context; 0 is half the context
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
@@ -52,13 +55,15 @@ def main(args: Sequence[str]) -> None:
 
 def _score(texts: Sequence["Prompt"], options: Options) -> None:
     lm = options.model.load()
+    if options.features:
+        lm, texts = with_features_of(lm, options.features, texts)
     tokens = num_bytes = 0
     nats = 0.0
     with output_lines(options.output) as file:
         for score in lm.scores(texts, options.stride):
             bits = score.bits_per_byte
             line = {
-                "ids": score.ids,
+                "ids": [token for token in score.ids if token < lm.config.vocab_size],
                 "logprobs": [round(float(p), 6) for p in score.logprobs],
                 "loss": score.loss if math.isfinite(score.loss) else None,
                 "bits_per_byte": bits if math.isfinite(bits) else None,
@@ -71,6 +76,6 @@ def _score(texts: Sequence["Prompt"], options: Options) -> None:
     summary = f"{len(texts)} texts, {tokens} scored tokens, loss {loss:.4f} nats a token"
     if num_bytes:
         summary += f", {nats / math.log(2) / num_bytes:.4f} bits a byte over {num_bytes} bytes"
-    context = lm.config.max_length
+    context = text_context(lm.model)
     stride = options.stride or context // 2
     say(f"{summary}; context {context}, stride {stride}")

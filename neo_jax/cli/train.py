@@ -17,6 +17,7 @@ from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError, suggest
 from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.transforms.lora import LoraConfig
+from neo_jax.transforms.soft_prompt import SoftPromptConfig
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ def main(args: Sequence[str]) -> None:
         with options.cluster.joined(bool(config.mesh or config.rules), then):
             outcome = run(config)
             if outcome.is_done:
-                print(f"{config.output}/model")
+                print(f"{config.output}/{'adapter' if config.soft_prompt.tokens else 'model'}")
             else:
                 say(f"stopped after step {outcome.state.step}; the same command goes on from there")
     except SaveError as error:
@@ -98,7 +99,7 @@ def _reason(error: Exception) -> str:
     """Says in one line why a config could not be read, and suggests a field for a wrong one."""
     text = " ".join(str(error).split()) or type(error).__name__
     wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    for kind in (TrainConfig, OptimizerConfig, LoraConfig, ModelConfig):
+    for kind in (TrainConfig, OptimizerConfig, LoraConfig, SoftPromptConfig, ModelConfig):
         if wrong and wrong[1] == kind.__name__:
             known = [field.name for field in dataclasses.fields(kind)]
             return f"{kind.__name__} has no field '{wrong[2]}'.{suggest(wrong[2], known)}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from neo_jax.data.packing import TokenDataset, split_names
@@ -20,7 +21,12 @@ class Mixture:
 
     @classmethod
     def open(
-        cls, data: str, split: str = "train", length: int = 1024, across_documents: bool = True
+        cls,
+        data: str,
+        split: str = "train",
+        length: int = 1024,
+        across_documents: bool = True,
+        soft_prompt: Sequence[int] = (),
     ) -> "Mixture":
         """Opens a split of every data set of `parse_data`, see `TokenDataset.open`.
 
@@ -33,7 +39,7 @@ class Mixture:
         for folder, share in parse_data(data):
             if split == HELD_OUT and split not in split_names(folder):
                 continue
-            parts.append(TokenDataset.open(folder, split, length, across_documents))
+            parts.append(TokenDataset.open(folder, split, length, across_documents, soft_prompt))
             shares.append(share)
             _check_tokenizers(parts[0], parts[-1])
         return cls(tuple(parts), tuple(shares))

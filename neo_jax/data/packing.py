@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import os
+from collections import abc
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -68,6 +69,7 @@ class TokenDataset:
     eos_id: int
     tokenizer_folder: Path  # holds the tokenizer's files
     offsets: np.ndarray | None = None  # where documents begin, if tokens see only their own
+    soft_prompt: abc.Sequence[int] = ()  # ids before every text, whose own tokens are as many fewer
 
     @classmethod
     def open(
@@ -76,8 +78,12 @@ class TokenDataset:
         split: str = "train",
         length: int = 1024,
         across_documents: bool = True,
+        soft_prompt: abc.Sequence[int] = (),
     ) -> "TokenDataset":
         """Opens a split, "train" or "held_out", as sequences of `length` predictions.
+
+        With a soft prompt, ids of virtual tokens, that many tokens of a sequence, and of each pair,
+        are it; what follows them is predicted.
 
         Tokens may see other documents of their sequence, or if not `across_documents` only their
         own, of which the end of text before it counts as the first token. Pairs, a `PairDataset`,
@@ -85,7 +91,8 @@ class TokenDataset:
 
         Raises:
           NeoError: no data set, no such split, files that do not match dataset.json, fewer tokens
-            than one sequence takes, no pair that fits one, or no documents to tell apart.
+            than one sequence takes, no pair that fits one, or no documents to tell apart, or which
+            a soft prompt would not precede.
         """
         folder = make_path(folder)
         if not (folder / DATASET_FILE).is_file():
@@ -107,6 +114,8 @@ class TokenDataset:
             _field(folder, splits[split], name, int) for name in ("tokens", "bytes", "documents")
         )
         name, pairs = f"split '{split}' of {folder}", fields.get("pairs", False)
+        if not pairs:
+            length -= len(soft_prompt)
         # Of a split that only evaluates, a sequence that is not full counts too.
         if num_tokens < (2 if pairs or split == HELD_OUT else length + 1):
             fix = f"choose a length below {num_tokens}, or " if num_tokens > 1 else ""
@@ -122,6 +131,7 @@ class TokenDataset:
             vocab_size=_field(folder, fields, "vocab_size", int),
             eos_id=_field(folder, fields, "eos_id", int),
             tokenizer_folder=folder,
+            soft_prompt=soft_prompt,
         )
         if across_documents and not pairs:
             return dataset
@@ -129,6 +139,11 @@ class TokenDataset:
         if pairs:
             prompts = _numbers(folder / split / PROMPTS_FILE, num_documents)
             return _pairs(dataset, offsets, prompts, name)
+        if soft_prompt:
+            raise NeoError(
+                "a soft prompt precedes a sequence, of which documents that are kept apart would "
+                "not see it; leave across_documents on, or prepare pairs."
+            )
         _check_documents(dataset, offsets, name)
         return dataclasses.replace(dataset, offsets=offsets)
 
@@ -173,7 +188,12 @@ class TokenDataset:
                 raise NeoError(_DAMAGED_OFFSETS.format("the data set"))
             segment_starts[cuts] = cuts
             segment_starts = np.maximum.accumulate(segment_starts)
-        return _sequence(self.length, tokens, np.ones(len(tokens) - 1), segment_starts)
+        weights, lead = np.ones(len(tokens) - 1), len(self.soft_prompt)
+        if lead:  # the first token of a sequence is the last of the one before, and no target
+            tokens = np.concatenate([self.soft_prompt, tokens])
+            weights = np.pad(weights, (lead, 0))
+            segment_starts = np.pad(segment_starts, (lead, 0))
+        return _sequence(self.length + lead, tokens, weights, segment_starts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -181,7 +201,8 @@ class PairDataset(TokenDataset):
     """Pairs of prompt and completion: a sequence holds as many whole ones as fit, in their order.
 
     What counts are completions with their ends of text, the first token of a pair never; no pair
-    sees another one. Those that are longer than a sequence are left out.
+    sees another one. Those that are longer than a sequence are left out. Each is behind the soft
+    prompt, if there is one.
     """
 
     offsets: np.ndarray  # [num_documents + 1]: where pairs begin
@@ -205,12 +226,16 @@ class PairDataset(TokenDataset):
     def sequence(self, i: int) -> Sequence:
         """Returns sequence i; zeros of weight 0, each its own start, fill it up."""
         first, behind = self.bounds[i]
+        lead = len(self.soft_prompt)
         offsets = self.offsets[first : behind + 1]
+        tokens = self.tokens[offsets[0] : offsets[-1]].astype(np.int32)
+        starts = np.repeat(offsets[:-1] - offsets[0], lead)
+        tokens = np.insert(tokens, starts, np.tile(self.soft_prompt, behind - first))
+        offsets = offsets - offsets[0] + lead * np.arange(behind - first + 1)
         lengths = np.diff(offsets)
-        tokens = self.tokens[offsets[0] : offsets[-1]]
-        begins = np.repeat(offsets[:-1] - offsets[0], lengths)  # of the pair of each token
+        begins = np.repeat(offsets[:-1], lengths)  # of the pair of each token
         places = np.arange(len(tokens)) - begins  # in its pair
-        counts = (places > 0) & (places >= np.repeat(self.prompts[first:behind], lengths))
+        counts = (places > 0) & (places >= np.repeat(lead + self.prompts[first:behind], lengths))
         segment_starts = np.arange(self.length)
         segment_starts[: len(begins)] = begins[: self.length]
         return _sequence(self.length, tokens, counts[1:], segment_starts)
@@ -220,8 +245,9 @@ def _pairs(
     dataset: TokenDataset, offsets: np.ndarray, prompts: np.ndarray, name: str
 ) -> PairDataset:
     """Returns a data set of pairs, and reports how many are left out."""
-    lengths = np.diff(offsets)
-    bounds = _whole_documents(offsets, dataset.length + 1)
+    ends = offsets + len(dataset.soft_prompt) * np.arange(len(offsets))
+    lengths = np.diff(ends)
+    bounds = _whole_documents(ends, dataset.length + 1)
     if not bounds:
         raise NeoError(
             f"no pair of {name} fits a sequence of {dataset.length}; choose a length of "

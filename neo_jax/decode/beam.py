@@ -100,7 +100,7 @@ def search(
     return [
         [
             Beam(
-                *engine.completion(model, tokens, logprobs, length, len(prompt), endless[row]),
+                *engine.completion(model, tokens, logprobs, length, start, endless[row]),
                 float(score),
             )
             for tokens, logprobs, length, score in zip(
@@ -108,7 +108,7 @@ def search(
             )
             if score > -math.inf  # what the penalties left ended before there were so many
         ]
-        for row, prompt in enumerate(prompts)
+        for row, start in enumerate(model.soft_prompt + len(prompt) for prompt in prompts)
     ]
 
 

@@ -26,6 +26,7 @@ from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache
+from neo_jax.model.soft_prompt import soft_prompt_ids, text_context
 from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import Loop
 from neo_jax.sharding.rules import padded_rows
@@ -37,7 +38,7 @@ def check_tokens(model: Neo, tokens: Sequence[int]) -> None:
     Raises:
       NeoError: no tokens, an id outside the vocabulary, or more tokens than the context.
     """
-    vocab, context = model.config.vocab_size, model.config.max_length
+    vocab, context = model.config.vocab_size + model.virtual_tokens, text_context(model)
     if not len(tokens):
         raise NeoError("the prompt is empty; give at least one token.")
     for token in tokens:
@@ -56,7 +57,7 @@ def check_prompts(model: Neo, prompts: Sequence[Sequence[int]], max_new_tokens: 
     model.config.head.check_writes()
     if max_new_tokens < 1:
         raise NeoError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    context = model.config.max_length
+    context = text_context(model)
     for prompt in prompts:
         check_tokens(model, prompt)
         if len(prompt) + max_new_tokens > context:
@@ -74,7 +75,7 @@ def check_rows(model: Neo, rows: int, length: int) -> None:
       NeoError: see `check_batch`.
     """
     config, dtype = model.config, model.cache_dtype or model.dtype
-    slots = capacity(length, config.max_length)
+    slots = capacity(length + model.soft_prompt, config.max_length)
     row_bytes = caching.sequence_bytes(config, slots, dtype).per_sequence + 4 * config.vocab_size
     check_batch(rows, slots, row_bytes, model.sharding.mesh.size if model.sharding else 1)
 
@@ -86,12 +87,13 @@ def start(
     max_new_tokens: int,
     settings: Settings,
 ) -> DecodeState:
-    """Reads the prompts into a fresh state.
+    """Reads the prompts, each behind the model's soft prompt if it has one, into a fresh state.
 
     Raises:
       NeoError: see `check_prompts`.
     """
     check_prompts(model, prompts, max_new_tokens)
+    prompts = [[*soft_prompt_ids(model), *prompt] for prompt in prompts]
     longest = max(len(prompt) for prompt in prompts)
     slots = capacity(longest + max_new_tokens, model.config.max_length)
     # A mesh may want more rows than there are prompts: the others are done before they begin.
@@ -296,7 +298,8 @@ def stream(
     """
     ends = () if to_host(settings.ignore_eos)[0] else model.config.eos_ids
     state = start(model, params, [prompt], max_new_tokens, settings)
-    for position in range(len(prompt), len(prompt) + max_new_tokens):
+    first = model.soft_prompt + len(prompt)
+    for position in range(first, first + max_new_tokens):
         state = run(model, params, state, 1)
         token = int(to_host(state.tokens[0, position]))
         if token in ends:

@@ -167,7 +167,8 @@ class ChunkReader:
         texts = _texts([(prompt.id, prompt.request) for prompt in prompts])
         wanted = [prompt for prompt in prompts if prompt.is_wanted]
         ids = [prompt.id for prompt in wanted]
-        return [text for text in texts if text.id in ids], [_found(prompt) for prompt in wanted]
+        found = [self._found(prompt) for prompt in wanted]
+        return [text for text in texts if text.id in ids], found
 
     def _begin(self, queue: Queue) -> None:
         """Takes prompts: one, or several short ones of a padded length where many wait."""
@@ -203,7 +204,9 @@ class ChunkReader:
                 new = slice(max(length - 1 - start, 0))
                 prompt.judged.append([leaf[row, new] for leaf in judged])
             if states is not None and prompt.request.prompt_pool:
-                weights = pool_weights(prompt.request.prompt_pool, length)[start:end]
+                lead = self._model.soft_prompt
+                weights = pool_weights(prompt.request.prompt_pool, length - lead)
+                weights = np.pad(weights, (lead, 0))[start:end]
                 prompt.pooled = prompt.pooled + weights @ states[row, : len(weights)]
 
     def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:
@@ -221,14 +224,14 @@ class ChunkReader:
         for prompt in self._prompts:
             prompt.is_wanted &= prompt.id != id
 
-
-def _found(prompt: _Prompt) -> PromptRead:
-    request = prompt.request
-    pooled = np.asarray(prompt.pooled, np.float32) if request.prompt_pool else None
-    if not request.prompt_logprobs:
-        return PromptRead(prompt.id, None, None, None, pooled)
-    logprobs, ids, likeliest = map(np.concatenate, zip(*prompt.judged, strict=True))
-    return PromptRead(prompt.id, logprobs, ids, likeliest, pooled)
+    def _found(self, prompt: _Prompt) -> PromptRead:
+        """Returns what is known of a prompt, behind the soft prompt."""
+        request, lead = prompt.request, self._model.soft_prompt
+        pooled = np.asarray(prompt.pooled, np.float32) if request.prompt_pool else None
+        if not request.prompt_logprobs:
+            return PromptRead(prompt.id, None, None, None, pooled)
+        found = (np.concatenate(leaf)[lead:] for leaf in zip(*prompt.judged, strict=True))
+        return PromptRead(prompt.id, *found, pooled)
 
 
 def _texts(taken: Sequence[tuple[int, Request]]) -> list[Text]:

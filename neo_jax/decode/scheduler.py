@@ -17,6 +17,7 @@ as many as a chunk holds, and three more, and there are r numbers of rows (`capa
 times as many of all but what reads prompts, and r r c to change the number of rows.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -40,6 +41,7 @@ from neo_jax.decode.state import (
 )
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
+from neo_jax.model.soft_prompt import soft_prompt_ids
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import padded_rows
 
@@ -125,11 +127,15 @@ class Scheduler:
     def submit(self, request: Request) -> int:
         """Queues a request; returns the id by which events name it.
 
+        A model with a soft prompt reads it first.
+
         Raises:
           NeoError: see `Scheduler.check`.
         """
         self.check(request)
         self._submitted += 1
+        if lead := soft_prompt_ids(self._model):
+            request = dataclasses.replace(request, ids=[*lead, *request.ids])
         self._queue.append((self._submitted, request))
         return self._submitted
 

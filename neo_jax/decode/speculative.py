@@ -30,6 +30,7 @@ from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import SLACK, Cache
+from neo_jax.model.soft_prompt import soft_prompt_ids
 from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import Loop
 from neo_jax.sharding.rules import pick
@@ -81,7 +82,7 @@ def check_draft(model: Neo, draft: Draft | None, num_drafted: int) -> None:
     """Checks that a draft can propose tokens to a model.
 
     Raises:
-      NeoError: other vocabularies, or a number of tokens out of range.
+      NeoError: other vocabularies, a number of tokens out of range, or a soft prompt of the draft.
     """
     if not 1 <= num_drafted <= MAX_DRAFTED:
         raise NeoError(f"a draft has 1 to {MAX_DRAFTED} tokens, not {num_drafted}.")
@@ -90,6 +91,8 @@ def check_draft(model: Neo, draft: Draft | None, num_drafted: int) -> None:
             f"the draft model has {draft.model.config.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; take a draft with the model's tokenizer."
         )
+    if draft and draft.model.virtual_tokens:
+        raise NeoError("the draft model has a soft prompt; take the model that it is for.")
 
 
 def generate(
@@ -116,7 +119,11 @@ def generate(
     if not prompts:
         return [], []
     text = engine.start(model, params, prompts, max_new_tokens, settings)
-    cache = engine.start(*draft, prompts, max_new_tokens, settings).cache if draft else ()
+    cache: Cache = ()
+    if draft:  # which takes a virtual token for the last one of the vocabulary
+        lead, last = soft_prompt_ids(model), model.config.vocab_size - 1
+        known = [[min(token, last) for token in (*lead, *prompt)] for prompt in prompts]
+        cache = engine.start(*draft, known, max_new_tokens, settings).cache
     counts = (jnp.zeros_like(text.lengths) for _ in range(3))  # `run` consumes each by itself
     state = SpeculativeState(text, cache, *counts)
     state = run(model, draft and draft.model, num_drafted, params, draft and draft.params, state)
@@ -203,7 +210,7 @@ def _look_up(text: DecodeState, num_drafted: int, vocab: int) -> _Proposal:
     ahead = jnp.arange(num_drafted)[None] % jnp.maximum(lengths - best, 1)
     proposed = jnp.take_along_axis(tokens, best + ahead, axis=1)
     weights = jax.nn.one_hot(proposed, vocab)
-    return _Proposal(proposed, weights, jnp.broadcast_to(found, proposed.shape))
+    return _Proposal(proposed, weights, found & (proposed < vocab))
 
 
 def _judge(

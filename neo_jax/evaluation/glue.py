@@ -25,6 +25,7 @@ from neo_jax.evaluation.glue_tasks import TASKS, Row, find_splits, read_rows, su
 from neo_jax.evaluation.tune_options import TuneOptions
 from neo_jax.files.paths import is_file, make_path, write_whole
 from neo_jax.labels import HeadConfig
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.text.classify import choose
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.load import load
@@ -265,7 +266,7 @@ def _likelihoods(
     lm: LanguageModel, task: str, rows: Mapping[str, Sequence[Row]], before: Sequence[str]
 ) -> np.ndarray:
     """Returns log p of each answer to each row, [N, C]; of a choice that is a row, in column 1."""
-    spec, context = TASKS[task], lm.config.max_length
+    spec, context = TASKS[task], text_context(lm.model)
     prompts: list[list[int]] = []
     choices: list[list[list[int]]] = []
     for row in rows["dev"]:

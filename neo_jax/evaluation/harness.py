@@ -26,6 +26,7 @@ from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.evaluation.loglikelihood import Continuation, score_continuations
 from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerprint
 from neo_jax.files.paths import cache_folder
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.load import load
 from neo_jax.text.options import TextOptions, check_together, read_options, reseeded
@@ -83,7 +84,7 @@ class NeoLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """The context, in tokens."""
-        return self.lm.config.max_length
+        return text_context(self.lm.model)
 
     @property
     def eot_token_id(self) -> int:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from neo_jax.axes import Params
 from neo_jax.errors import NeoError
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.model.transformer import Neo
 from neo_jax.text.score import Question, score_rows
 
@@ -46,7 +47,7 @@ def score_continuations(
                 f"request {number} has a token id outside the vocabulary, 0 to {vocab - 1}; does "
                 "the tokenizer belong to the model?"
             )
-    rows, members = _shared(requests, model.config.max_length)
+    rows, members = _shared(requests, text_context(model))
     for i, (logprobs, greedy) in score_rows(model, params, rows, batch_size):
         first = 0
         for request in members[i]:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.nn.initializers import Initializer
+from jax.nn.initializers import Initializer, normal
 from jax.typing import DTypeLike
 
 from neo_jax.axes import EMBED, Array, Float, Int
+from neo_jax.model.initializers import stddev
 from neo_jax.model.low_rank import LowRank, low_rank_axes
 from neo_jax.ops.embedding import embedding_lookup
 from neo_jax.ops.int8 import Int8, multiply
@@ -113,6 +114,22 @@ class Einsum(nn.Module):
             bias = _vector(self, "bias", nn.initializers.zeros, self.bias_axes, shape)
             y += repeat_vector(bias, x.shape[:2])
         return y
+
+
+def linear(
+    module: Any,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    bias: bool = True,
+) -> Einsum:
+    """Returns the linear map between logical axes that has this name in a layer.
+
+    The module that it is for has fields config, dtype and sharding.
+    """
+    shape, init = map(module.config.size, outputs + inputs), normal(stddev(module.config, name))
+    of_bias = outputs if bias else ()
+    return Einsum(tuple(shape), outputs + inputs, init, of_bias, module.dtype, module.sharding)
 
 
 class Embed(nn.Module):

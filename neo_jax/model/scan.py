@@ -19,6 +19,8 @@ from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.config import ModelConfig
 from neo_jax.labels import CLASSIFIERS
 from neo_jax.model.layers import PRODUCT
+from neo_jax.model.prefix_mapper import MAPPER
+from neo_jax.model.soft_prompt import PROMPT
 from neo_jax.model.transformer import RESIDUAL_STREAM, Neo, init_params, logical_axes, make_block
 from neo_jax.sharding.rules import constrain, tree_shardings
 
@@ -77,7 +79,7 @@ def _outside(tree: Params) -> Params:
     return {name: tree[name] for name in _OUTSIDE if name in tree}
 
 
-_OUTSIDE = ("wte", "wpe", "ln_f", "lm_head", *CLASSIFIERS)
+_OUTSIDE = ("wte", "wpe", "ln_f", "lm_head", PROMPT, MAPPER, *CLASSIFIERS)
 
 
 def embed(
@@ -86,8 +88,9 @@ def embed(
     tokens: Int[Array, "B T"],
     segment_starts: Int[Array, "B T"] | None = None,
     key: Array | None = None,
+    prefix: Float[Array, "B K D"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Returns what the first block reads, of stacked parameters.
+    """Returns what the first block reads, of stacked parameters; of a prefix see `Neo`.
 
     `segment_starts` are for each token the index in its row at which its document begins: learned
     positions count from there; None stands for rows of one document. Without a key for dropout
@@ -95,7 +98,7 @@ def embed(
     """
     rngs = None if key is None else {"dropout": jax.random.fold_in(key, model.config.num_layers)}
     learned = _indices(tokens) if segment_starts is None else _indices(tokens) - segment_starts
-    return model.apply({"params": params}, tokens, learned, method=Neo.embed, rngs=rngs)[0]
+    return model.apply({"params": params}, tokens, learned, prefix, method=Neo.embed, rngs=rngs)[0]
 
 
 def hidden(

@@ -24,8 +24,9 @@ from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.config import ModelConfig
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache, LayerCache
-from neo_jax.model.initializers import stddev, zeros_beyond
-from neo_jax.model.layers import Einsum, Embed, LayerNorm
+from neo_jax.model.initializers import zeros_beyond
+from neo_jax.model.layers import Einsum, Embed, LayerNorm, linear
+from neo_jax.model.soft_prompt import declare_virtual, place_virtual
 from neo_jax.ops.attention import Kernel, Mask, attend
 from neo_jax.ops.gelu import ACTIVATIONS
 from neo_jax.ops.rounding import cast
@@ -58,10 +59,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Declares the four linear maps."""
         embed, heads, bias = (axes.EMBED,), (axes.HEADS, axes.HEAD_DIM), self.config.qkv_bias
-        self.q_proj = _linear(self, "q_proj", embed, heads, bias)
-        self.k_proj = _linear(self, "k_proj", embed, heads, bias)
-        self.v_proj = _linear(self, "v_proj", embed, heads, bias)
-        self.out_proj = _linear(self, "out_proj", heads, embed)
+        self.q_proj = linear(self, "q_proj", embed, heads, bias)
+        self.k_proj = linear(self, "k_proj", embed, heads, bias)
+        self.v_proj = linear(self, "v_proj", embed, heads, bias)
+        self.out_proj = linear(self, "out_proj", heads, embed)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         """Returns what keys are multiplied by."""
@@ -101,27 +102,14 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         """Declares the two linear maps."""
-        self.c_fc = _linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
-        self.c_proj = _linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
+        self.c_fc = linear(self, "c_fc", (axes.EMBED,), (axes.MLP,))
+        self.c_proj = linear(self, "c_proj", (axes.MLP,), (axes.EMBED,))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns c_proj(activation(c_fc(x)))."""
         x = ACTIVATIONS[self.config.activation](self.c_fc("btd,fd->btf", x))
         x = constrain(self.sharding, x, MLP_HIDDEN, "c_fc's output")
         return self.c_proj("btf,df->btd", x)
-
-
-def _linear(
-    module: Attention | MLP,
-    name: str,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    bias: bool = True,
-) -> Einsum:
-    """Returns the linear map between logical axes that has this name in a layer."""
-    shape, init = map(module.config.size, outputs + inputs), normal(stddev(module.config, name))
-    of_bias = outputs if bias else ()
-    return Einsum(tuple(shape), outputs + inputs, init, of_bias, module.dtype, module.sharding)
 
 
 class Block(nn.Module):
@@ -175,6 +163,8 @@ class Neo(nn.Module):
         `apply` is given a "dropout" key; without one nothing is.
       cache_dtype: of the keys and values that decoding goes on from, int8 or a floating-point type;
         None stands for `dtype`.
+      virtual_tokens: rows of a table `prompt_embeddings`, [rows, D], for ids from vocab_size on.
+      soft_prompt: how many of these begin every text that is generated or scored.
     """
 
     config: ModelConfig
@@ -183,6 +173,8 @@ class Neo(nn.Module):
     sharding: Sharding | None = None
     dropout: float = 0.0
     cache_dtype: DTypeLike | None = None
+    virtual_tokens: int = 0
+    soft_prompt: int = 0
 
     def setup(self) -> None:
         """Declares the embeddings, the layers h_0, h_1, ... and the final LayerNorm."""
@@ -193,6 +185,7 @@ class Neo(nn.Module):
         self.wte = Embed(*vocab)
         self.lm_head = self.wte if config.tied_head else Embed(*vocab)
         self.wpe = Embed(config.max_length, width, axes.POSITIONS, normal(0.01), dtype, sharding)
+        self.prompt_embeddings = declare_virtual(self)
         self.h = [make_block(self, i) for i in range(config.num_layers)]
         self.ln_f = LayerNorm(config.norm_epsilon, sharding)
         self.drop = nn.Dropout(self.dropout)
@@ -202,16 +195,18 @@ class Neo(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        prefix: Float[Array, "B K D"] | None = None,
     ) -> Output:
         """Returns logits for the token after each token.
 
         Args:
-          tokens: ids, in [0, vocab_size).
+          tokens: ids, in [0, vocab_size), and of virtual tokens.
           positions: the absolute position of each token, -1 for padding; 0, 1, 2, ... if None.
             Without a cache a row's positions run on without gaps.
           cache: what earlier calls returned; None for a sequence that starts here.
+          prefix: embeddings in the place of those of the first K tokens, whose ids do not matter.
         """
-        hidden_states, cache = self._hidden_states(tokens, positions, cache, None)
+        hidden_states, cache = self._hidden_states(tokens, positions, cache, None, prefix)
         logits = self.unembed(hidden_states[-1])[..., : self.config.vocab_size]
         return Output(logits, cache, hidden_states)
 
@@ -241,21 +236,24 @@ class Neo(nn.Module):
         return jnp.where(exists[None, None], logits, -jnp.inf)
 
     def embed(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        prefix: Float[Array, "B K D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
         """Returns what the first block reads, and the positions."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.wte(tokens) + self.wpe(positions)
+        x = place_virtual(self, self.wte(tokens), tokens, prefix) + self.wpe(positions)
         return self.drop(x, deterministic=not self.has_rng("dropout")), positions
 
     def _hidden_states(
-        self, tokens: Array, positions: Array | None, cache: Cache | None, indices: Array | None
+        self, tokens: Array, positions: Any, cache: Any, indices: Any, prefix: Any = None
     ) -> tuple[tuple[Array, ...], Cache]:
         indexed, length = positions is None or cache is not None, tokens.shape[1]
         if not cache:
             tokens, positions = filled(self.sharding, tokens, positions)
-        x, positions = self.embed(tokens, positions)
+        x, positions = self.embed(tokens, positions, prefix)
         # Kernels that know only indices take what is before position 0 for another document.
         segment_starts = None if indexed else jnp.zeros_like(positions)
         # Tokens that are appended to a cache are too few to be split.

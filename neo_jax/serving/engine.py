@@ -16,6 +16,7 @@ from neo_jax.decode.options import SamplingOptions, room_for
 from neo_jax.decode.requests import Event, PromptRead, Request
 from neo_jax.decode.scheduler import Scheduler
 from neo_jax.devices.channel import Channel
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.serving.jobs import (
     CHUNK,
     Busy,
@@ -159,7 +160,7 @@ class Engine:
 
     def start(self) -> None:
         """Compiles what most jobs need, and begins to work."""
-        new = min(100, self._lm.config.max_length - 1)  # most have a capacity of 128 tokens
+        new = min(100, text_context(self._lm.model) - 1)  # most have a capacity of 128 tokens
         warm = Request([0], new, [SamplingOptions()], stream=True)
         if self._lm.config.head.is_classifier:
             warm = Request([0], 0, [], prompt_pool="last")

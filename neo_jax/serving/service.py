@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 from neo_jax.errors import NeoError, brief
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.serving.engine import Engine
 from neo_jax.serving.errors import ApiError, busy, invalid
 from neo_jax.serving.jobs import Busy, Delta, Job, PromptFound
@@ -52,7 +53,7 @@ class Service:
     @property
     def context(self) -> int:
         """Tokens that the model reads, prompt and new ones."""
-        return self.lm.config.max_length
+        return text_context(self.lm.model)
 
     def name(self, called: str | None) -> str:
         """Returns the name of the model in an answer to a request that calls it so.

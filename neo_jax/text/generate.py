@@ -14,6 +14,7 @@ from neo_jax.decode.scheduler import complete, in_order
 from neo_jax.decode.speculative import Draft
 from neo_jax.decode.strategies import Strategy, search_beams, speculate
 from neo_jax.errors import NeoError, brief
+from neo_jax.model.soft_prompt import text_context
 from neo_jax.model.transformer import Neo
 from neo_jax.text.options import TextOptions, allowed, reseeded
 from neo_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -139,7 +140,7 @@ def fit(model: Neo, ids: list[int], options: TextOptions) -> list[int]:
     Raises:
       NeoError: see `engine.check_prompts`.
     """
-    room = model.config.max_length - options.max_new_tokens
+    room = text_context(model) - options.max_new_tokens
     if options.on_overflow == "truncate" and room > 0:
         ids = ids[-room:]
     engine.check_prompts(model, [ids], options.max_new_tokens)

@@ -13,6 +13,7 @@ from neo_jax.decode.engine import check_tokens
 from neo_jax.decode.pooling import POOLINGS, Pooling, pool_weights
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError, checked
+from neo_jax.model.soft_prompt import soft_prompt_ids
 from neo_jax.model.transformer import Neo, Output
 from neo_jax.ops import tuning
 from neo_jax.ops.attention import Mask
@@ -51,24 +52,26 @@ def hidden_states(
         raise NeoError(f"normalize goes with a pooling: {', '.join(POOLINGS)}.")
     for ids in texts:
         check_tokens(model, ids)
-    found = [np.empty(0)] * len(texts)
+    found, lead = [np.empty(0)] * len(texts), model.soft_prompt
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     while order:
-        width = padded_length(len(texts[order[0]]), model.config.max_length)
+        longest = lead + len(texts[order[0]])
+        width = padded_length(longest, model.config.max_length)
         most = max(tuning.forward_tokens(model.sharding) // width, 1)
         batch, order = order[:most], order[most:]
         rows = _padded(model, [texts[i] for i in batch], width, round_up(len(batch), most))
         if pooling:
             weights = np.zeros(rows.shape, np.float32)
             for row, i in zip(weights, batch, strict=False):
-                row[: len(texts[i])] = pool_weights(pooling, len(texts[i]))
+                length = len(texts[i])
+                row[lead : lead + length] = pool_weights(pooling, length)
             vectors = to_host(_pooled(model, layer, normalize, params, rows, weights))
             for i, vector in zip(batch, vectors, strict=False):
                 found[i] = vector.copy()
             continue
         states = to_host(_hidden_states(model, layer, params, rows))
         for i, state in zip(batch, states, strict=False):
-            found[i] = state[: len(texts[i])].copy()  # without the padding
+            found[i] = state[lead : lead + len(texts[i])].copy()  # without the padding
     return found
 
 
@@ -76,7 +79,7 @@ def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.
     """Returns what the heads of a layer attend to in a text, float32 [N, T, T].
 
     Entry [n, t, s] is the share that the value of token s has in what head n gives for token t: 0
-    where t does not see s; over s they sum to 1.
+    where t does not see s; over s they sum to 1. Tokens of a soft prompt come first.
 
     Args:
       model: the model.
@@ -91,16 +94,18 @@ def attention(model: Neo, params: Params, ids: Sequence[int], layer: int) -> np.
     if not 0 <= layer < model.config.num_layers:
         raise NeoError(f"layer {layer} is not one of 0 to {model.config.num_layers - 1}.")
     check_tokens(model, ids)
-    width = padded_length(len(ids), model.config.max_length)
+    length = model.soft_prompt + len(ids)
+    width = padded_length(length, model.config.max_length)
     maps = _attention(model, layer, params, _padded(model, [ids], width, 1))
-    return to_host(maps[0, :, : len(ids), : len(ids)])
+    return to_host(maps[0, :, :length, :length])
 
 
 def _padded(model: Neo, texts: Sequence[Sequence[int]], width: int, size: int) -> np.ndarray:
-    """Returns texts as a batch of at least `size` rows, padded on the right."""
+    """Returns texts behind the soft prompt, at least `size` rows, padded on the right."""
     padded = np.zeros((padded_rows(model.sharding, size), width), np.int32)
+    lead = soft_prompt_ids(model)
     for row, ids in zip(padded, texts, strict=False):
-        row[: len(ids)] = ids
+        row[: len(lead) + len(ids)] = [*lead, *ids]
     return padded
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from neo_jax.checkpoints import hub, peft
+from neo_jax.checkpoints import adapter_files, hub
 from neo_jax.checkpoints.load import cached_dtype, compute_dtype, lay_out, load_model
 from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.devices import probe
 from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError, brief
 from neo_jax.fields import takes
+from neo_jax.model.soft_prompt import PROMPT
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import Sharding, make_sharding
 from neo_jax.text import defaults
@@ -36,7 +37,7 @@ def load(
     """Loads a checkpoint in Hugging Face's format.
 
     Where it is an adapter in PEFT's format, the model that it names is loaded, and the adapter
-    merged into it.
+    merged into it; a soft prompt is read before every text that is generated or scored.
 
     Args:
       model: a folder, also gs://bucket/folder; a hub name such as "EleutherAI/gpt-neo-1.3B"; or
@@ -74,13 +75,17 @@ def load(
     chosen = LoadOptions(**options)
     sharding = sharding or make_sharding(chosen.mesh, chosen.rules, default="decode")
     folder = hub.resolve(model, revision=revision or None, token=token)
-    base = peft.base_folder(folder, token=token)
+    base = adapter_files.base_folder(folder, token=token)
     compute, cached = compute_dtype(chosen.dtype), cached_dtype(chosen.cache_dtype)
     config, params = load_model(folder, base, compute, sharding, chosen.quantize)
     params = lay_out(config, params)
     said, config = read_defaults(folder if (folder / defaults.FILE).is_file() else base, config)
     found = _find_tokenizer(tokenizer, folder, base, config.vocab_size)
-    model = Neo(config, compute, chosen.kernel, sharding, cache_dtype=cached)
+    count = len(params.get(PROMPT, ()))
+    model = Neo(
+        config, compute, chosen.kernel, sharding,
+        cache_dtype=cached, virtual_tokens=count, soft_prompt=count,
+    )  # fmt: skip
     return LanguageModel(model, params, found, folder, said)
 
 

@@ -27,6 +27,7 @@ from neo_jax.decode.sampling import logprobs_of
 from neo_jax.devices.memory import check_batch
 from neo_jax.devices.processes import to_host
 from neo_jax.errors import NeoError
+from neo_jax.model.soft_prompt import soft_prompt_ids, text_context
 from neo_jax.model.transformer import Neo
 from neo_jax.ops import tuning
 from neo_jax.sharding.rules import constrain, padded_rows, pick
@@ -39,7 +40,8 @@ class Score:
     """How well the model predicts one text."""
 
     ids: list[int]
-    logprobs: np.ndarray  # [len(ids) - 1], log p of each token after the first, in nats
+    # Log p of each token after the first, in nats: [len(ids) - 1], but of virtual tokens none.
+    logprobs: np.ndarray
     loss: float  # the mean of -logprobs, nats a token
     num_bytes: int  # UTF-8 bytes of the scored tokens; 0 without a tokenizer
 
@@ -54,7 +56,7 @@ class Score:
 class Question(NamedTuple):
     """A row of a batch: what a model reads, and of which tokens the probability is wanted."""
 
-    tokens: Sequence[int]  # at most as many as the context
+    tokens: Sequence[int]  # at most `text_context`
     positions: Sequence[int]  # [K]: behind which of the tokens
     targets: Sequence[int]  # [K]: the next token of each
 
@@ -71,16 +73,17 @@ def score_rows(
 ) -> Iterator[tuple[int, Answer]]:
     """Yields the index of each row and its answer, batch by batch, the longest rows first.
 
+    A model with a soft prompt reads it before each row, which is as much shorter than its context.
     A forward pass has `batch_size` rows; 0 is as many as have some thousand tokens together.
 
     Raises:
       NeoError: see `check_batch`; or the model is a classifier.
     """
     model.config.head.check_writes()
-    context = model.config.max_length
+    context, lead = model.config.max_length, soft_prompt_ids(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     while order:
-        width = scored_length(len(rows[order[0]].tokens), context)
+        width = scored_length(len(lead) + len(rows[order[0]].tokens), context)
         most = batch_size or max(tuning.forward_tokens(model.sharding) // width, 1)
         batch, order = order[:most], order[most:]
         size = padded_rows(model.sharding, round_up(len(batch), most))
@@ -91,8 +94,8 @@ def score_rows(
         positions, targets = np.zeros((2, size, most_targets), np.int32)
         for line, i in enumerate(batch):
             row = rows[i]
-            tokens[line, : len(row.tokens)] = row.tokens
-            positions[line, : len(row.targets)] = row.positions
+            tokens[line, : len(lead) + len(row.tokens)] = [*lead, *row.tokens]
+            positions[line, : len(row.targets)] = [len(lead) + i for i in row.positions]
             targets[line, : len(row.targets)] = row.targets
         logprobs, greedy = map(to_host, _forward(model, params, tokens, positions, targets))
         for line, i in enumerate(batch):
@@ -154,6 +157,8 @@ def score_ids(
 ) -> Iterator[np.ndarray]:
     """Yields for each text the log-probability of every token after its first, in nats.
 
+    Virtual tokens that a text begins with are in each of its windows, and are not scored.
+
     Args:
       model: the model.
       params: its parameters.
@@ -164,40 +169,54 @@ def score_ids(
       batch_size: see `score_rows`.
 
     Yields:
-      float32 [len(text) - 1], in the order of the texts.
+      float32 [len(text) - 1], less without virtual tokens, in the order of the texts.
 
     Raises:
       NeoError: a text of no tokens, an id outside the vocabulary, or a stride beyond the context.
     """
-    context, vocab = model.config.max_length, model.config.vocab_size
+    context, vocab = text_context(model), model.config.vocab_size
     stride = stride or context // 2
     if not 0 < stride <= context:
         raise NeoError(f"the stride must lie between 1 and {context}, not {stride}.")
+    heads = [_virtual(ids, vocab, model.virtual_tokens) for ids in texts]
+    texts = [ids[head:] for ids, head in zip(texts, map(len, heads), strict=True)]
     for i, ids in enumerate(texts, 1):
         if not len(ids):
             raise NeoError(f"text {i} is empty; there is nothing to score.")
+        if len(heads[i - 1]) >= context:
+            raise NeoError(f"text {i} has a prefix that leaves the context of {context} no room.")
         if min(ids) < 0 or max(ids) >= vocab:
             raise NeoError(f"text {i} has a token id outside the vocabulary, 0 to {vocab - 1}.")
     for group in _groups(texts):
         rows, places = [], []
         for i in group:
-            for first, scored, stop in _windows(len(texts[i]), context, stride):
-                positions = range(scored - 1 - first, stop - 1 - first)
-                rows.append(Question(texts[i][first : stop - 1], positions, texts[i][scored:stop]))
-                places.append((i, slice(scored - 1, stop - 1)))
-        results = {i: np.empty(len(texts[i]) - 1, np.float32) for i in group}
+            head, begin = heads[i], 0 if heads[i] else 1  # the first token that is scored
+            room = context - len(head)
+            for first, scored, stop in _windows(len(texts[i]), room, min(stride, room), begin):
+                offset = len(head) - 1 - first
+                positions = range(offset + scored, offset + stop)
+                read = [*head, *texts[i][first : stop - 1]]
+                rows.append(Question(read, positions, texts[i][scored:stop]))
+                places.append((i, slice(scored - begin, stop - begin)))
+        results = {i: np.empty(len(texts[i]) - (not heads[i]), np.float32) for i in group}
         for row, answer in score_rows(model, params, rows, batch_size):
             i, place = places[row]
             results[i][place] = answer.logprobs
         yield from results.values()
 
 
-def _windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def _virtual(ids: Sequence[int], vocab: int, count: int) -> list[int]:
+    """Returns the virtual tokens that a text begins with."""
+    real = (i for i, token in enumerate(ids) if not vocab <= token < vocab + count)
+    return list(ids[: next(real, len(ids))])
+
+
+def _windows(length: int, context: int, stride: int, scored: int) -> Iterator[tuple[int, int, int]]:
     """Yields where each window of a text begins, where what it scores begins, and where both end.
 
     The last token of a window is only predicted: it holds one more than the context.
     """
-    scored, stop = 1, min(length, context + 1)
+    stop = min(length, context + 1)
     while scored < length:
         yield max(stop - context - 1, 0), scored, stop
         scored, stop = stop, min(stop + stride, length)

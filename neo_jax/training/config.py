@@ -10,6 +10,7 @@ from neo_jax.fields import check, choice, number
 from neo_jax.model.scan import Remat
 from neo_jax.ops.attention import Kernel
 from neo_jax.transforms.lora import LoraConfig
+from neo_jax.transforms.soft_prompt import SoftPromptConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class TrainConfig:
     )
     # Adapters of low rank, in the place of all weights.
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    # Or virtual tokens before every text.
+    soft_prompt: SoftPromptConfig = dataclasses.field(default_factory=SoftPromptConfig)
     length: int = 0  # tokens of a sequence; 0 is the model's whole context
     across_documents: bool = True  # whether tokens see the documents before theirs in a sequence
     seed: int = 0  # of the initial weights and of the order of the data
@@ -105,6 +108,10 @@ class TrainConfig:
                 f"batch_size {self.batch_size} does not divide into accumulation "
                 f"{self.accumulation}; make it a multiple."
             )
+        if self.lora.rank and self.soft_prompt.tokens:
+            raise NeoError(
+                "lora.rank and soft_prompt.tokens are two adapters; set one of them to 0."
+            )
         if not self.pretrained:  # else the model is known when the checkpoint is
             self.check_length()
 
@@ -112,12 +119,17 @@ class TrainConfig:
         """Checks that sequences fit the model.
 
         Raises:
-          NeoError: they are longer than its context, or their tokens too many.
+          NeoError: they are longer than its context, hold no text, or their tokens are too many.
         """
         if self.sequence_length > self.model.max_length:
             raise NeoError(
                 f"length {self.length} exceeds the model's context of {self.model.max_length}; "
                 "shorten it, or raise model.max_length."
+            )
+        if self.soft_prompt.tokens >= self.sequence_length:
+            raise NeoError(
+                f"soft_prompt.tokens {self.soft_prompt.tokens} leave a sequence of "
+                f"{self.sequence_length} no room for a text; take fewer, or raise length."
             )
         check_batch(self.batch_size, self.sequence_length)
 
@@ -145,15 +157,20 @@ class TrainConfig:
                 f"model.max_length {wanted.max_length} is below the {positions} positions of "
                 f"{self.pretrained}; leave it out, and set length for shorter sequences."
             )
-        if wanted.max_length > positions and self.lora.rank:
+        if wanted.max_length > positions and self.is_frozen:
             raise NeoError(
                 "adapters do not train embeddings, so the positions that model.max_length adds "
-                "would never be learned; leave it out, or set lora.rank to 0."
+                "would never be learned; leave it out, or train all weights."
             )
         model = dataclasses.replace(model, max_length=wanted.max_length)
         config = dataclasses.replace(self, model=model)
         config.check_length()
         return config
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the model itself is not trained, but an adapter."""
+        return bool(self.lora.rank or self.soft_prompt.tokens)
 
     @property
     def sequence_length(self) -> int:

@@ -19,11 +19,14 @@ from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.labels import HeadConfig
 from neo_jax.model.scan import abstract_params, stack
+from neo_jax.model.soft_prompt import PROMPT, without_prompt
 from neo_jax.model.tensor_table import tensors
 from neo_jax.model.transformer import Neo
+from neo_jax.text.tokenizer import Tokenizer
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective
 from neo_jax.training.step import TrainState, init_state, make_objective, state_of, state_shardings
+from neo_jax.transforms.soft_prompt import first_words
 
 
 def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
@@ -33,17 +36,23 @@ def find_pretrained(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
       NeoError: it cannot be found or read, the config describes another model, its length does not
         fit, or there are to be adapters or new tokens of no model, or both of one.
     """
-    if config.new_tokens and config.lora.rank:
+    if config.new_tokens and config.is_frozen:
         raise NeoError(
             "adapters do not train embeddings, so those of new_tokens would never be learned; set "
-            "lora.rank or new_tokens to 0."
+            "lora.rank and soft_prompt.tokens, or new_tokens to 0."
         )
     if not config.pretrained:
         if config.new_tokens:
             raise NeoError("new_tokens are for a model in pretrained; set model.vocab_size here.")
         if config.lora.rank:
             raise NeoError("lora.rank needs a model to adapt; name one in pretrained, or set it 0.")
+        if config.soft_prompt.tokens:
+            raise NeoError(
+                "soft_prompt.tokens are read before a model's texts; name it in pretrained."
+            )
         return config, None
+    if config.soft_prompt.features and config.prompts:
+        raise NeoError("prompts have no features to be mapped; leave prompts out.")
     folder = hub.resolve(config.pretrained)
     return config.with_model(read_config(folder)), folder
 
@@ -57,7 +66,7 @@ def first_state(
 ) -> TrainState:
     """Returns the state before the first step; `folder` is what `find_pretrained` found."""
     objective = objective or make_objective(config)
-    if folder is None or config.lora.rank:
+    if folder is None or config.is_frozen:
         return init_state(model, optimizer, config.seed, config.lora, objective)
     start = functools.partial(state_of, optimizer=optimizer)
     stored = dataclasses.replace(
@@ -77,6 +86,23 @@ def first_state(
     params = objective.init(model, jax.random.key(config.seed)) | params
     shardings = state_shardings(model, optimizer, jax.eval_shape(start, params))
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def begin_soft_prompt(
+    state: TrainState, frozen: Params, config: TrainConfig, tokenizer: Tokenizer
+) -> TrainState:
+    """Returns a first state whose soft prompt is the embeddings of words; see `first_words`."""
+    soft = config.soft_prompt
+    words = tokenizer.encode(soft.init_text, False) if soft.init_text else []
+    ids = first_words(soft.tokens, words, config.model.vocab_size, config.seed)
+    old = state.params[PROMPT]
+
+    def rows(table: Array) -> Array:  # a product, which is exact: the table may be split in any way
+        chosen = jax.nn.one_hot(ids, len(table))
+        return jnp.matmul(chosen, table.astype(old.dtype), precision=jax.lax.Precision.HIGHEST)
+
+    found = jax.jit(rows, out_shardings=old.sharding)(frozen["wte"]["embedding"])
+    return state._replace(params={**state.params, PROMPT: found})
 
 
 def _grow(table: Array, before: ModelConfig, after: ModelConfig) -> Array:
@@ -126,7 +152,7 @@ def load_stacked(model: Neo, folder: Path, dtype: DTypeLike, with_head: bool = T
         places = {t.path: sharding.named(t.axes, t.shape, "/".join(t.path)) for t in rows}
         before = unflatten_dict(places)
         after = jax.tree.map(
-            lambda leaf: leaf.sharding, abstract_params(model.clone(config=stored))
+            lambda leaf: leaf.sharding, abstract_params(without_prompt(model).clone(config=stored))
         )
         if stored.head.is_classifier:
             after[head.kind] = before[head.kind]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from neo_jax.axes import Array, Params
+from neo_jax.data.features import with_features
 from neo_jax.data.labelled import (
     LabelledDataset,
     is_labelled,
@@ -34,7 +35,12 @@ def open_split(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
     """
     if is_labelled(config.data):
         return LabelledDataset.open(config.data, split, config.sequence_length)
-    return Mixture.open(config.data, split, config.sequence_length, config.across_documents)
+    soft, first = config.soft_prompt, config.model.vocab_size
+    virtual = [0] * soft.tokens if soft.features else range(first, first + soft.tokens)
+    mixture = Mixture.open(
+        config.data, split, config.sequence_length, config.across_documents, virtual
+    )
+    return with_features(mixture, soft.features) if soft.features and mixture.parts else mixture
 
 
 def with_labels(config: TrainConfig, dataset: Mixture | LabelledDataset) -> TrainConfig:
@@ -53,6 +59,8 @@ def with_labels(config: TrainConfig, dataset: Mixture | LabelledDataset) -> Trai
     head = dataset.head if isinstance(dataset, LabelledDataset) else HeadConfig()
     if labelled and config.prompts:
         raise NeoError("a classifier continues no prompts; leave prompts out.")
+    if labelled and config.soft_prompt.tokens:
+        raise NeoError("a soft prompt is for a language model; train a classifier by lora.rank.")
     if config.metric and config.metric not in METRICS:
         raise NeoError(f"no metric is called '{config.metric}'.{suggest(config.metric, METRICS)}")
     if config.metric and not labelled:

@@ -12,6 +12,8 @@ import numpy as np
 
 from neo_jax.axes import Array, Params
 from neo_jax.checkpoints.peft import save_adapter
+from neo_jax.checkpoints.prefix_mapper import save_mapper
+from neo_jax.checkpoints.prompt_tuning import save_soft_prompt
 from neo_jax.checkpoints.save import remove_leftovers, save_pretrained
 from neo_jax.data.feed import HostBatch, batches, evaluation_batches
 from neo_jax.data.labelled import LabelledDataset, labelled_batches
@@ -22,13 +24,20 @@ from neo_jax.devices import probe
 from neo_jax.devices.processes import holding, is_leader, say
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import make_path
+from neo_jax.model.prefix_mapper import MAPPER
 from neo_jax.model.scan import unstack
+from neo_jax.model.soft_prompt import PROMPT
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from neo_jax.training.checkpoint import Checkpoints
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.initial_state import find_pretrained, first_state, load_stacked
+from neo_jax.training.initial_state import (
+    begin_soft_prompt,
+    find_pretrained,
+    first_state,
+    load_stacked,
+)
 from neo_jax.training.interrupt import Interrupt
 from neo_jax.training.labelled import (
     is_exhausted,
@@ -47,6 +56,7 @@ from neo_jax.training.step import (
     TrainState,
     abstract_inputs,
     abstract_state,
+    make_model,
     make_objective,
     make_step,
     merge_trainable,
@@ -71,10 +81,10 @@ def run(config: TrainConfig) -> Outcome:
 
     Leaves in the output folder: checkpoints/, best.json, metrics.jsonl, loss.png, what else the
     config requests, and model/, which `neo_jax.load` and transformers read; where adapters were
-    trained, adapter/ for PEFT, which model/ has merged. Several processes (see
-    `neo_jax.devices.processes`) that call this are one run, and all need to see that folder;
-    checkpoints of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the running
-    step end, save and return; the second one does what it always did.
+    trained, adapter/ for PEFT, which model/ has merged; of a soft prompt that alone. Several
+    processes (see `neo_jax.devices.processes`) that call this are one run, and all need to see that
+    folder; checkpoints of any mesh and any number of processes go on. SIGTERM and Ctrl-C let the
+    running step end, save and return; the second one does what it always did.
 
     Returns:
       The final state, which may be of a later step if the run has gone further before; or that of
@@ -98,8 +108,7 @@ def _run(config: TrainConfig) -> Outcome:
     sharding = make_sharding(config.mesh, config.rules)
     if sharding is None and jax.process_count() > 1:
         raise NeoError("a run of several processes needs a mesh; add for example --mesh fsdp=-1.")
-    dtype = jnp.dtype(config.dtype)
-    model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
+    model = make_model(config, sharding)
     check_size(config, model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = make_objective(config)
@@ -112,14 +121,16 @@ def _run(config: TrainConfig) -> Outcome:
     sample = _make_sampler(config, model, tokenizer)
     check_run(config, model, train_step, abstract, batch, needed)
     frozen = None
-    if folder and config.lora.rank:
-        frozen = load_stacked(model, folder, dtype, with_head=False)
+    if folder and config.is_frozen:
+        frozen = load_stacked(model, folder, model.dtype, with_head=False)
     base, output = base_of(frozen) if frozen else {}, make_path(config.output)
     metric = metrics_of(config)[0] if config.model.head.is_classifier else ""
     folder_of = output / "checkpoints", config.keep, config.keep_every, base, metric
     with Interrupt() as interrupt, Checkpoints(*folder_of) as checkpoints:
         restored = checkpoints.restore_latest(abstract, config)
         state = restored or first_state(config, model, optimizer, folder, objective)
+        if not restored and frozen and config.soft_prompt.shared:
+            state = begin_soft_prompt(state, frozen, config, tokenizer)
         trained = functools.partial(merge_trainable, frozen=frozen, lora=config.lora)
         start = int(state.step)
         size, seed = config.batch_size, config.seed
@@ -167,6 +178,14 @@ def _run(config: TrainConfig) -> Outcome:
 def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
     """Writes what a run leaves for use: model/, and adapter/ where adapters were trained."""
     output = make_path(config.output)
+    if config.soft_prompt.tokens:  # which does not merge
+        place = output / "adapter"
+        options: Any = {"base": config.pretrained, "tokenizer": tokenizer}
+        if config.soft_prompt.features:
+            save_mapper(place, config.model, params[MAPPER], **options)
+        else:
+            save_soft_prompt(place, config.model, params[PROMPT], **options)
+        return
     if config.lora.rank:
         save_adapter(
             output / "adapter",
@@ -205,7 +224,7 @@ class Placement:
 
     def __init__(self, model: Neo, spec: Any):
         """Splits the rows of batches; `spec` is the batch of `abstract_inputs`."""
-        self._vocab_size = model.config.vocab_size
+        self._vocab_size = model.config.vocab_size + model.virtual_tokens
         self._spec, leaf = spec, jax.tree.leaves(spec)[0]
         self.rows = list(range(leaf.shape[0]))
         if leaf.sharding:

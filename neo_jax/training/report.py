@@ -83,7 +83,7 @@ class Report:
             if config.prompts:
                 self._samples = [LineFile(output / "samples.jsonl", start_step)]
         self._bits_per_nat = 1 / math.log(2) / bytes_per_token  # bits a byte, that is
-        self._flops = flops_per_token(config.model, config.sequence_length, config.lora.rank > 0)
+        self._flops = flops_per_token(config.model, config.sequence_length, config.is_frozen)
         self._peak = peak_flops(config.dtype, num_devices)
         self._pending: tuple[int, Metrics] | None = None
         self._trace = contextlib.ExitStack()

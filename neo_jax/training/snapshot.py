@@ -43,7 +43,12 @@ Base = dict[str, dict[str, int]]  # checksums of a frozen model, by the dtype th
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 _PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts: a file system may be away for a while
 # A run cannot go on with others of these fields.
-_FIXED = {"model": "another model", "lora": "other adapters", "optimizer.name": "another optimizer"}
+_FIXED = {
+    "model": "another model",
+    "lora": "other adapters",
+    "soft_prompt": "another soft prompt",
+    "optimizer.name": "another optimizer",
+}
 
 
 def base_of(frozen: Params) -> Base:
@@ -199,10 +204,10 @@ def read_model(folder: Path) -> tuple[ModelConfig, str]:
         fields = {field.name for field in dataclasses.fields(ModelConfig)}
         model = ModelConfig(**{k: v for k, v in config["model"].items() if k in fields})
         data: str = config["data"]
-    if config.get("lora", {}).get("rank"):
+    if config.get("lora", {}).get("rank") or config.get("soft_prompt", {}).get("tokens"):
         raise NeoError(
-            f"{folder} holds adapters and not the model; convert the folder 'model' that the run "
-            "leaves at its end."
+            f"{folder} holds adapters and not the model; convert the folder 'model' that a run of "
+            "LoRA leaves at its end."
         )
     return model, data
 

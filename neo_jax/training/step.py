@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from neo_jax.axes import BATCH, Array, Params
+from neo_jax.data.features import open_features
 from neo_jax.errors import NeoError
 from neo_jax.model.scan import abstract_params, stack, stacked_axes
+from neo_jax.model.soft_prompt import without_prompt
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import tuning
-from neo_jax.sharding.rules import tree_shardings
+from neo_jax.sharding.rules import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective, Sums
 from neo_jax.training.objectives.classification import Classification
 from neo_jax.training.objectives.next_token import NextToken
+from neo_jax.training.objectives.soft_prompt import MappedPrefix, SoftPrompt
 from neo_jax.training.optimizer import make_schedule
 from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters
 
@@ -72,9 +75,23 @@ def abstract_state(
     )
 
 
+def make_model(config: TrainConfig, sharding: Sharding | None) -> Neo:
+    """Returns the model of a run."""
+    count = config.soft_prompt.shared
+    return Neo(
+        config.model, jnp.dtype(config.dtype), config.kernel, sharding, config.dropout,
+        virtual_tokens=count, soft_prompt=count,
+    )  # fmt: skip
+
+
 def make_objective(config: TrainConfig) -> Objective:
     """Returns what a run minimises."""
     head = config.model.head
+    soft = config.soft_prompt
+    if soft.features:
+        return MappedPrefix(config.z_loss, open_features(soft.features).shape[1], soft)
+    if soft.tokens:
+        return SoftPrompt(config.z_loss)
     return Classification(head) if head.is_classifier else NextToken(config.z_loss)
 
 
@@ -96,8 +113,9 @@ def abstract_inputs(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
 
     spec = objective.batch_spec(config.batch_size, config.sequence_length, has_segment_starts)
-    frozen = abstract_params(model, jnp.dtype(config.dtype)) if config.lora.rank else None
-    return jax.tree.map(place, spec), frozen
+    if not config.is_frozen:
+        return jax.tree.map(place, spec), None
+    return jax.tree.map(place, spec), abstract_params(without_prompt(model), model.dtype)
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -119,7 +137,9 @@ def _init(
     objective: Objective,
     key: Array,
 ) -> TrainState:
-    if lora.rank:
+    if isinstance(objective, SoftPrompt):  # of a model that is frozen
+        params: Params = {}
+    elif lora.rank:
         params = init_adapters(model.config, lora, key)
     else:
         params = stack(init_params(model, key), model.config)
@@ -131,7 +151,7 @@ def merge_trainable(params: Params, frozen: Params | None, lora: LoraConfig) -> 
     if frozen is None:
         return params
     adapters = {name: tree for name, tree in params.items() if name in frozen}
-    return params | add_adapters(frozen, adapters, lora.scale)
+    return params | (add_adapters(frozen, adapters, lora.scale) if adapters else frozen)
 
 
 def state_shardings(

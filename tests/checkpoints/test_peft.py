@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import GPTNeoForCausalLM
 
 import neo_jax
-from neo_jax.checkpoints.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+from neo_jax.checkpoints.adapter_files import CONFIG, WEIGHTS
+from neo_jax.checkpoints.peft import load_adapter, save_adapter
 from neo_jax.errors import NeoError
 from neo_jax.model.scan import stack, unstack
 from neo_jax.transforms.lora import LoraConfig, add_adapters, init_adapters, merge

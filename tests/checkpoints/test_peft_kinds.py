@@ -13,7 +13,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 import neo_jax
-from neo_jax.checkpoints.peft import CONFIG, WEIGHTS, describe_adapter
+from neo_jax.checkpoints.adapter_files import CONFIG, WEIGHTS
+from neo_jax.checkpoints.peft import describe_adapter
 from neo_jax.errors import NeoError
 
 pytestmark = pytest.mark.optimized
@@ -85,8 +86,6 @@ REFUSED = {
             peft.HRAConfig(target_modules=["c_fc"]),
             peft.LNTuningConfig(target_modules=["ln_1"]),
             peft.TrainableTokensConfig(token_indices=[3], target_modules=["wte"]),
-            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-            peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
             peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         )
     },

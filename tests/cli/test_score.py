@@ -2,10 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import neo_jax
+from neo_jax.checkpoints.prefix_mapper import save_mapper
+from neo_jax.checkpoints.prompt_tuning import save_soft_prompt
+from neo_jax.decode.options import SamplingOptions
 
 
 @pytest.fixture
@@ -95,3 +99,47 @@ def test_an_input_that_is_not_there(fail, model):
     assert fail("score", "--input", "nowhere.jsonl", *model) == (
         "cannot read nowhere.jsonl: No such file or directory."
     )
+
+
+def greedy_ids(lm, prompt):
+    return lm.sample([prompt], 4, sampling=SamplingOptions(temperature=0.0))[0].ids
+
+
+def test_a_mapper_and_a_soft_prompt(succeed, fail, lm, checkpoints, tmp_path):
+    """What `train --soft-prompt...` leaves is named as other models are."""
+    base, soft, mapped = str(checkpoints["pieces"]), tmp_path / "soft", tmp_path / "mapped"
+    table = lm.params["wte"]["embedding"][np.array([[5, 80, 41], [300, 7, 7]])]
+    save_soft_prompt(soft, lm.config, table[0], base=base)
+    # Whose embeddings are the table's rows: the features say which.
+    kernel = np.moveaxis(np.asarray(table), 0, -1)
+    mapper = {"out": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros((3, 32))}}
+    save_mapper(mapped, lm.config, mapper, base=base)
+    features, texts = tmp_path / "features.npy", tmp_path / "texts.txt"
+    np.save(features, np.eye(2))
+    texts.write_text("The quick\nbrown fox\n")
+    given = ["--model", mapped, "--features", features]
+    lines = succeed("score", "--input", texts, *given).splitlines()
+    prefixes = [[5, 80, 41], [300, 7, 7]]
+    for line, prefix, text in zip(
+        map(json.loads, lines), prefixes, ["The quick", "brown fox"], strict=True
+    ):
+        assert line["ids"] == lm.encode(text)
+        (score,) = lm.score([[*prefix, *line["ids"]]])
+        np.testing.assert_allclose(line["logprobs"], score.logprobs[2:], atol=1e-5)
+    greedy = ["--temperature", 0, "--max-new-tokens", 4]
+    written = succeed("generate", "The", *greedy, "--json", *given).splitlines()
+    for line, prefix in zip(map(json.loads, written), prefixes, strict=True):
+        assert line["prompt"] == "The"
+        assert line["ids"] == greedy_ids(lm, [*prefix, *lm.encode("The")])
+    shown = succeed("generate", "The", *greedy, *given).splitlines()
+    assert shown[0].startswith("The")
+    alone = json.loads(succeed("generate", "The", *greedy, "--json", "--model", soft))
+    assert alone["ids"] == json.loads(written[0])["ids"]
+    found = json.loads(succeed("info", mapped, "--json"))
+    assert (found["kind"], found["features"], found["virtual_tokens"]) == ("PREFIX_MAPPER", 2, 3)
+    assert json.loads(succeed("info", soft, "--json"))["parameters"] == 96
+    texts.write_text("a\nb\nc\n")
+    message = fail("score", "--input", texts, *given)
+    assert "features.npy has 2 rows, for 3 texts; give one for each" in message
+    message = fail("generate", "The", "--model", base, "--features", features)
+    assert message.startswith("the model maps no features; load what a run with")

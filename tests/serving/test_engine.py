@@ -12,9 +12,12 @@ import pytest
 import neo_jax
 from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
+from neo_jax.model.soft_prompt import PROMPT
 from neo_jax.serving.engine import Engine, make_scheduler
 from neo_jax.serving.jobs import Busy, Delta, Job, PromptFound
 from neo_jax.serving.metrics import Metrics
+from neo_jax.serving.service import Service
+from neo_jax.text.language_model import LanguageModel
 
 PROMPTS = ["The people", "Once upon a time there was a king", "It was", "The law of the land " * 30]
 DRAWN = SamplingOptions(temperature=0.9, top_p=0.95, seed=5)
@@ -308,3 +311,23 @@ def test_what_happened_is_counted(lm, engine, metrics):
     assert counted["request_queue_time_seconds_count"] == 2
     assert counted["request_generation_tokens_sum"] == 14
     assert counted["num_requests_running"] == counted["num_requests_waiting"] == 0
+
+
+def test_a_soft_prompt_is_read_first_and_is_no_part_of_a_prompt(lm, metrics):
+    words = lm.encode("Once upon a time")
+    model = lm.model.clone(virtual_tokens=len(words), soft_prompt=len(words))
+    table = lm.params["wte"]["embedding"][np.array(words)]
+    soft = LanguageModel(model, lm.params | {PROMPT: table}, lm.tokenizer, lm.folder)
+    prompt = lm.encode(" there was a king")
+    with started(soft, metrics) as engine:
+        job = Job(prompt, 8, [DRAWN], prompt_alternatives=2)
+        texts, _, items = asyncio.run(collect(engine, job))
+    (sample,) = lm.samples([[*words, *prompt]], 8, sampling=DRAWN)
+    assert texts == {(0, 0): sample.text}
+    (found,) = (item for _, item in items if isinstance(item, PromptFound))
+    assert [token.id for token in found.tokens] == prompt
+    (score,) = lm.score([[*words, *prompt]])
+    logprobs = [token.logprob for token in found.tokens[1:]]
+    np.testing.assert_allclose(logprobs, score.logprobs[len(words) :], atol=1e-4)
+    service = Service(soft, soft.tokenizer, engine, metrics, ("neo",))
+    assert service.context == lm.config.max_length - len(words)

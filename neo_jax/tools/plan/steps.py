@@ -28,7 +28,13 @@ from neo_jax.serving.protocol import MOST_BIASES
 from neo_jax.sharding.rules import Sharding, padded_rows, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.optimizer import make_optimizer
-from neo_jax.training.step import abstract_inputs, abstract_state, make_objective, make_step
+from neo_jax.training.step import (
+    abstract_inputs,
+    abstract_state,
+    make_model,
+    make_objective,
+    make_step,
+)
 from neo_jax.transforms.quantize import quantized_shapes
 
 Kind = Literal["train", "prefill", "decode", "serve"]
@@ -74,8 +80,7 @@ class Step:
 
 def training_step(config: TrainConfig, sharding: Sharding) -> Step:
     """Returns the step that `train` runs."""
-    dtype = jnp.dtype(config.dtype)
-    model = Neo(config.model, dtype, config.kernel, sharding, config.dropout)
+    model = make_model(config, sharding)
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = make_objective(config)
     state = abstract_state(model, optimizer, config.lora, objective)

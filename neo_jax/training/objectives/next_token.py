@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     weights: Float[Array, "B T"]  # how much each prediction counts: 1, or 0 for padding
     # Where the document of each token begins, see `scan.hidden`.
     segment_starts: Int[Array, "B T"] | None = None
+    features: Float[Array, "B I"] | None = None  # of what a prefix is made, where one is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class NextToken:
 
     def evaluate(self, model: Neo, params: Params, batch: Batch) -> Sums:
         """Returns the sums of a batch without the z-loss."""
-        return NextToken().loss(model, params, batch)
+        return dataclasses.replace(self, z_loss=0.0).loss(model, params, batch)
 
 
 def _losses(z_loss: float, logits: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
