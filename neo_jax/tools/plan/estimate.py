@@ -92,7 +92,7 @@ def setup_of(config: TrainConfig, choice: Choice) -> Setup:
         rows, config.sequence_length, choice.data, choice.fsdp, choice.model, choice.context,
         accumulation=choice.accumulation, again=again(choice.remat, shape),
         side=block_side(choice.kernel),
-        frozen=bool(config.lora.rank),
+        frozen=config.is_frozen,
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def estimated_memory(config: TrainConfig, choice: Choice) -> float:
     shape, setup = shape_of(config.model), setup_of(config, choice)
     split = choice.fsdp * choice.context * choice.model
     held = shape.params / split
-    if config.lora.rank:
+    if config.is_frozen:
         state = held * _SHORT
     else:
         copies = 2 if choice.accumulation > 1 else 1  # of gradients
