@@ -230,8 +230,10 @@ class ChunkReader:
         pooled = np.asarray(prompt.pooled, np.float32) if request.prompt_pool else None
         if not request.prompt_logprobs:
             return PromptRead(prompt.id, None, None, None, pooled)
-        found = (np.concatenate(leaf)[lead:] for leaf in zip(*prompt.judged, strict=True))
-        return PromptRead(prompt.id, *found, pooled)
+        logprobs, ids, likeliest = (
+            np.concatenate(leaf)[lead:] for leaf in zip(*prompt.judged, strict=True)
+        )
+        return PromptRead(prompt.id, logprobs, ids, likeliest, pooled)
 
 
 def _texts(taken: Sequence[tuple[int, Request]]) -> list[Text]:
