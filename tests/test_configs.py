@@ -57,7 +57,7 @@ def test_the_arithmetic_of_a_published_size(name, size, tokens, devices):
 PAIRS = [{"prompt": f"Question: {i}?\nAnswer:", "completion": f" It is {i}."} for i in range(24)]
 
 
-@pytest.mark.parametrize("name", ["summaries", "translation", "questions"])
+@pytest.mark.parametrize("name", ["summaries", "translation", "questions", "instructions"])
 def test_the_examples_of_pairs_run(name, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     tokenizer = Path(neo_jax.__file__).parent / "bundled"

@@ -29,6 +29,7 @@ VERBS = {
     "eval": "how well a model predicts texts, and does the tasks of the harness",
     "info": "what a checkpoint holds",
     "classify": "labels of texts, by a classifier",
+    "recipe": "examples, a run, answers and their scores, by one config",
     "prepare": "text to a tokenized data set",
     "train": "train by a config",
     "bench": "tokens/s of a model here, next to what the devices can do",

@@ -249,7 +249,7 @@ def _keep(
     with kept_samples(output, run, len(prompts)) as kept:
         there = set(kept.done)
         left = [i for i in range(len(prompts)) if i not in there]
-        with _progress(len(there), len(prompts), is_leader()) as advance:
+        with show_progress(len(there), len(prompts), is_leader()) as advance:
 
             def finish(index: int, done: list["Sample"]) -> None:
                 kept.add(left[index], [sample.fields() for sample in done])
@@ -299,7 +299,7 @@ _LATER = frozenset(["presence_penalty", "frequency_penalty", "logit_bias", "igno
 
 
 @contextlib.contextmanager
-def _progress(done: int, total: int, show: bool) -> Iterator[Callable[[list["Sample"]], None]]:
+def show_progress(done: int, total: int, show: bool) -> Iterator[Callable[[list["Sample"]], None]]:
     """Shows on stderr how many prompts are done: a bar, or a line now and then."""
     if not show:
         yield lambda samples: None

@@ -36,6 +36,7 @@ OPTIONS = {
     ],
     "classify": ["--input", "--output", "--json", "--model", "--mesh"],
     "train": ["CONFIG"],
+    "recipe": ["CONFIG", "instructions, questions, summaries, translation"],
     "plan": ["--model", "--topology", "--step", "--mesh", "--rules", "--search", "--json"],
 }  # fmt: skip
 

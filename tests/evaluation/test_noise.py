@@ -1,5 +1,6 @@
 """neo-jax eval --perturb: what noise does to texts, and to what a model is evaluated on."""
 
+import functools
 import json
 import types
 import unicodedata
@@ -8,12 +9,14 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from lm_eval.tasks import TaskManager
 
 import neo_jax
 from neo_jax.cli import main
 from neo_jax.errors import NeoError
 from neo_jax.evaluation import noise as module
 from neo_jax.evaluation import noisy_tasks
+from neo_jax.evaluation import tasks as running
 from neo_jax.evaluation.noise import NoiseOptions, perturb
 from neo_jax.evaluation.robustness import measure_texts
 from neo_jax.evaluation.texts import Total, measure, read_documents
@@ -131,6 +134,9 @@ def test_contexts_of_tasks_have_noise(tasks, checkpoints, monkeypatch, capsys):
         return encode_pair(self, request)
 
     monkeypatch.setattr(noisy_tasks.NeoLM, "_pair", watch)
+    # To index all tasks of the harness takes it many seconds.
+    own = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(running, "open_tasks", lambda folders: own(include_path=folders))
     options = ["eval", "--tasks", "choices", "--include-path", str(tasks), "--model"]
     options += [str(checkpoints["bytes"]), "--perturb", "spaces", "--rates", "0", "0.5"]
     options += ["--limit", "2"]
