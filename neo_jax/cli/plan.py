@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from neo_jax.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from neo_jax.tools.plan.estimate import Choice
+    from neo_jax.tools.plan.plan import Plan
     from neo_jax.tools.plan.search import Candidate
     from neo_jax.tools.plan.serving import Served
     from neo_jax.tools.plan.steps import Step
@@ -40,6 +42,9 @@ class PlanOptions:
     search: bool = False
     memory: float = 0.0  # of a search: GB of a device that a step may take; 0 is all that it has
     arithmetic: bool = False  # compile nothing: what arithmetic says, within seconds
+    # which tensor and which line each collective is of, what fills the memory, what would avoid it
+    explain: bool = False
+    compare: tuple[str, ...] = ()  # in place of a plan: JSON of plans, next to each other
     json: bool = False  # print JSON
     picture: str = ""  # draw into this PNG file
 
@@ -79,7 +84,12 @@ def main(args: Sequence[str]) -> None:
         options = parse(StepOptions, "plan", args, default=StepOptions())
     if options.plan.picture:
         check_available()
-    _start_jax(options.plan.topology)
+    if options.plan.compare:
+        _tell_all(options.plan, _compared(options.plan.compare))
+        return
+    if options.plan.explain and (options.plan.search or options.plan.arithmetic):
+        raise UsageError("--explain is of one compiled plan: leave --search and --arithmetic out.")
+    _start_jax(options.plan)
     from neo_jax.tools.plan.topology import find_topology
 
     topology = find_topology(options.plan.topology)
@@ -87,21 +97,47 @@ def main(args: Sequence[str]) -> None:
     if options.plan.arithmetic and not trained:
         raise UsageError("--arithmetic is for --step train.")
     if options.plan.search or options.plan.arithmetic:
-        fields, lines, draw = _ranked(options, topology, trained)
+        report = _ranked(options, topology, trained)
     elif isinstance(options, StepOptions) and options.step == "serve":
-        fields, lines, draw = _served(options, topology)
+        report = _served(options, topology)
     else:
-        fields, lines, draw = _planned(options, topology)
-    if options.plan.json:
-        print_json(fields)
-    else:
-        print(*lines, sep="\n")
-    if options.plan.picture:
-        write_picture(options.plan.picture, draw())
+        report = _planned(options, topology)
+    _tell_all(options.plan, report)
 
 
 _Report = tuple[dict[str, Any], Iterable[str], Callable[[], bytes]]
 """What is told: fields for JSON, lines for people, and what draws a picture."""
+
+
+def _tell_all(options: PlanOptions, report: _Report) -> None:
+    fields, lines, draw = report
+    if options.json:
+        print_json(fields)
+    else:
+        print(*lines, sep="\n")
+    if options.picture:
+        write_picture(options.picture, draw())
+
+
+def _compared(paths: Sequence[str]) -> _Report:
+    from neo_jax.tools.plan import compare
+
+    if len(paths) < 2:
+        raise UsageError("--compare takes two files or more, as plan --json writes them.")
+    plans = compare.read_plans(paths)
+    return compare.describe(plans), compare.lines(plans), functools.partial(compare.draw, plans)
+
+
+def _explained(plan: "Plan", report: _Report) -> _Report:
+    """Adds to the report of a plan what it sends and holds, and from which lines."""
+    from neo_jax.tools.plan import explain_report
+    from neo_jax.tools.plan.explanation import explain_plan
+
+    fields, lines, _ = report
+    found = explain_plan(plan)
+    lines = itertools.chain(lines, [""], explain_report.lines(found))
+    draw = functools.partial(explain_report.draw, found)
+    return {**fields, "explanation": explain_report.describe(found)}, lines, draw
 
 
 def _planned(options: StepOptions | ConfigOptions, topology: "Topology") -> _Report:
@@ -109,15 +145,18 @@ def _planned(options: StepOptions | ConfigOptions, topology: "Topology") -> _Rep
     from neo_jax.tools.plan.plan import make_plan
 
     plan = make_plan(_step(options, topology, *_strategy(options)), topology)
-    return report.describe(plan), report.lines(plan), functools.partial(report.draw, plan)
+    told = report.describe(plan), report.lines(plan), functools.partial(report.draw, plan)
+    return _explained(plan, told) if options.plan.explain else told
 
 
 def _served(options: StepOptions, topology: "Topology") -> _Report:
     from neo_jax.tools.plan import report
 
     servers = _servers(options, topology)
-    draw = functools.partial(report.draw, servers[-1].plan)
-    return report.describe_servers(servers), report.server_lines(servers), draw
+    plan = servers[-1].plan
+    draw = functools.partial(report.draw, plan)
+    told = report.describe_servers(servers), report.server_lines(servers), draw
+    return _explained(plan, told) if options.plan.explain else told
 
 
 def _ranked(options: StepOptions | ConfigOptions, topology: "Topology", trained: bool) -> _Report:
@@ -161,13 +200,15 @@ def _strategy(options: StepOptions | ConfigOptions) -> tuple[str, str]:
     return chosen.mesh or ("" if chosen.rules else "fsdp=-1"), chosen.rules
 
 
-def _start_jax(topology: str) -> None:
+def _start_jax(options: PlanOptions) -> None:
     """Lets JAX start with as many CPU devices as are requested, and without what else is here."""
     import jax
 
+    if options.explain:  # a kept program of the same operations may be of other lines
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     with contextlib.suppress(RuntimeError):  # it has started: `find_topology` says so
         jax.config.update("jax_platforms", "cpu")
-        wanted = re.fullmatch(r"cpu:(\d+)", topology)
+        wanted = re.fullmatch(r"cpu:(\d+)", options.topology)
         if wanted:
             number = max(int(wanted[1]), jax.config.jax_num_cpu_devices)
             jax.config.update("jax_num_cpu_devices", number)

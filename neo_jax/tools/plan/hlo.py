@@ -92,6 +92,15 @@ def _bodies(each: Instruction) -> list[str]:
     return [each.called(role) for role in roles.get(each.opcode, ())]
 
 
+def called_by(each: Instruction) -> list[str]:
+    """Returns the computations that an instruction runs: of a loop its body and its condition."""
+    if each.opcode in ("fusion", "async-start"):
+        return [each.called("calls")]
+    if each.opcode == "while":
+        return [each.called("body"), each.called("condition")]
+    return _bodies(each)
+
+
 def _trips(program: Program, loop: Instruction, open_trips: int | None) -> int | None:
     """Returns how often a loop runs: as the text says, or as its condition counts from 0."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)

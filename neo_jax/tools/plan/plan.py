@@ -79,7 +79,7 @@ class Plan:
     traffic: Sequence[Traffic] = ()
     roofline: Roofline | None = None
     prediction: Prediction | None = None
-    program_bytes: int = 0  # of the compiled program's text: whether it grows with depth
+    program: str = dataclasses.field(default="", repr=False)  # the compiled program's text
 
     @property
     def fits(self) -> bool:
@@ -114,7 +114,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     phases = compiled_phases(program, config, step.mesh.shape, OPEN_TRIPS, slices, side)
     return Plan(
         step, topology, memory, useful, repeated, compiled.seconds, "", done, sent, roof,
-        predict(topology.chip, phases), len(compiled.text),
+        predict(topology.chip, phases), compiled.text,
     )  # fmt: skip
 
 

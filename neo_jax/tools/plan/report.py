@@ -45,7 +45,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": step.tokens / roof.step if roof else None,
         "predicted": _predicted(plan),
         "compile_seconds": plan.compile_seconds,
-        "program_bytes": plan.program_bytes or None,
+        "program_bytes": len(plan.program) or None,
     }
     return without_nan(fields)
 
