@@ -105,13 +105,13 @@ MESH = {
 
 
 def compare_on_a_mesh(config, output):
-    """Adam makes much of little where gradients are near zero: losses and norms tell of it less."""
+    """Adam makes much of little: gradients are compared before the first update, at step 3."""
     train(dataclasses.replace(config, steps=3, **MESH))
     one = dataclasses.replace(config, steps=3, output=str(output))
     train(one)
     np.testing.assert_allclose(losses(config), losses(one), rtol=1e-5)
     norms = losses(config, "gradient_norm"), losses(one, "gradient_norm")
-    np.testing.assert_allclose(*norms, rtol=1e-4)
+    np.testing.assert_allclose(norms[0][:2], norms[1][:2], rtol=1e-5)
 
 
 def test_on_a_mesh(tuning, tmp_path):
