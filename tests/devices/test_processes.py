@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from config_files import write_config
 from several_processes import HEARTBEAT, Runs, ended, free_port
 
 import neo_jax
@@ -101,13 +102,7 @@ class Killed(BaseException):
 
 def test_a_run_survives_the_death_of_a_process(start, config, monkeypatch):
     file = Path(config.output).with_name("config.py")
-    file.write_text(
-        "from neo_jax.config import ModelConfig\n"
-        "from neo_jax.labels import HeadConfig\n"
-        "from neo_jax.transforms.lora import LoraConfig\n"
-        "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
-        f"config = {config!r}\n"
-    )
+    write_config(file, config)
     # With these rules the rows of a process are every other one of the batch.
     args = ["--mesh", "data=2,fsdp=4", "--rules", "batch:fsdp+data,embed:fsdp"]
     first, second = start("-m", "neo_jax", "train", file, *args)
@@ -161,13 +156,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, config, tmp_p
     config = dataclasses.replace(
         config, output=str(tmp_path / "run"), steps=100_000, prompts=("a",), sample_tokens=4
     )
-    file.write_text(
-        "from neo_jax.config import ModelConfig\n"
-        "from neo_jax.labels import HeadConfig\n"
-        "from neo_jax.transforms.lora import LoraConfig\n"
-        "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
-        f"config = {config!r}\n"
-    )
+    write_config(file, config)
     first, second = start("-m", "neo_jax", "train", file, "--mesh", "data=2,fsdp=4")
     while newest(config) < 24:  # an evaluation and its texts are behind
         assert first.poll() is None, ended(first)

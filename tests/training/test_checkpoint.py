@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_files import write_config
 
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import find_files
@@ -348,13 +349,7 @@ sys.exit(main(["train", sys.argv[1]]))
 
 def test_a_save_that_fails_in_the_background_is_one_line_and_the_end(config, tmp_path):
     file = tmp_path / "config.py"
-    file.write_text(
-        "from neo_jax.config import ModelConfig\n"
-        "from neo_jax.labels import HeadConfig\n"
-        "from neo_jax.transforms.lora import LoraConfig\n"
-        "from neo_jax.training.config import OptimizerConfig, TrainConfig\n"
-        f"config = {config!r}\n"
-    )
+    write_config(file, config)
     root = str(Path(checkpoint.__file__).parents[2])
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     environment = {**os.environ, **quick, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
