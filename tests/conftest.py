@@ -72,6 +72,14 @@ def _compiled_quickly(request):
         jax.config.update("jax_disable_most_optimizations", quickly)
 
 
+@pytest.fixture(scope="module")
+def lines_of_this_checkout():
+    """Keeps programs of the same operations but of other lines, which a cache holds, out of it."""
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    yield
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """What `-n auto` means: a process may take some 5 GB, and compiling keeps two cores busy."""

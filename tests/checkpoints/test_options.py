@@ -35,7 +35,8 @@ def test_the_verbs_declare_no_option_again():
         ),
         (
             {"kernel": "fast"},
-            "kernel must be 'auto', 'dense', 'single', 'blocked', 'splash' or 'cudnn', not 'fast'.",
+            "kernel must be 'auto', 'dense', 'single', 'blocked', 'splash', 'splash-256', "
+            "'splash-1024' or 'cudnn', not 'fast'.",
         ),
     ],
 )

@@ -91,7 +91,8 @@ def test_the_parts_are_there(checkpoints, models):
     [
         (
             {"kernel": "fast"},
-            "kernel must be 'auto', 'dense', 'single', 'blocked', 'splash' or 'cudnn', not 'fast'",
+            "kernel must be 'auto', 'dense', 'single', 'blocked', 'splash', 'splash-256', "
+            "'splash-1024' or 'cudnn', not 'fast'",
         ),
         ({"quantize": None}, "quantize must be 'none' or 'int8', not None"),
         ({"cache_dtype": 4}, "cache_dtype must be 'auto', 'float32', 'bfloat16', 'float16' or"),

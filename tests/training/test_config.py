@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_jax.cli.train import _names, load_config
+from neo_jax.cli.train import load_config, names
 from neo_jax.config import ModelConfig
 from neo_jax.errors import NeoError
 from neo_jax.training.config import OptimizerConfig, TrainConfig
@@ -15,12 +15,12 @@ FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("[!_]*.py"))
 
 
-def test_there_are_configs_and_all_have_names():
-    assert "bundled" in _names()
-    assert [re.sub("[-.]", "_", name) for name in _names()] == [path.stem for path in FILES]
+def test_there_are_configs_and_all_havenames():
+    assert "bundled" in names()
+    assert [re.sub("[-.]", "_", name) for name in names()] == [path.stem for path in FILES]
 
 
-@pytest.mark.parametrize(("name", "path"), list(zip(_names(), FILES, strict=True)), ids=_names())
+@pytest.mark.parametrize(("name", "path"), list(zip(names(), FILES, strict=True)), ids=names())
 def test_a_config_loads_and_says_how_it_is_run(name, path):
     config = load_config(str(path))
     assert load_config(name) == load_config(path.stem) == config
@@ -29,8 +29,11 @@ def test_a_config_loads_and_says_how_it_is_run(name, path):
     assert 0 <= config.model.eos_token_id < config.model.vocab_size
     assert name in config.output
     source = path.read_text()
-    assert f"neo-jax train {name}\n" in source
-    assert config.data in source.split('"""')[1]  # the docstring says where it comes from
+    if "\nrecipe = " in source:  # which makes its data
+        assert f"neo-jax recipe {name}\n" in source
+    else:
+        assert f"neo-jax train {name}\n" in source
+        assert config.data in source.split('"""')[1]  # the docstring says where it comes from
     for word in ("\ncost ", "\nexpected "):
         assert word in source
 

@@ -9,7 +9,7 @@ import pytest
 from neo_jax.errors import NeoError
 from neo_jax.tools.plan import explain
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("lines_of_this_checkout")]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ from flax import linen as nn
 from neo_jax.tools.plan import explain
 from neo_jax.tools.plan.topology import find_topology
 
-pytestmark = pytest.mark.tpu_compiler
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("lines_of_this_checkout")]
 
 
 class Mlp(nn.Module):

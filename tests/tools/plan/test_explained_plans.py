@@ -15,7 +15,7 @@ from neo_jax.tools.plan.steps import training_step
 from neo_jax.tools.plan.topology import find_topology
 from neo_jax.training.config import TrainConfig
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("lines_of_this_checkout")]
 MESHES = ("fsdp=8", "fsdp=4,model=2")
 
 

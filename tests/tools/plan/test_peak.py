@@ -12,7 +12,7 @@ from neo_jax.tools.plan.explanation import explain_text
 from neo_jax.tools.plan.hlo import parse
 from neo_jax.tools.plan.lifetimes import lifetimes, memory_bytes
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("lines_of_this_checkout")]
 
 TEXT = """\
 HloModule hand_made, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }, \
