@@ -178,19 +178,23 @@ def _dims(shape: tuple[int, ...]) -> str:
 
 def padded(case: Case) -> Iterator[Finding]:
     """An axis that does not divide was padded to be split, and what was padded is cut off again."""
-    gathered = case.flow.element_shape(case.result)
-    if case.traffic.kind != "all-gather":
+    axis = _gathered_axis(case)
+    if axis is None:
         return
-    full = sizes(gathered)
+    full = sizes(case.flow.element_shape(case.result))
     for _, user, _ in case.flow.uses(case.result):
-        cut = sizes(user.shape) if user.opcode == "slice" else ()
-        odd = [b for a, b in zip(full, cut, strict=False) if 0 < a - b < case.among]
-        if len(cut) == len(full) and len(odd) == 1:
-            part = -(-odd[0] // case.among)
-            text = f"an axis of {odd[0]} {_pad(odd[0], case)}"
-            first = _first_of(case, part)
+        cut = sizes(user.shape) if user.opcode == "slice" else full
+        if len(cut) == len(full) and 0 < full[axis] - cut[axis] < case.among:
+            text = f"an axis of {cut[axis]} {_pad(cut[axis], case)}"
+            first = _first_of(case, -(-cut[axis] // case.among))
             yield Finding("indivisible", text, case.traffic.wire_bytes, first)
             return
+
+
+def _gathered_axis(case: Case) -> int | None:
+    """Returns the axis along which an all-gather puts parts together."""
+    found = re.search(r"dimensions=\{(\d+)\}", case.run.instruction.attributes)
+    return int(found[1]) if case.traffic.kind == "all-gather" and found else None
 
 
 def _first_of(case: Case, size: int) -> Frame | None:
@@ -255,19 +259,17 @@ def _along(case: Case) -> tuple[str, Frame | None]:
 
 def _is_cut(case: Case) -> bool:
     """Whether what was gathered takes on another shape, in which the gathered axis is not."""
-    if case.traffic.kind != "all-gather":
+    axis = _gathered_axis(case)
+    whole = sizes(case.flow.element_shape(case.result))
+    if axis is None or sum(size > 1 for size in whole) < 2:
         return False
-    dimension = re.search(r"dimensions=\{(\d+)\}", case.run.instruction.attributes)
-    if not dimension:
-        return False
-    size = sizes(case.flow.element_shape(case.result))[int(dimension[1])]
     shapes = [
         sizes(each.shape)
         for _, _, passed in case.flow.uses(case.result)
         for each in passed
         if each.opcode in ("bitcast", "reshape")
     ]
-    return any(size not in shape for shape in shapes)
+    return any(whole[axis] not in shape for shape in shapes)
 
 
 def constraint(case: Case) -> Iterator[Finding]:
@@ -275,6 +277,8 @@ def constraint(case: Case) -> Iterator[Finding]:
     if case.traffic.kind not in ("all-gather", "all-to-all", "collective-permute"):
         return
     if case.written or (case.source.is_argument and case.traffic.kind == "all-gather"):
+        return
+    if not case.origin.frames and not case.made.frames:  # the compiler's own
         return
     made = case.made.line
     here = f" (made at {made})" if made and made != case.origin.line else ""

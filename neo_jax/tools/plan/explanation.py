@@ -92,7 +92,7 @@ def explain_plan(plan: Plan) -> Explanation:
         )
     mesh, memory = plan.step.mesh, plan.memory
     found = explain_text(plan.program, dict(mesh.shape), slices=slices_of(mesh))
-    return dataclasses.replace(found, expected=memory.total)
+    return dataclasses.replace(found, expected=memory.total - memory.code)
 
 
 def _mesh_of(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -150,11 +150,11 @@ def _moved(
     for number, (name, shape) in enumerate(zip(operands, shapes, strict=True)):
         value = Value(run.computation, name)
         result = Value(run.computation, each.name, (number,) if len(operands) > 1 else ())
-        source = maker(flow, value)
+        sums = traffic.kind in ("all-reduce", "reduce-scatter")
+        source = maker(flow, value, packed=sums)
         wire = traffic.wire_bytes * num_bytes(shape) // total
         share = traffic._replace(wire_bytes=wire)
         origin, made = _origin(flow, origins, result), origins.of(source.instruction)
-        sums = traffic.kind in ("all-reduce", "reduce-scatter")
         updated = flow.updated(result) if sums else None
         role: Role = "sum" if sums else "activation"
         label = made.operation or origin.operation or source.instruction.opcode

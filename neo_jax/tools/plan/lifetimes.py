@@ -111,6 +111,7 @@ class _Schedule:
         self._places: list[int] = []  # of each array another that shares its place, or itself
         self._shared: list[tuple[int, int]] = []  # where a result may take an operand's place
         self._given_up: set[int] = set()  # arguments whose places a result takes
+        self._is_tpu = ":T(" in text.partition("\n")[0]
         self._donated = given_up(text.partition("\n")[0])
 
     @property
@@ -288,7 +289,10 @@ class _Schedule:
             old.end = max(old.start, new.start - 1)
 
     def _reserve(self, results: Sequence[int]) -> None:
-        """Takes the places of results from the start on, until then for what is no larger."""
+        """Takes the places of results from the start on.
+
+        But on TPUs, XLA puts there until then what is no larger.
+        """
         places: dict[int, list[Life]] = {}
         for array, life in enumerate(self.lives):
             places.setdefault(self._place(array), []).append(life)
@@ -298,7 +302,8 @@ class _Schedule:
         for place in sorted(own.intersection(free), key=lambda p: -_size(places[p])):
             size = _size(places[place])
             taken = [(life.start, life.end) for life in places[place]]
-            for other in [other for other in others if 0 < _size(places[other]) <= size]:
+            smaller = [other for other in others if 0 < _size(places[other]) <= size]
+            for other in () if self._is_tpu else smaller:
                 spans = [(life.start, life.end) for life in places[other]]
                 if all(a[1] < b[0] or b[1] < a[0] for a in spans for b in taken):
                     taken += spans

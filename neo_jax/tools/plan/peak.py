@@ -108,13 +108,21 @@ def _name(life: Life, timeline: Timeline, flow: Flow, origins: Origins) -> _Arra
     return _Array(life, name, "kept" if kept else "temporary", origin)
 
 
-def maker(flow: Flow, value: Value) -> Source:
-    """Returns where a value was made; of an array that is written in parts, where they were."""
+_WRITTEN = {"dynamic-update-slice": 1}  # operands that are a part of the result
+_PACKED = {**_WRITTEN, "pad": 0, "concatenate": 0}
+
+
+def maker(flow: Flow, value: Value, packed: bool = False) -> Source:
+    """Returns where a value was made; of one that is written in parts, where a part was.
+
+    `packed` looks through what a compiler puts together to move it at a time, too.
+    """
     source = flow.source(value)
-    for _ in range(4):
-        if source.instruction.opcode != "dynamic-update-slice":
+    for _ in range(8):
+        number = (_PACKED if packed else _WRITTEN).get(source.instruction.opcode)
+        if number is None:
             break
-        part = source.instruction.operands[1]
+        part = source.instruction.operands[number]
         source = flow.source(Value(source.value.computation, part))
     return source
 

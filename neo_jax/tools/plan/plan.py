@@ -31,6 +31,7 @@ class Memory:
     temporaries: int | None  # activations, gradients and what else lives within a step
     total: int  # the most at a time, as the compiler says
     capacity: float  # of a device; NaN where it is not known
+    code: int = 0  # the program itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     sent = traffic(program, step.mesh.shape, OPEN_TRIPS, slices)
     memory = Memory(
         *_parts(step, topology), compiled.arguments, compiled.temporaries, compiled.total,
-        capacity(topology),
+        capacity(topology), compiled.code,
     )  # fmt: skip
     roof = roofline(topology.chip, done, sent)
     side = block_side(step.model.kernel)

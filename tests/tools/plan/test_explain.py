@@ -8,6 +8,7 @@ import pytest
 
 from neo_jax.errors import NeoError
 from neo_jax.tools.plan import explain
+from neo_jax.tools.plan.explanation import explain_text
 
 pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("lines_of_this_checkout")]
 
@@ -88,3 +89,42 @@ def test_the_mesh_may_be_given_and_must_be_of_the_program(mesh):
     assert axes <= {"rows", "columns"}
     with pytest.raises(NeoError, match="for 8 devices, and the mesh has 2"):
         explain(compiled(program, mesh), jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",)))
+
+
+LOOP = """\
+HloModule hand_made, is_scheduled=true, entry_computation_layout={(f32[8]{0}, f32[8]{0})->f32[8]{0}}
+
+%body (s: (s32[], f32[8], f32[8])) -> (s32[], f32[8], f32[8]) {
+  %s = (s32[], f32[8]{0}, f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %same = f32[8]{0} get-tuple-element(%s), index=1
+  %new = f32[8]{0} get-tuple-element(%s), index=2
+  %one = f32[32]{0} all-gather(%same), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %two = f32[32]{0} all-gather(%new), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  %next = f32[8]{0} custom-call(%one, %two), custom_call_target="next"
+  ROOT %out = (s32[], f32[8]{0}, f32[8]{0}) tuple(%i, %same, %next)
+}
+
+%condition (s.1: (s32[], f32[8], f32[8])) -> pred[] {
+  %s.1 = (s32[], f32[8]{0}, f32[8]{0}) parameter(0)
+  ROOT %go = pred[] custom-call(%s.1), custom_call_target="go"
+}
+
+ENTRY %main (w: f32[8], x: f32[8]) -> f32[8] {
+  %w = f32[8]{0} parameter(0), metadata={op_name="w"}
+  %x = f32[8]{0} parameter(1), metadata={op_name="x"}
+  %zero = s32[] constant(0)
+  %in = (s32[], f32[8]{0}, f32[8]{0}) tuple(%zero, %w, %x)
+  %loop = (s32[], f32[8]{0}, f32[8]{0}) while(%in), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %y = f32[8]{0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_only_what_is_the_same_in_each_trip_need_not_be_moved_in_each():
+    same, new = explain_text(LOOP, {"data": 4}).moved
+    assert (same.name, same.times, same.wire_bytes) == ("w", 5, 5 * 24 * 4)
+    assert [(each.rule, each.saved) for each in same.findings] == [("every_trip", 4 * 24 * 4)]
+    assert new.role == "activation"
+    assert new.findings == ()

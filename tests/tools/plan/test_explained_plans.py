@@ -22,7 +22,14 @@ MESHES = ("fsdp=8", "fsdp=4,model=2")
 @pytest.fixture(scope="module")
 def plans():
     """A training step on each mesh."""
-    model = ModelConfig(num_layers=2, embed_dim=128, num_heads=4, vocab_size=1024, max_length=64)
+    model = ModelConfig(
+        num_layers=1,
+        embed_dim=128,
+        num_heads=4,
+        vocab_size=1024,
+        max_length=64,
+        attention_types=("global",),
+    )
     config = TrainConfig("", "", 10, batch_size=16, model=model)
     topology = find_topology("cpu:8")
     shardings = [make_sharding(mesh, "", topology.devices) for mesh in MESHES]
