@@ -49,6 +49,11 @@ class Understood(BaseException):
     """Ends a verb before it does what was requested."""
 
 
+@pytest.mark.parametrize("page", [*TEXTS, "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_no_merge_left_its_marks(page):
+    assert not re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", (ROOT / page).read_text(), re.MULTILINE)
+
+
 @pytest.fixture
 def understand(monkeypatch, tmp_path):
     """Runs a command line as far as its options are read."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neo_jax.evaluation.reference_results import BENCHMARKS, MEASURES, PUBLISHED, SOURCE, Measure
-from neo_jax.files.figure import as_png, new_figure
+from neo_jax.files.figure import FAINT, INK, as_png, legend_below, name_rows, new_figure
 
 _NAMES = {
     "gpt-neo-125m": "GPT-Neo 125M",
@@ -19,7 +19,7 @@ _COLORS = {
     "gpt2-xl": "#b5b5b5",
     "gpt-neo-2.7b": "#08519c",
 }
-_OURS, _INK, _FAINT = "#d9480f", "#222222", "#8a8a8a"
+_OURS = "#d9480f"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +127,11 @@ def draw(card: Sequence[Entry], published: str, model: str) -> bytes:
     heights = [len(part) + 1.0 for part in parts]
     figure = new_figure(9.5, 1.6 + 0.5 * sum(heights), dpi=120)
     figure.get_layout_engine().set(h_pad=0.12, hspace=0.06)
-    figure.suptitle(model, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    figure.suptitle(model, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     panels = figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0]
     for axes, part in zip(panels, parts, strict=True):
         _draw_part(axes, part, published)
-    handles, labels = panels[0].get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        named.values(), named, loc="outside lower left", ncols=6, frameon=False, fontsize=9,
-        labelcolor=_INK, handletextpad=0.2, columnspacing=1.4,
-    )  # fmt: skip
+    legend_below(figure, panels[0], ncols=6, fontsize=9, handletextpad=0.2, columnspacing=1.4)
     return as_png(figure)
 
 
@@ -150,11 +145,11 @@ def _draw_part(axes: Any, part: Sequence[tuple[int, Entry]], published: str) -> 
             x, mine = numbers[i], name == published
             axes.scatter(
                 [float("nan") if x is None else x], [y], s=75, color=_COLORS[name],
-                edgecolor=_INK if mine else "white", linewidth=0.9, zorder=4 if mine else 3,
+                edgecolor=INK if mine else "white", linewidth=0.9, zorder=4 if mine else 3,
                 label=_NAMES[name],
             )  # fmt: skip
         if row.measure.chance:
-            axes.scatter([row.measure.chance], [y], s=260, marker="|", color=_FAINT,
+            axes.scatter([row.measure.chance], [y], s=260, marker="|", color=FAINT,
                          linewidth=1.3, zorder=1, label="chance")  # fmt: skip
         if row.difference is not None:
             axes.plot([row.published, row.value], [y, y], color=_OURS, linewidth=2.2, zorder=2)
@@ -167,14 +162,13 @@ def _draw_part(axes: Any, part: Sequence[tuple[int, Entry]], published: str) -> 
                       fontsize=10, color=_OURS, annotation_clip=False)  # fmt: skip
     head = f"here (less {_NAMES[published]})" if published else "here"
     axes.annotate(head, (1.015, 1), xycoords="axes fraction", xytext=(0, 6),
-                  textcoords="offset points", fontsize=10, color=_FAINT)  # fmt: skip
+                  textcoords="offset points", fontsize=10, color=FAINT)  # fmt: skip
     names = [BENCHMARKS[row.measure.benchmark].title for _, row in part]
     if not accuracy:
         names = [f"{n}, {row.measure.unit}" for n, (_, row) in zip(names, part, strict=True)]
-    axes.set_yticks(range(len(part)), names, fontsize=10.5, color=_INK)
-    axes.set_ylim(len(part) - 0.4, -0.6)
+    name_rows(axes, names, size=10.5, numbers=9)
     axes.set_title("accuracy, %: more is better" if accuracy else "less is better", loc="left",
-                   fontsize=10, color=_FAINT)  # fmt: skip
+                   fontsize=10, color=FAINT)  # fmt: skip
     if accuracy:
         axes.set_xlim(0, 100)
     else:
@@ -182,7 +176,3 @@ def _draw_part(axes: Any, part: Sequence[tuple[int, Entry]], published: str) -> 
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.6g}")
         axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.06)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", which="both", color=_FAINT, labelcolor=_FAINT, labelsize=9)

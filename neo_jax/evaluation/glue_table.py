@@ -5,7 +5,7 @@ from typing import Any
 
 from neo_jax.evaluation.glue import TaskResult
 from neo_jax.evaluation.glue_tasks import TASKS
-from neo_jax.files.figure import as_png, new_figure
+from neo_jax.files.figure import FAINT, INK, as_png, legend_below, name_rows, new_figure
 
 PUBLISHED = {
     "cola": 76.8,
@@ -21,7 +21,7 @@ PUBLISHED = {
 SOURCE = "GPT-2 124M fine-tuned for 3 epochs at 5e-5, tanganke/gpt2_* on the Hugging Face hub"
 
 _NAMES = {"f1": "F1", "macro_f1": "macro F1", "matthews": "Matthews", "exact_match": "exact match"}
-_OURS, _INK, _FAINT = "#d9480f", "#222222", "#8a8a8a"
+_OURS = "#d9480f"
 
 
 def entries(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def draw(rows: Sequence[dict[str, Any]], model: str) -> bytes:
     """Returns a PNG: of each metric all seeds, their mean, and the published figure."""
     figure = new_figure(9, 1.6 + 0.42 * len(rows), dpi=120)
     axes = figure.add_subplot()
-    axes.set_title(f"{model}: % on the development sets", loc="left", fontsize=11, color=_INK)
+    axes.set_title(f"{model}: % on the development sets", loc="left", fontsize=11, color=INK)
     labels = [f"{row['title']}, {_NAMES.get(row['metric'], row['metric'])}" for row in rows]
     for y, row in enumerate(rows):
         axes.axhline(y, color="#ececec", linewidth=1, zorder=0)
@@ -102,21 +102,13 @@ def draw(rows: Sequence[dict[str, Any]], model: str) -> bytes:
         axes.scatter([row["mean"]], [y], s=150, marker="|", color=_OURS, linewidth=2.2,
                      label="their mean")  # fmt: skip
         published = float("nan") if row["published"] is None else row["published"]
-        axes.scatter([published], [y], s=60, marker="D", facecolor="none", edgecolor=_FAINT,
+        axes.scatter([published], [y], s=60, marker="D", facecolor="none", edgecolor=FAINT,
                      label="GPT-2, published")  # fmt: skip
         text = _number(row["mean"]) + ("" if row["sd"] is None else f" ± {row['sd']:.2f}")
         axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center",
                       fontsize=9, color=_OURS, annotation_clip=False)  # fmt: skip
-    axes.set_yticks(range(len(rows)), labels, fontsize=9.5, color=_INK)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    name_rows(axes, labels)
     lowest = min(min(row["seeds"]) for row in rows)
     axes.set_xlim(min(0, lowest) - 1, 100)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", color=_FAINT, labelcolor=_FAINT, labelsize=8.5)
-    handles, names = axes.get_legend_handles_labels()
-    shown = dict(zip(names, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside lower left", ncols=3, frameon=False,
-                  fontsize=9, labelcolor=_INK)  # fmt: skip
+    legend_below(figure, axes, ncols=3, fontsize=9)
     return as_png(figure)

@@ -24,7 +24,7 @@ from neo_jax.evaluation.answer_metrics import check_metrics, measure_answers
 from neo_jax.evaluation.made_examples import Row, make_rows
 from neo_jax.fields import check, number
 from neo_jax.files.compression import unpacked_name
-from neo_jax.files.figure import as_png, new_figure
+from neo_jax.files.figure import INK, as_png, legend_below, name_rows, new_figure
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import make_path, write_whole
 from neo_jax.training.config import TrainConfig
@@ -203,14 +203,13 @@ NAMES = {
 """Metrics as people write them."""
 
 _COLORS = {"nearest": "#b5b5b5", "before": "#4a97c9", "after": "#d9480f"}
-_INK, _FAINT = "#222222", "#8a8a8a"
 
 
 def draw(found: Sequence[Score], title: str) -> bytes:
     """Returns a PNG: of each metric and each kind who answers how well, in %."""
     figure = new_figure(8.5, 1.7 + 0.42 * len(found), dpi=120)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
     for y, score in enumerate(found):
         axes.axhline(y, color="#ececec", linewidth=1, zorder=0)
         for who, (value, error) in score.values.items():
@@ -220,15 +219,7 @@ def draw(found: Sequence[Score], title: str) -> bytes:
                       xycoords=("axes fraction", "data"), color=_COLORS["after"],
                       annotation_clip=False)  # fmt: skip
     labels = [score.kind or NAMES[score.metric] for score in found]
-    axes.set_yticks(range(len(found)), labels, fontsize=9.5, color=_INK)
-    axes.set_ylim(len(found) - 0.4, -0.6)
+    name_rows(axes, labels)
     axes.set_xlim(-2, 102)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", color=_FAINT, labelcolor=_FAINT, labelsize=8.5)
-    handles, names = axes.get_legend_handles_labels()
-    shown = dict(zip(names, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside lower left", ncols=3, frameon=False,
-                  fontsize=8.5, labelcolor=_INK)  # fmt: skip
+    legend_below(figure, axes, ncols=3, fontsize=8.5)
     return as_png(figure)

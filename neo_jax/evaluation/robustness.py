@@ -12,7 +12,7 @@ from typing import Any
 from neo_jax.devices.processes import say
 from neo_jax.evaluation.noise import Noise, NoiseOptions, perturb
 from neo_jax.evaluation.texts import Document, Total, measure
-from neo_jax.files.figure import as_png, new_figure
+from neo_jax.files.figure import FAINT, INK, as_png, new_figure
 from neo_jax.text.language_model import LanguageModel
 
 Values = Mapping[str, tuple[float, float | None]]
@@ -93,7 +93,6 @@ def table(found: Sequence[Curve], options: NoiseOptions) -> list[list[str]]:
 
 
 _COLORS = {"typos": "#d9480f", "homoglyphs": "#08519c", "case": "#4a97c9", "spaces": "#6a8a2a"}
-_INK, _FAINT = "#222222", "#8a8a8a"
 
 
 def draw(found: Sequence[Curve], options: NoiseOptions, title: str) -> bytes:
@@ -112,12 +111,12 @@ def draw(found: Sequence[Curve], options: NoiseOptions, title: str) -> bytes:
             )  # fmt: skip
         if max(max(c.values) / max(min(c.values), 1e-9) for c in found if c.measure == name) > 50:
             axes.set_yscale("log")
-        axes.set_title(name, loc="left", fontsize=10, color=_INK)
-        axes.set_xlabel("rate of noise", fontsize=9, color=_FAINT)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("rate of noise", fontsize=9, color=FAINT)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_FAINT)
-        axes.tick_params(color=_FAINT, labelcolor=_FAINT, labelsize=8.5)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(color=FAINT, labelcolor=FAINT, labelsize=8.5)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
-    panels[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
+    panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     return as_png(figure)

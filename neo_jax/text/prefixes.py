@@ -35,10 +35,7 @@ def with_prefixes(
         as many as prompts.
     """
     config, sharding = lm.config, lm.model.sharding
-    try:
-        table = np.asarray(prefixes, np.float32)
-    except (TypeError, ValueError) as error:
-        raise NeoError(f"prefixes are no array of numbers ({reason(error)}).") from error
+    table = _floats("prefixes", prefixes)
     if table.ndim != 3 or not table.shape[1]:
         raise NeoError(
             f"prefixes are of shape {list(table.shape)}; give [prompts, embeddings, width]."
@@ -48,8 +45,7 @@ def with_prefixes(
         raise NeoError(f"prefixes are {width} wide, and the model {config.embed_dim}.")
     if count != len(prompts):
         raise NeoError(f"{count} prefixes are for as many prompts, not {len(prompts)}.")
-    if not np.isfinite(table).all():
-        raise NeoError("prefixes hold numbers that are not finite.")
+    _check_finite("prefixes", table)
     known = lm.model.virtual_tokens
     first = config.vocab_size + known
     rows = round_up(count * length)  # few sizes, so few programs
@@ -85,13 +81,21 @@ def with_features(
         raise NeoError(
             "the model maps no features; load what a run with soft_prompt.features left in adapter."
         )
-    try:
-        rows = np.asarray(features, np.float32)
-    except (TypeError, ValueError) as error:
-        raise NeoError(f"features are no array of numbers ({reason(error)}).") from error
+    rows = _floats("features", features)
     size = mapper["hidden" if "hidden" in mapper else "out"]["kernel"].shape[-1]
     if rows.ndim != 2 or rows.shape[1] != size:
         raise NeoError(f"features are of shape {list(rows.shape)}; the model maps [texts, {size}].")
-    if not np.isfinite(rows).all():
-        raise NeoError("features hold numbers that are not finite.")
+    _check_finite("features", rows)
     return with_prefixes(lm, np.asarray(jax.jit(map_features)(mapper, rows)), prompts)
+
+
+def _floats(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise NeoError(f"{name} are no array of numbers ({reason(error)}).") from error
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise NeoError(f"{name} hold numbers that are not finite.")

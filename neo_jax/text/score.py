@@ -179,7 +179,7 @@ def score_ids(
     if not 0 < stride <= context:
         raise NeoError(f"the stride must lie between 1 and {context}, not {stride}.")
     heads = [_virtual(ids, vocab, model.virtual_tokens) for ids in texts]
-    texts = [ids[head:] for ids, head in zip(texts, map(len, heads), strict=True)]
+    texts = [ids[len(head) :] if head else ids for ids, head in zip(texts, heads, strict=True)]
     for i, ids in enumerate(texts, 1):
         if not len(ids):
             raise NeoError(f"text {i} is empty; there is nothing to score.")

@@ -10,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from small_families import FAMILIES, TOKENS, disturb, read_base, write_bases
 
 import neo_jax
 from neo_jax.checkpoints.adapter_files import CONFIG, WEIGHTS
@@ -18,15 +18,6 @@ from neo_jax.checkpoints.peft import describe_adapter
 from neo_jax.errors import NeoError
 
 pytestmark = pytest.mark.optimized
-
-TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
-FAMILIES = {
-    "neo": (GPTNeoForCausalLM, GPTNeoConfig(
-        vocab_size=96, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=64,
-        attention_types=[[["global", "local"], 1]], window_size=8)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
-}  # fmt: skip
 
 
 def lora(**options):
@@ -95,28 +86,14 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """A folder of a model of each family, whose parameters are all of some size."""
-    root = tmp_path_factory.mktemp("bases")
-    for name, (kind, config) in FAMILIES.items():
-        torch.manual_seed(0)
-        model = kind(config)
-        disturb(model, 0.1)
-        model.save_pretrained(root / name)
-    return root
-
-
-def disturb(model, size):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=size)
+    return write_bases(tmp_path_factory.mktemp("bases"), 0.1)
 
 
 def write(base, family, config, folder, **options):
     """Writes an adapter as if it were trained; returns the model with it."""
     torch.manual_seed(1)
     with warnings.catch_warnings(action="ignore"):
-        model = FAMILIES[family][0].from_pretrained(base / family, attn_implementation="eager")
-        model = peft.get_peft_model(model, config).eval()
+        model = peft.get_peft_model(read_base(base, family), config).eval()
         disturb(model, 0.1)
         model.save_pretrained(folder, **options)
     return model

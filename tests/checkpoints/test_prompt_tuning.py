@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from small_families import FAMILIES, TOKENS, read_base, write_bases
 
 import neo_jax
 from neo_jax.checkpoints.adapter_files import CONFIG, WEIGHTS
@@ -20,16 +20,8 @@ from neo_jax.decode.options import SamplingOptions
 from neo_jax.errors import NeoError
 from neo_jax.model.soft_prompt import PROMPT
 
-TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 COUNT = 6
 GREEDY = SamplingOptions(temperature=0, ignore_eos=True)
-FAMILIES = {
-    "neo": (GPTNeoForCausalLM, GPTNeoConfig(
-        vocab_size=96, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=64,
-        attention_types=[[["global", "local"], 1]], window_size=8)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
-}  # fmt: skip
 KINDS = {
     "PROMPT_TUNING": peft.PromptTuningConfig,
     "P_TUNING": lambda **options: peft.PromptEncoderConfig(encoder_hidden_size=8, **options),
@@ -39,19 +31,11 @@ KINDS = {
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """A folder of a model of each family, whose texts depend on all that they follow."""
-    root = tmp_path_factory.mktemp("bases")
-    for name, (kind, config) in FAMILIES.items():
-        torch.manual_seed(0)
-        model = kind(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        model.save_pretrained(root / name)
-    return root
+    return write_bases(tmp_path_factory.mktemp("bases"), 0.2)
 
 
 def base(bases, family):
-    return FAMILIES[family][0].from_pretrained(bases / family, attn_implementation="eager").eval()
+    return read_base(bases, family).eval()
 
 
 def told(model):
