@@ -5,7 +5,7 @@
 GPT-2 124M in shape, one set of drawn weights for all, greedy, prompts of ids; engines take turns in
 one process, each in its own threads. What is not installed is left out and named:
 
-  pip install transformers torch ctranslate2 onnxruntime openvino onnx
+  pip install transformers torch ctranslate2 onnxruntime openvino onnx llama-cpp-python gguf
 
   decode    64 new tokens after a prompt of 64, less the time of 1 new token after the same prompt
   prefill   the first new token after a prompt of 1,000

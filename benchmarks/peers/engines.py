@@ -160,6 +160,15 @@ def openvino(weights: Weights, dtype: str):
     return functools.partial(_loop, step)
 
 
+def llama_cpp(weights: Weights, dtype: str):
+    from peers import llama
+
+    path = weights.folder / f"{dtype}.gguf"
+    tensors = {name: each.numpy() for name, each in weights.model.state_dict().items()}
+    llama.write(tensors, weights.model.config, dtype, path)
+    return llama.Engine(path, THREADS, VOCAB)
+
+
 ENGINES = {
     "neo_jax": neo_jax,
     "transformers": transformers,
@@ -167,6 +176,7 @@ ENGINES = {
     "ctranslate2": ctranslate2,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "llama.cpp": llama_cpp,
 }
 
 

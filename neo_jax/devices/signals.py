@@ -8,10 +8,13 @@ crashes. So handlers here do nothing: C writes a signal's number to a pipe, and 
 2. Else the main thread gets a KeyboardInterrupt at the next place where that is safe.
 3. If it reaches none within a second, or has not ended after five, or a second signal comes, the
    thread prints a line and ends the process.
+
+`timeout` and batch systems send SIGTERM to a process and then to its group: twice is once there.
 """
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -26,12 +29,26 @@ STATUS = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REACH, _LEAVE = 1.0, 4.0  # seconds to a safe place, and from there to the end
 _POLL = 0.02  # seconds between two looks for one
+_AGAIN = 1.0  # seconds within which SIGTERM is the one before
 
 # In their frames, or in frames that they have called, an exception may be lost or crash.
 _UNSAFE = {
     "jax", "jaxlib", "flax", "optax", "orbax", "sentencepiece", "tokenizers",
     "importlib", "_frozen_importlib", "_frozen_importlib_external", "weakref",
 }  # fmt: skip
+
+
+class _Repeats:
+    """Knows which signals say only what the one before said."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __contains__(self, number: int) -> bool:
+        if number != signal.SIGTERM:
+            return False
+        last, self._last = self._last, time.monotonic()
+        return self._last - last < _AGAIN
 
 
 class Watch:
@@ -45,6 +62,7 @@ class Watch:
         self._inside = False  # where the main thread may get a KeyboardInterrupt
         self._raised = self._ending = self._reported = False
         self._pipe = self._main = -1
+        self._repeats = _Repeats()
 
     def start(self) -> None:
         """Begins; the main thread must call this."""
@@ -109,7 +127,8 @@ class Watch:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             if not select.select([self._pipe], [], [], left)[0]:
                 return False
-            if os.read(self._pipe, 1)[0] in _SIGNALS:
+            number = os.read(self._pipe, 1)[0]
+            if number in _SIGNALS and number not in self._repeats:
                 return True
 
     def _interrupt(self, _: int, frame: FrameType | None) -> None:
@@ -173,14 +192,23 @@ def taken(takes: Callable[[], bool]) -> Iterator[None]:
     import threading
 
     before: dict[int, Any] = {}
+    repeats = _Repeats()
+    is_first = True
 
     def restore() -> None:
         while before:
             signal.signal(*before.popitem())
 
-    def take(*_: object) -> None:
-        restore()
-        takes()
+    def take(number: int, _: object) -> None:
+        nonlocal is_first
+        if number in repeats:
+            return
+        if is_first:
+            is_first = False
+            takes()
+        else:
+            restore()
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
         before.update({number: signal.signal(number, take) for number in _SIGNALS})

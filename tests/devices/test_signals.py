@@ -159,6 +159,13 @@ def test_what_does_not_take_it_and_the_second_end(taken, signals):
     assert (status, out) == (STATUS, "" if taken else "ready\n")
 
 
+def test_a_second_termination_at_once_is_the_first():
+    body = TAKING.format(taken=True, seconds=0.5)
+    assert interrupted(body, signal.SIGTERM, signal.SIGTERM) == (0, "went on\n", "")
+    later = "signals._AGAIN = 0\n" + TAKING.format(taken=True, seconds=60)
+    assert interrupted(later, signal.SIGTERM, signal.SIGTERM) == (STATUS, "", LINE)
+
+
 def test_a_job_in_the_background_goes_on_ignoring_interrupts():
     body = "ready(); busy(0.3); print('done'); WATCH.end(0)"
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"

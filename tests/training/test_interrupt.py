@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from neo_jax.devices import signals
 from neo_jax.devices.signals import WATCH
 from neo_jax.training import loop
 from neo_jax.training.interrupt import Interrupt
@@ -23,16 +24,39 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_second_does_what_it_did(number):
+def test_the_first_signal_asks_and_the_second_does_what_it_did(number, monkeypatch):
+    seen = []
+    was = signal.signal(number, lambda number, _: seen.append(number))
     before = handlers()
-    with Interrupt() as interrupt:
-        assert not interrupt.requested()
-        os.kill(os.getpid(), number)
-        assert interrupt.requested()
+    try:
+        with Interrupt() as interrupt:
+            assert not interrupt.requested()
+            os.kill(os.getpid(), number)
+            assert interrupt.requested()
+            assert not seen
+            monkeypatch.setattr(signals, "_AGAIN", 0)
+            os.kill(os.getpid(), number)
+            assert seen == [number]
+            assert handlers() == before
+        with Interrupt() as interrupt:
+            assert not interrupt.requested()
         assert handlers() == before
-    with Interrupt() as interrupt:
-        assert not interrupt.requested()
-    assert handlers() == before
+    finally:
+        signal.signal(number, was)
+
+
+def test_terminations_that_follow_at_once_are_one():
+    """`timeout` sends two."""
+    seen = []
+    was = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with Interrupt() as interrupt:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.requested()
+            assert not seen
+    finally:
+        signal.signal(signal.SIGTERM, was)
 
 
 def test_on_the_command_line_it_is_taken_once_there_is_something_to_save(monkeypatch):
