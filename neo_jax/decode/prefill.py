@@ -77,7 +77,8 @@ def _first(
     piece = tokens.shape[1]
     hidden, sequence = model.apply({"params": params}, tokens, method=Neo.hidden)
     known = jnp.minimum(lengths, piece)
-    return hidden, caching.from_sequence(model.config, sequence, known, slots, slack=piece - 1)
+    slack = caching.slack_for(model.config, model.sharding, piece)
+    return hidden, caching.from_sequence(model.config, sequence, known, slots, slack=slack)
 
 
 def _next(

@@ -67,7 +67,8 @@ class PrefixCache:
 def begin_with(model: Neo, slots: int, chunk: int, piece: Cache) -> Cache:
     """Returns a cache for `slots` tokens, read by chunks, that holds a row's first piece."""
     lengths = jnp.full(1, piece[0].positions.shape[1], jnp.int32)
-    made = caching.from_sequence(model.config, piece, lengths, slots, slack=chunk - 1)
+    slack = caching.slack_for(model.config, model.sharding, chunk)
+    made = caching.from_sequence(model.config, piece, lengths, slots, slack=slack)
     return tuple(caching.place(model.sharding, layer) for layer in made)
 
 

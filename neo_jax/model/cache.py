@@ -64,6 +64,16 @@ def num_slots(config: ModelConfig, layer: int, length: int, slack: int = SLACK) 
     return length if window is None else min(length, window + slack)
 
 
+def slack_for(config: ModelConfig, sharding: Sharding | None, piece: int) -> int:
+    """Slack of a cache to which pieces of so many tokens are appended.
+
+    The least there may be, and what makes a local layer's slots divide over the devices that share
+    them.
+    """
+    shards = sharding.num_shards(KV_LENGTH) if sharding else 1
+    return piece - 1 + -(config.window_size + piece - 1) % shards
+
+
 def num_bytes(config: ModelConfig, slots: int, dtype: DTypeLike) -> int:
     """Returns the bytes of one layer's slots, for one sequence: keys, values, scales, positions."""
     scale = 4 if dtype == jnp.int8 else 0
@@ -97,9 +107,14 @@ def extend(
 ) -> LayerCache:
     """Writes new keys and values into the slots of their positions; those at -1 are dropped."""
     new = LayerCache(_like(cache.k, k), _like(cache.v, v), positions)
-    if sharding is None or sharding.num_shards(KV_LENGTH) == 1:
+    if sharding is None or sharding.mesh.size == 1:
         return write_slots(cache, new)
     names, shards = sharding.mesh_axes(KV_LENGTH), sharding.num_shards(KV_LENGTH)
+
+    def write(cache: LayerCache, new: LayerCache) -> LayerCache:
+        if shards == 1:
+            return write_slots(cache, new)
+        return write_shard(cache, new, jax.lax.axis_index(names), shards)
 
     def specs(layer: LayerCache, axes: Mapping[str, Sequence[str | None]]) -> LayerCache:
         def spec(name: str, part: Any) -> Any:
@@ -112,8 +127,9 @@ def extend(
         name: [None if axis == KV_LENGTH else axis for axis in axes]
         for name, axes in LOGICAL_AXES.items()
     }
+    # Each device writes its rows: left to the compiler, it first brings those of all together.
     on_each_device = jax.shard_map(
-        lambda cache, new: write_shard(cache, new, jax.lax.axis_index(names), shards),
+        write,
         mesh=sharding.mesh,
         in_specs=(specs(cache, LOGICAL_AXES), specs(new, of_new)),
         out_specs=specs(cache, LOGICAL_AXES),
@@ -205,4 +221,9 @@ def _fit(leaf: Array, slots: int) -> Array:
 
 def clear_rows(cache: Cache, rows: Int[Array, "..."]) -> Cache:
     """Empties rows: they see nothing of what was there."""
-    return tuple(layer._replace(positions=layer.positions.at[rows].set(-1)) for layer in cache)
+
+    def emptied(positions: Array) -> Array:  # by comparing, as a mesh may split rows
+        chosen = jnp.arange(positions.shape[0])[:, None] == jnp.ravel(rows)[None]
+        return jnp.where(jnp.any(chosen, axis=1, keepdims=True), -1, positions)
+
+    return tuple(layer._replace(positions=emptied(layer.positions)) for layer in cache)

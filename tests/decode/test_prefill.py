@@ -10,6 +10,7 @@ from decode_model import CONFIG, MODEL
 from neo_jax.decode import engine, prefill
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.model.transformer import Neo, init_params
+from neo_jax.sharding.rules import make_sharding
 
 LENGTHS = [0, 1, 23, 24, 25, 72, 100, 130]
 
@@ -37,6 +38,23 @@ def test_pieces_leave_the_cache_that_one_pass_leaves(params, piece):
         32,  # a local layer's slots
         130,
     ]
+
+
+@pytest.mark.parametrize("piece", [24, 33])
+def test_pieces_on_a_mesh_that_splits_rows_heads_and_slots(params, piece):
+    """A local layer needs 39 slots, which do not divide over two devices, or 48."""
+    tokens = np.random.default_rng(1).integers(1, 128, (4, 99)).astype(np.int32)
+    lengths = np.array([99, 1, 40, 72], np.int32)
+    read = jax.jit(prefill.read_in_pieces, static_argnums=(0, 4, 5))
+    model = Neo(CONFIG, sharding=make_sharding("data=2,context=2,model=2", "decode"))
+    expected = read(MODEL, params, tokens, lengths, 160, piece)
+    for ours, theirs in zip(
+        read(model, params, tokens, lengths, 160, piece), expected, strict=True
+    ):
+        np.testing.assert_array_equal(ours.positions, theirs.positions)
+        holds = (np.asarray(theirs.positions) >= 0)[:, None, :, None]
+        for mine, other in ((ours.k, theirs.k), (ours.v, theirs.v)):
+            np.testing.assert_allclose(mine * holds, other * holds, rtol=0, atol=1e-5)
 
 
 def test_long_prompts_are_read_by_pieces(params, monkeypatch):
