@@ -57,7 +57,7 @@ def _backward(
     dtype: np.dtype, layout: FsdpLayout, saved: _Saved, grad: Array | np.ndarray
 ) -> tuple[Array, Array]:
     x, weight, like_x = saved
-    grad, num_inputs = jnp.asarray(grad), x.ndim - 2
+    grad, num_inputs = settled(cast(jnp.asarray(grad), dtype)), x.ndim - 2
     matrix = as_matrix(layout.gather(cast(weight, dtype)), num_inputs)
     grad_x = product("bto,oi->bti", as_rows(grad), matrix, dtype).reshape(x.shape)
 
@@ -112,6 +112,16 @@ def halved(
         return product("bi,oi->bo", row, matrix, dtype)
     halves = matrix.reshape((2, -1, matrix.shape[1]))
     return product("hi,hoi->ho", _twice(row), halves, dtype).reshape((1, -1))
+
+
+def settled(x: Array) -> Array:
+    """Returns an array that CPUs compute once, before it is used.
+
+    XLA would compute it again for each of its users, and for one that reads it transposed slowly: a
+    quarter of a training step in float32.
+    """
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, cpu=barrier, default=lambda x: x)
 
 
 def product(equation: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
