@@ -66,6 +66,7 @@ class Job:
             "PYTHONPATH": str(ROOT),
             "XDG_CACHE_HOME": str(folder / "cache"),
             "JAX_PLATFORMS": "cpu",
+            "PYTHONDONTWRITEBYTECODE": "1",  # what a full disk cuts short would be read again
             "JAX_NUM_CPU_DEVICES": "2",
         }
 
