@@ -1,7 +1,5 @@
 """What reading prompts and decoding move on meshes that split the batch: nothing of a cache."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
