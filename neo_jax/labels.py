@@ -20,6 +20,12 @@ _CLASSES = {
 CLASSIFIERS = tuple(_CLASSES)
 """The heads in the place of a language model's, by the names of their parameters."""
 
+_MODELS: Mapping[HeadKind, str] = {
+    "lm_head": "a language model",
+    "score": "a classifier of texts",
+    "classifier": "a classifier of words",
+    "qa_outputs": "a model that finds answers",
+}
 _SINGLE = "single_label_classification"
 
 
@@ -77,6 +83,17 @@ class HeadConfig:
     def num_params(self, width: int) -> int:
         """Returns how many parameters it has next to the model's."""
         return len(self.labels) * (width + self.has_bias)
+
+    def check_kind(self, kind: HeadKind) -> None:
+        """Checks that a model with this head is one with that.
+
+        Raises:
+          NeoError: it is another.
+        """
+        if self.kind != kind:
+            raise NeoError(
+                f"this is {_MODELS[self.kind]}, not {_MODELS[kind]}; train one: docs/classify.md."
+            )
 
     def check_writes(self) -> None:
         """Checks that a model with this head is a language model.

@@ -1,8 +1,8 @@
-"""neo-jax classify: labels of texts."""
+"""neo-jax classify: labels of texts and of words, and answers."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -13,8 +13,13 @@ from neo_jax.cli.options import (
     check_output,
     output_lines,
     print_json,
+    print_table,
     read_prompts,
 )
+from neo_jax.errors import NeoError
+
+if TYPE_CHECKING:
+    from neo_jax.text.language_model import LanguageModel
 
 _TOGETHER = 256  # texts whose labels come at one time
 
@@ -23,15 +28,17 @@ _TOGETHER = 256  # texts whose labels come at one time
 class Options:
     """Labels a text, or every line of a file, by a classifier that `neo-jax train` made.
 
-    A JSON line a text: its label, and the probability of each.
+    A JSON line a text: its label, and the probability of each; of a classifier of words the label
+    of each word; of a model that finds answers the answer.
     """
 
-    text: Annotated[Positional[str], arg(metavar="TEXT")] = ""  # one text
+    text: Annotated[Positional[str], arg(metavar="TEXT")] = ""  # one text, or question
     # .txt, a text a line; or .jsonl, {"text": ...} or {"ids": [...]} a line; the texts of a pair
     # have a line break between them
     input: str = ""
+    context: str = ""  # the text in which questions have their answers
     output: str = ""  # a .jsonl file; stdout if not given
-    json: bool = False  # print an object for TEXT too, not its label and probability
+    json: bool = False  # print an object for TEXT too, not lines of words
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     # where a mesh spans several processes; each of them runs the same command
@@ -51,10 +58,39 @@ def main(args: Sequence[str]) -> None:
         lm = options.model.load()
         with output_lines(options.output) as file:
             for start in range(0, len(texts), _TOGETHER):
-                for found in lm.classify(texts[start : start + _TOGETHER]):
-                    named = zip(lm.config.head.labels, found.probabilities.tolist(), strict=True)
-                    numbers = {label: round(number, 6) for label, number in named}
+                for said in _say(lm, texts[start : start + _TOGETHER], options.context):
                     if options.input or options.json or options.output:
-                        print_json({"label": found.label, "probabilities": numbers}, file)
+                        print_json(said, file)
                     else:
-                        print(found.label, *(f"{x:.3f} {label}" for label, x in numbers.items()))
+                        _print(said)
+
+
+def _say(lm: "LanguageModel", texts: Sequence[Any], context: str) -> Iterator[dict[str, Any]]:
+    """Yields what a model says of each text, by name; raises as the methods of the model do."""
+    head = lm.config.head
+    if context or head.kind == "qa_outputs":
+        if not context:
+            raise NeoError("this model finds answers; name the text that has them with --context.")
+        for answer in lm.answers([(text, context) for text in texts]):
+            yield _rounded(answer._asdict())
+    elif head.kind == "classifier":
+        for words in lm.classify_tokens(texts):
+            yield {"words": [_rounded(word._asdict()) for word in words]}
+    else:
+        for found in lm.classify(texts):
+            named = zip(head.labels, found.probabilities.tolist(), strict=True)
+            yield {"label": found.label, "probabilities": _rounded(dict(named))}
+
+
+def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(x, 6) if isinstance(x, float) else x for name, x in fields.items()}
+
+
+def _print(said: dict[str, Any]) -> None:
+    """Prints what is said of one text for people."""
+    if "words" in said:
+        print_table([(w["word"], f"{w['label']} {w['probability']:.3f}") for w in said["words"]])
+    elif "label" in said:
+        print(said["label"], *(f"{x:.3f} {label}" for label, x in said["probabilities"].items()))
+    else:
+        print(f"{said['text']} {said['probability']:.3f}")

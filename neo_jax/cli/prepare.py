@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from textwrap import indent
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from tyro.conf import Positional, arg
 
@@ -14,8 +14,8 @@ from neo_jax.data.prepare import TokenizerKind, prepare
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.data.statistics import draw_histogram
 from neo_jax.errors import NeoError
-from neo_jax.fields import check, number
-from neo_jax.labels import ProblemType
+from neo_jax.fields import check, choice, number
+from neo_jax.labels import HeadKind, ProblemType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,18 @@ class Options:
     train_tokenizer: int = 0  # or the size of a vocabulary to learn from the text
     tokenizer_kind: TokenizerKind = "sentencepiece"  # of the tokenizer to train
     new_tokens: tuple[str, ...] = ()  # special tokens to add to it, such as "<|user|>"
-    text_field: str = "text"  # name of the text in .jsonl and hf://, of the ids in TFRecords
+    # The name of the text in .jsonl and hf://, of the ids in TFRecords; "text" if not given.
+    text_field: str = ""
     separator: str = ""  # of documents in .txt, where it is another than <|endoftext|>
     held_out: float = 0.0  # share of the text kept from training, to evaluate on
     # Examples with labels of .tsv, .csv, .jsonl and hf://: the column of labels, by name, or by its
     # number from 1 in files whose first line names none; --text-field likewise.
     label_field: str = ""
-    second_text_field: str = ""  # the column of the second text, where examples are pairs
+    # What labels are of: "score", of texts; "classifier", of words, in the columns "tokens" and
+    # "tags" if not given; "qa_outputs", answers, in "answers", of "question" and "context".
+    head: HeadKind = choice("lm_head", get_args(HeadKind))
+    # The column of the second text, where examples are pairs; of answers that of questions.
+    second_text_field: str = ""
     labels: tuple[str, ...] = ()  # their names, in the order that the model is to have them
     # What labels are: one name, any of several joined by commas, or a number.
     problem_type: ProblemType = "single_label_classification"
@@ -51,9 +56,25 @@ class Options:
     def __post_init__(self) -> None:
         check(self)
         for name in ("second_text_field", "labels", "held_out_files", "skip_bad"):
-            if getattr(self, name) and not self.label_field:
+            if getattr(self, name) and not self.is_labelled:
                 option = name.replace("_", "-")
                 raise NeoError(f"--{option} goes with --label-field, the column of labels.")
+        if self.head == "score" and not self.label_field:
+            raise NeoError("--head score needs --label-field, the column of labels.")
+        if self.problem_type != "single_label_classification" and self.kind != "score":
+            raise NeoError(
+                f"--problem-type is for labels of texts; --head {self.head} has one kind."
+            )
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether these are examples with labels."""
+        return bool(self.label_field) or self.head != "lm_head"
+
+    @property
+    def kind(self) -> HeadKind:
+        """The head that examples with labels are for."""
+        return "score" if self.head == "lm_head" else self.head
 
 
 def main(args: Sequence[str]) -> None:
@@ -67,7 +88,7 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("give either --tokenizer, as in gpt-neo-125m, or --train-tokenizer 4096.")
     if not 0 <= options.train_tokenizer < 2**31:
         raise UsageError(f"no vocabulary has {options.train_tokenizer} tokens; take 4096, say.")
-    fields = _labelled(options) if options.label_field else _documents(options)
+    fields = _labelled(options) if options.is_labelled else _documents(options)
     if options.json:
         print_json(fields)
         return
@@ -84,7 +105,7 @@ def _documents(options: Options) -> dict[str, Any]:
         train_tokenizer=options.train_tokenizer,
         tokenizer_kind=options.tokenizer_kind,
         new_tokens=options.new_tokens,
-        text_field=options.text_field,
+        text_field=options.text_field or "text",
         separator=options.separator,
         held_out=options.held_out,
     )
@@ -94,11 +115,17 @@ def _labelled(options: Options) -> dict[str, Any]:
     """Prepares examples with labels."""
     if not options.tokenizer:
         raise UsageError("examples with labels need --tokenizer, as in gpt-neo-125m.")
+    usual = Columns.usual(options.kind)
     return prepare_labelled(
         options.inputs,
         options.output,
         options.tokenizer,
-        Columns(options.text_field, options.label_field, options.second_text_field),
+        Columns(
+            options.text_field or usual.text,
+            options.label_field or usual.label,
+            options.second_text_field or usual.second_text,
+        ),
+        kind=options.kind,
         problem_type=options.problem_type,
         labels=options.labels,
         held_out=options.held_out,
@@ -113,7 +140,10 @@ def _print_split(split: str, numbers: dict[str, Any]) -> None:
     if count := numbers.get("examples"):
         rows.append(("examples", f"{count:,}"))
         balance = numbers.get("balance", {}).items()
-        rows += [(label, f"{some:,}, {some / count:.1%}") for label, some in balance]
+        labelled = numbers.get("words", count)
+        if "words" in numbers:
+            rows.append(("words with a label", f"{labelled:,}"))
+        rows += [(label, f"{some:,}, {some / labelled:.1%}") for label, some in balance]
         if "mean" in numbers:
             rows.append(("label", f"mean {numbers['mean']:.4g}, sd {numbers['sd']:.4g}"))
     else:

@@ -6,6 +6,7 @@ a caller allows are left out instead, and counted.
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -18,19 +19,36 @@ from neo_jax.data.listing import data_files
 from neo_jax.data.sources import json_lines, text_lines
 from neo_jax.errors import NeoError, brief, reason, suggest
 from neo_jax.files.compression import UNPACKERS, unpacked_name
-from neo_jax.labels import ProblemType
+from neo_jax.labels import HeadKind, ProblemType
 from neo_jax.text.classify import as_one_text
+from neo_jax.text.spans import NO_LABEL, join_question, join_words
 
 ENDINGS = (".tsv", ".csv", ".jsonl")
 
 _NAMED = 3  # of the rows that are left out
 
 
+class WordTags(NamedTuple):
+    """The labels of the words of a text."""
+
+    starts: Sequence[int]  # the character at which each word begins
+    labels: tuple[str, ...]  # "" of a word that has none
+
+
+class Answers(NamedTuple):
+    """Where a text, a question and its context on a line each, has the answer."""
+
+    start: int  # the character at which it begins
+    context: int  # and that at which the context does
+    texts: tuple[str, ...]  # the answer, and others that are as right
+
+
 class Example(NamedTuple):
     """A text, or two that belong together, and what is known of it."""
 
     text: str
-    label: str | float | tuple[str, ...]  # a name; a number of a regression; any of several names
+    # A name; a number of a regression; any of several names; what a head that reads tokens learns.
+    label: str | float | tuple[str, ...] | WordTags | Answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +59,17 @@ class Columns:
     label: str = "label"
     second_text: str = ""  # "" for examples of one text
 
+    @classmethod
+    def usual(cls, kind: HeadKind) -> "Columns":
+        """Returns the names that are usual for what a head learns."""
+        return _USUAL.get(kind, cls())
+
+
+_USUAL: dict[HeadKind, Columns] = {
+    "classifier": Columns("tokens", "tags"),
+    "qa_outputs": Columns("context", "answers", "question"),
+}
+
 
 def read_examples(
     inputs: Sequence[str | os.PathLike[str]],
@@ -48,15 +77,20 @@ def read_examples(
     problem_type: ProblemType = "single_label_classification",
     labels: Sequence[str] = (),
     skip_bad: int = 0,
+    kind: HeadKind = "score",
 ) -> list[Example]:
     """Returns the examples of all inputs, in order.
 
     Args:
       inputs: files, folders and globs, and hf://NAME:CONFIG:SPLIT.
       columns: where they have texts and labels.
-      problem_type: what labels are.
+      problem_type: what labels of texts are.
       labels: the names that may be; empty is any.
       skip_bad: so many rows that cannot be examples are left out, and reported on stderr.
+      kind: the head that they are for. `classifier` takes a list of words and one of their labels,
+        of which null and -100 are none; `qa_outputs` a context, a question as the second text, and
+        answers as SQuAD has them: {"text": [...], "answer_start": [...]}, a list of {"text",
+        "answer_start"}, or a text with a column answer_start.
 
     Raises:
       NeoError: nothing matches, or more rows than that have another number of columns, lack a
@@ -67,7 +101,12 @@ def read_examples(
         try:
             if isinstance(row, NeoError):
                 raise row
-            examples.append(_example(where, row, columns, problem_type, labels))
+            if kind == "classifier":
+                examples.append(_words(where, row, columns, labels))
+            elif kind == "qa_outputs":
+                examples.append(_question(where, row, columns))
+            else:
+                examples.append(_example(where, row, columns, problem_type, labels))
         except NeoError as error:
             bad.append(str(error))
             if len(bad) > skip_bad:
@@ -85,14 +124,8 @@ def read_examples(
 def _example(
     where: str, row: dict[str, Any], columns: Columns, problem: ProblemType, known: Sequence[str]
 ) -> Example:
-    texts = []
-    for name in filter(None, (columns.text, columns.second_text)):
-        text = _cell(where, row, name)
-        if not isinstance(text, str):
-            raise NeoError(f"{where}: '{name}' is {brief(text)}, not a text.")
-        if not text.strip():
-            raise NeoError(f"{where}: '{name}' is empty; write a text, or remove the row.")
-        texts.append(text)
+    names = filter(None, (columns.text, columns.second_text))
+    texts = [_text(where, row, name) for name in names]
     value = _cell(where, row, columns.label)
     text = as_one_text(texts) if len(texts) > 1 else texts[0]
     if problem == "regression":
@@ -102,6 +135,74 @@ def _example(
         names = tuple(_name(where, columns.label, each, known) for each in several if each != "")
         return Example(text, names)
     return Example(text, _name(where, columns.label, value, known))
+
+
+def _words(where: str, row: dict[str, Any], columns: Columns, known: Sequence[str]) -> Example:
+    words, tags = _cell(where, row, columns.text), _cell(where, row, columns.label)
+    for name, cell in ((columns.text, words), (columns.label, tags)):
+        if not isinstance(cell, list) or not cell:
+            raise NeoError(f"{where}: '{name}' is {brief(cell)}, not a list with an entry a word.")
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise NeoError(f"{where}: '{columns.text}' has {brief(word)}, which is no word.")
+    if len(words) != len(tags):
+        raise NeoError(
+            f"{where}: {len(words)} '{columns.text}' have {len(tags)} '{columns.label}'; give one "
+            "for each."
+        )
+    text, starts = join_words(words)
+    names = (
+        "" if tag in (None, NO_LABEL) else _name(where, columns.label, tag, known) for tag in tags
+    )
+    return Example(text, WordTags(starts, tuple(names)))
+
+
+def _question(where: str, row: dict[str, Any], columns: Columns) -> Example:
+    context, question = (_text(where, row, name) for name in (columns.text, columns.second_text))
+    answers, name = _answers(row, _cell(where, row, columns.label)), columns.label
+    if not answers:
+        raise NeoError(f"{where}: '{name}' is empty; every question needs an answer.")
+    for text, start in answers:
+        if not isinstance(text, str) or not text.strip():
+            raise NeoError(f"{where}: '{name}' has {brief(text)}, which is no answer.")
+        if not isinstance(start, int) or context[max(start, 0) :][: len(text)] != text:
+            raise NeoError(
+                f"{where}: the answer {brief(text)} does not begin at character {brief(start)} of "
+                f"'{columns.text}'; its answer_start must say where."
+            )
+    text, begin = join_question(question, context)
+    first, start = answers[0]
+    lead = len(first) - len(first.lstrip())  # spaces around it are not the answer
+    texts = tuple(text.strip() for text, _ in answers)
+    return Example(text, Answers(begin + start + lead, begin, texts))
+
+
+def _answers(row: dict[str, Any], cell: Any) -> list[tuple[Any, Any]]:
+    """Returns answers and where they begin, of the forms in which files have them."""
+    if isinstance(cell, str):
+        start = row.get("answer_start")
+        is_written = isinstance(start, str) and start.isdecimal()  # in a table
+        return [(cell, int(start) if is_written else start)] if cell else []
+    if isinstance(cell, dict):
+        texts, starts = (
+            each if isinstance(each, list) else [each]
+            for each in (cell.get("text", []), cell.get("answer_start", []))
+        )
+        return [*itertools.zip_longest(texts, starts)]
+    if not isinstance(cell, list):
+        return [(cell, None)] if cell is not None else []
+    return [
+        (e.get("text"), e.get("answer_start")) if isinstance(e, dict) else (e, None) for e in cell
+    ]
+
+
+def _text(where: str, row: dict[str, Any], name: str) -> str:
+    text = _cell(where, row, name)
+    if not isinstance(text, str):
+        raise NeoError(f"{where}: '{name}' is {brief(text)}, not a text.")
+    if not text.strip():
+        raise NeoError(f"{where}: '{name}' is empty; write a text, or remove the row.")
+    return text
 
 
 def _cell(where: str, row: dict[str, Any], name: str) -> Any:

@@ -65,18 +65,20 @@ class HubDataset:
         """
         try:
             stream = self._builder.as_streaming_dataset(split=self._split or "train")
-            named = {
-                name: feature.names
-                for name, feature in (stream.features or {}).items()
-                if hasattr(feature, "names")
-            }
+            # Of a list of labels, such as of words, its entries have the names.
+            features = (stream.features or {}).items()
+            found = {name: getattr(feature, "feature", feature) for name, feature in features}
+            named = {name: each.names for name, each in found.items() if hasattr(each, "names")}
             for row in stream:
-                yield row | {
-                    name: names[row[name]]
-                    for name, names in named.items()
-                    if isinstance(row[name], int) and 0 <= row[name] < len(names)
-                }
+                yield row | {name: _named(row[name], names) for name, names in named.items()}
         except NeoError:
             raise
         except Exception as error:  # of several libraries, which share no base
             raise NeoError(f"cannot read {self._name}: {reason(error)}") from error
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Returns the name of a label, or those of a list; what has none is left as it is."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

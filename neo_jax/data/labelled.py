@@ -1,23 +1,30 @@
 """A data set of examples with labels: on disk, and as batches of like length.
 
-dataset.json             version, kind ("labelled"), dtype, vocab_size, eos_id, labels,
+dataset.json             version, kind ("labelled"), head, dtype, vocab_size, eos_id, labels,
                          problem_type, statistics of every split
 {train,held_out}/
   tokens.bin             ids, little-endian uint16 (uint32 for large vocabularies)
   offsets.npy            int64 [examples + 1]: where each example begins, and the end
   labels.npy             int32 [examples]; of a regression float32, of several labels an example
-                         float32 [examples, labels] of ones and zeros
+                         float32 [examples, labels] of ones and zeros; of a head `classifier`
+                         int32 [tokens], -100 where a token has none, and of `qa_outputs` int32
+                         [examples, 3], from the first token of the example: the first and the last
+                         token of the answer, and the first of its context
+  answers.json           of a head `qa_outputs`: the texts of the right answers to each question
 tokenizer.json, ...      the tokenizer
 
 A batch is a function of the seed and the step. It is a dictionary, for R rows, of
   tokens:  int32 [R, T]; padding, on the right, is zeros
   lengths: int32 [R]
-  labels:  as in labels.npy
+  labels:  as in labels.npy; of a head `classifier` int32 [R, T]; of `qa_outputs` int32 [R, 2],
+           the first and the last token of the answer, or -100 where these are not all read
   weights: float32 [R]; 0 for a row that only fills a batch
 """
 
 import dataclasses
+import functools
 import io
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -31,9 +38,11 @@ from neo_jax.errors import NeoError
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import make_path
 from neo_jax.labels import HeadConfig
+from neo_jax.text.spans import NO_LABEL
 
 KIND = "labelled"
 LABELS_FILE = "labels.npy"
+ANSWERS_FILE = "answers.json"
 
 _GROUPED = 50  # batches whose examples are sorted by length among themselves
 
@@ -55,6 +64,7 @@ class LabelledDataset:
     head: HeadConfig
     vocab_size: int
     tokenizer_folder: Path  # holds the tokenizer's files
+    answers: tuple[tuple[str, ...], ...] = ()  # to each question, where examples are questions
     has_segment_starts: bool = False
     bytes_per_token: float = math.nan  # of texts that are predicted, of which there are none
 
@@ -76,22 +86,27 @@ class LabelledDataset:
             )
             data = (folder / split / TOKENS_FILE).read_bytes()
             tokens = np.frombuffer(data, fields["dtype"])
-            if len(offsets) != len(labels) + 1 or offsets[-1] != len(tokens):
+            kind = fields.get("head", "score")  # of files that do not say
+            head = HeadConfig(kind, fields["labels"], fields["problem_type"])
+            size, answers = int(fields["vocab_size"]), ()
+            if head.kind == "qa_outputs":
+                text = (folder / split / ANSWERS_FILE).read_text(encoding="utf-8")
+                answers = tuple(map(tuple, json.loads(text)))
+            count = len(tokens) if head.kind == "classifier" else len(offsets) - 1
+            if len(labels) != count or offsets[-1] != len(tokens) or len(answers) not in (0, count):
                 raise ValueError("the files are not of one length")
-            head = HeadConfig("score", fields["labels"], fields["problem_type"])
-            size = int(fields["vocab_size"])
         except NeoError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NeoError(f"{folder} is damaged ({error}); run neo-jax prepare again.") from error
-        return cls(tokens, offsets, labels, length, head, size, folder)
+        return cls(tokens, offsets, labels, length, head, size, folder, answers)
 
     @property
     def num_examples(self) -> int:
         """Examples of the split."""
-        return len(self.labels)
+        return len(self.offsets) - 1
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens that are read of each example, int64 [examples]."""
         return np.minimum(np.diff(self.offsets), self.length)
@@ -105,24 +120,48 @@ class LabelledDataset:
         """Returns the batches of an epoch; the last one is filled up."""
         return -(-self.num_examples // batch_size)
 
+    @property
+    def num_lost(self) -> int:
+        """Labels of words, or answers, that are beyond `length` and so are not read."""
+        if self.head.kind == "qa_outputs":
+            return int(np.count_nonzero(self.labels[:, 1] >= self.lengths))
+        if self.head.kind != "classifier":
+            return 0
+        index = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        return int(np.count_nonzero((index >= self.length) & (self.labels != NO_LABEL)))
+
+    def labels_of(self, example: int) -> np.ndarray:
+        """Returns the labels of what is read of an example, as a batch has them."""
+        length = self.lengths[example]
+        if self.head.kind == "classifier":
+            start = self.offsets[example]
+            return self.labels[start : start + length]
+        if self.head.kind == "qa_outputs":
+            span = self.labels[example, :2]
+            return span if span[1] < length else np.full_like(span, NO_LABEL)
+        return self.labels[example]
+
     def batch(
         self, examples: np.ndarray, batch_size: int, rows: Sequence[int]
     ) -> dict[str, np.ndarray]:
         """Returns some rows of the batch of these examples, the rest of which is padding."""
         lengths = self.lengths[examples]
         width = padded_length(int(lengths.max()), self.length)
+        labels = [self.labels_of(example) for example in examples]
+        shape = (width,) if self.head.kind == "classifier" else labels[0].shape
+        none = 0 if self.head.kind == "score" else NO_LABEL
         batch = {
             "tokens": np.zeros((batch_size, width), np.int32),
             "lengths": np.ones(batch_size, np.int32),
-            "labels": np.zeros((batch_size, *self.labels.shape[1:]), self.labels.dtype),
+            "labels": np.full((batch_size, *shape), none, self.labels.dtype),
             "weights": np.zeros(batch_size, np.float32),
         }
         for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             start = self.offsets[example]
             batch["tokens"][row, :length] = self.tokens[start : start + length]
+            batch["labels"][(row, *map(slice, labels[row].shape))] = labels[row]
         count = len(examples)
         batch["lengths"][:count] = lengths
-        batch["labels"][:count] = self.labels[examples]
         batch["weights"][:count] = 1
         return {name: array[list(rows)] for name, array in batch.items()}
 

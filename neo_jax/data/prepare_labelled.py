@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from neo_jax.data.atomic_folder import DATA, staging
-from neo_jax.data.examples import Columns, Example, read_examples
-from neo_jax.data.labelled import KIND, LABELS_FILE
+from neo_jax.data.examples import Answers, Columns, Example, WordTags, read_examples
+from neo_jax.data.labelled import ANSWERS_FILE, KIND, LABELS_FILE
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tokenizing import is_held_out, token_dtype
 from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, TOKENS_FILE, TRAIN, VERSION
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import absolute, make_path
-from neo_jax.labels import HeadConfig, ProblemType
+from neo_jax.labels import HeadConfig, HeadKind, ProblemType, unnamed
+from neo_jax.text.spans import NO_LABEL, TokenEnds
 from neo_jax.text.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -25,8 +26,9 @@ def prepare_labelled(
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     tokenizer: Tokenizer | str | os.PathLike[str],
-    columns: Columns = Columns(),  # noqa: B008
+    columns: Columns | None = None,
     *,
+    kind: HeadKind = "score",
     problem_type: ProblemType = "single_label_classification",
     labels: Sequence[str] = (),
     held_out: float = 0.0,
@@ -39,11 +41,13 @@ def prepare_labelled(
       inputs: .tsv, .csv and .jsonl files, folders, globs, and hf://NAME:CONFIG:SPLIT.
       output: the folder to write, new or empty.
       tokenizer: a tokenizer, the folder or file of one, or a model's name.
-      columns: where examples have their texts and labels.
-      problem_type: what labels are: one name, any of several names, or a number.
+      columns: where examples have their texts and labels; None is what is usual for the head.
+      kind: the head that they are for: labels of texts, of words, or answers.
+      problem_type: what labels of texts are: one name, any of several names, or a number.
       labels: their names, in the order that a model has them; else those of the training examples,
         sorted.
-      held_out: the share of examples to hold out; as in `prepare` a property of their texts alone.
+      held_out: the share of examples to hold out; as in `prepare` a property of their texts alone,
+        where they are questions of their contexts, so that no context is in both splits.
       held_out_inputs: instead, files of examples to hold out.
       skip_bad: rows that cannot be examples and are left out, at most.
 
@@ -62,19 +66,22 @@ def prepare_labelled(
         )
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = find_tokenizer(tokenizer)
-    found = read_examples(inputs, columns, problem_type, labels, skip_bad)
-    splits = {TRAIN: [example for example in found if not is_held_out(example.text, held_out)]}
+    columns = columns or Columns.usual(kind)
+    found = read_examples(inputs, columns, problem_type, labels, skip_bad, kind)
+    splits = {TRAIN: [example for example in found if not is_held_out(_key(example), held_out)]}
     names = [*labels] or _names(splits[TRAIN], problem_type)
     if held_out_inputs:
-        splits[HELD_OUT] = read_examples(held_out_inputs, columns, problem_type, names, skip_bad)
+        splits[HELD_OUT] = read_examples(
+            held_out_inputs, columns, problem_type, names, skip_bad, kind
+        )
     elif held_out:
-        splits[HELD_OUT] = [e for e in found if is_held_out(e.text, held_out)]
+        splits[HELD_OUT] = [e for e in found if is_held_out(_key(e), held_out)]
     if not all(splits.values()):
         raise NeoError(
             f"with held_out {held_out} a split has none of the {len(found)} examples; choose "
             "another share, or give more examples."
         )
-    head = HeadConfig("score", tuple(names), problem_type)
+    head = HeadConfig(kind, tuple(names), problem_type)
     return write_labelled(output, tokenizer, head, splits)
 
 
@@ -98,6 +105,7 @@ def write_labelled(
         fields = {
             "version": VERSION,
             "kind": KIND,
+            "head": head.kind,
             "dtype": dtype.name,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
@@ -111,18 +119,33 @@ def write_labelled(
         return fields
 
 
+def _key(example: Example) -> str:
+    """Returns the text by which an example is held out or not."""
+    is_question = isinstance(example.label, Answers)
+    return example.text[example.label.context :] if is_question else example.text
+
+
+def _labels_of(example: Example) -> tuple[str, ...]:
+    """Returns the names of labels that an example has."""
+    label = example.label
+    if isinstance(label, WordTags):
+        return tuple(filter(None, label.labels))
+    return tuple(map(str, label)) if isinstance(label, tuple) else (str(label),)
+
+
 def _names(examples: Sequence[Example], problem_type: ProblemType) -> list[str]:
     """Returns the labels that there are, sorted, numbers as numbers."""
     if problem_type == "regression":
-        return ["LABEL_0"]
+        return [*unnamed(1)]
+    if any(isinstance(example.label, Answers) for example in examples):
+        return [*unnamed(2)]  # as transformers has them, of start and end
     found: set[str] = set()
     for example in examples:
-        several = example.label if isinstance(example.label, tuple) else (example.label,)
-        found.update(map(str, several))
+        found.update(_labels_of(example))
     if len(found) < 2 and problem_type == "single_label_classification":
         raise NeoError(
-            f"all examples have the label {', '.join(found)}; a classifier needs two, or name them "
-            "with --labels."
+            f"all examples have the label {', '.join(found) or 'None'}; a classifier needs two, or "
+            "name them with --labels."
         )
     is_number = all(name.lstrip("-").isdecimal() for name in found)
     return sorted(found, key=lambda name: (int(name), name) if is_number else (0, name))
@@ -142,8 +165,15 @@ def _write(
     tokens = np.concatenate([np.asarray(each, dtype) for each in ids])
     (folder / TOKENS_FILE).write_bytes(tokens.tobytes())
     np.save(folder / OFFSETS_FILE, offsets)
-    np.save(folder / LABELS_FILE, encode_labels([example.label for example in examples], head))
-    statistics = {
+    if head.kind == "score":
+        labels = encode_labels([example.label for example in examples], head)
+    else:
+        labels = _labels_of_tokens(examples, ids, head, TokenEnds(tokenizer))
+    np.save(folder / LABELS_FILE, labels)
+    if head.kind == "qa_outputs":
+        answers = [e.label.texts for e in examples if isinstance(e.label, Answers)]
+        (folder / ANSWERS_FILE).write_text(json.dumps(answers) + "\n", encoding="utf-8")
+    statistics: dict[str, Any] = {
         "examples": len(examples),
         "bytes": sum(len(example.text.encode()) for example in examples),
         "tokens": len(tokens),
@@ -152,9 +182,33 @@ def _write(
     if head.problem_type == "regression":
         values = np.array([example.label for example in examples], float)
         return statistics | {"mean": values.mean(), "sd": values.std()}
-    several = (e.label if isinstance(e.label, tuple) else (e.label,) for e in examples)
-    counts = Counter(label for labels in several for label in labels)
+    if head.kind == "qa_outputs":
+        return statistics
+    if head.kind == "classifier":
+        statistics["words"] = int(np.count_nonzero(labels != NO_LABEL))
+    counts = Counter(label for example in examples for label in _labels_of(example))
     return statistics | {"balance": {label: counts[label] for label in head.labels}}
+
+
+def _labels_of_tokens(
+    examples: Sequence[Example], ids: Sequence[Sequence[int]], head: HeadConfig, ends_of: TokenEnds
+) -> np.ndarray:
+    """Returns the labels of examples whose head reads every token, see `labelled`."""
+    number, rows = {label: i for i, label in enumerate(head.labels)}, []
+    for example, tokens in zip(examples, ids, strict=True):
+        label, ends = example.label, ends_of(example.text, tokens)
+        if isinstance(label, WordTags):
+            row = np.full(len(tokens), NO_LABEL, np.int32)
+            firsts = np.searchsorted(ends, label.starts, side="right")
+            for token, name in zip(firsts, label.labels, strict=True):
+                if name:
+                    row[token] = number[name]
+        else:
+            assert isinstance(label, Answers)
+            last = label.start + len(label.texts[0]) - 1
+            row = np.searchsorted(ends, [label.start, last, label.context], side="right")
+        rows.append(row)
+    return (np.concatenate if head.kind == "classifier" else np.stack)(rows).astype(np.int32)
 
 
 def encode_labels(labels: Sequence[Any], head: HeadConfig) -> np.ndarray:

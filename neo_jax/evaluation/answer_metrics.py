@@ -2,19 +2,16 @@
 
 ROUGE-L is google-research's (Lin, "ROUGE", 2004) without a stemmer, the F measure of the longest
 common subsequence of words, as `rouge-score` computes it; chrF is `sacrebleu`'s (Popović, 2015), of
-all answers together. SQuAD's exact match and F1 (Rajpurkar et al., "SQuAD", 2016, its evaluation
-script) compare words in lower case, without punctuation and articles.
+all answers together. SQuAD's exact match and F1 are `neo_jax.training.metrics`'.
 """
 
-import collections
 import importlib.util
-import re
-import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from neo_jax.errors import NeoError, suggest
+from neo_jax.training.metrics import squad_em, squad_f1
 
 _PACKAGES = {"rouge_l": "rouge_score", "chrf": "sacrebleu"}
 
@@ -52,22 +49,6 @@ def _exact_match(answer: str, reference: str) -> float:
     return float(answer == reference)
 
 
-def squad_words(text: str) -> list[str]:
-    """Returns the words of an answer, as SQuAD's evaluation script compares them."""
-    text = "".join(char for char in text.lower() if char not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def _squad_exact_match(answer: str, reference: str) -> float:
-    return float(squad_words(answer) == squad_words(reference))
-
-
-def _squad_f1(answer: str, reference: str) -> float:
-    found, right = squad_words(answer), squad_words(reference)
-    common = sum((collections.Counter(found) & collections.Counter(right)).values())
-    return 2 * common / (len(found) + len(right)) if common else 0.0
-
-
 def _rouge_l(answer: str, reference: str) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -85,7 +66,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "rouge_l": _rouge_l,
     "chrf": lambda answer, reference: _chrf([(answer, reference)]),
     "exact_match": _exact_match,
-    "squad_em": _squad_exact_match,
-    "squad_f1": _squad_f1,
+    "squad_em": squad_em,
+    "squad_f1": squad_f1,
 }
 """What each metric gives an answer, from 0 to 1, and chrF from 0 to 100."""

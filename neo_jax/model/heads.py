@@ -77,24 +77,6 @@ def classify_tokens(
     return head_logits(model, params, hidden)
 
 
-def best_spans(
-    logits: Float[Array, "B T 2"], is_context: Array, longest: int
-) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Returns the first and the last token of the likeliest answer in each row.
-
-    Args:
-      logits: what `classify_tokens` gives of a head `qa_outputs`.
-      is_context: bool [B, T], which tokens an answer may hold.
-      longest: tokens that an answer has at most.
-    """
-    start, end = (jnp.where(is_context, logits[..., i], -jnp.inf) for i in (0, 1))
-    length = jnp.arange(logits.shape[1])[None, :] - jnp.arange(logits.shape[1])[:, None]
-    pairs = start[:, :, None] + end[:, None, :]
-    pairs = jnp.where(((length >= 0) & (length < longest))[None], pairs, -jnp.inf)
-    best = jnp.argmax(pairs.reshape(len(pairs), -1), axis=1)
-    return best // logits.shape[1], best % logits.shape[1]
-
-
 def _head(model: Neo) -> Einsum:
     head, width = model.config.head, model.config.embed_dim
     return Einsum(

@@ -53,25 +53,37 @@ def classification(logits: np.ndarray, head: HeadConfig) -> Classification:
 def sequence_logits(
     model: Neo, params: Params, texts: Sequence[Sequence[int]], batch_size: int = 0
 ) -> np.ndarray:
-    """Returns the logits of each text, float32 [N, C]; those of like length share a batch.
+    """Returns the logits of each text, float32 [N, C].
+
+    Raises:
+      NeoError: the model is no classifier of texts; or as `label_logits`.
+    """
+    head = model.config.head
+    head.check_kind("score")
+    found = label_logits(model, params, texts, batch_size)
+    return np.array(found, np.float32).reshape(len(texts), len(head.labels))
+
+
+def label_logits(
+    model: Neo, params: Params, texts: Sequence[Sequence[int]], batch_size: int = 0
+) -> list[np.ndarray]:
+    """Returns the logits of labels, float32: of a head `score` [C] a text, of others [T, C].
+
+    Texts of like length share a batch.
 
     Args:
-      model: a classifier of texts.
+      model: with a head of labels.
       params: its parameters.
       texts: ids, each within the context.
       batch_size: rows of a forward pass; 0 is as many as have some thousand tokens together.
 
     Raises:
-      NeoError: the model is no classifier of texts, a text is empty, or has more tokens than the
-        context holds, or one that is none.
+      NeoError: a text is empty, or has more tokens than the context holds, or one that is none.
     """
-    head = model.config.head
-    if head.kind != "score":
-        what = "a language model" if not head.is_classifier else f"a model with a head {head.kind}"
-        raise NeoError(f"this is {what}, not a classifier of texts; train one: docs/classify.md.")
+    of_texts = model.config.head.kind == "score"
     for ids in texts:
         check_tokens(model, ids)
-    found = np.empty((len(texts), len(head.labels)), np.float32)
+    found = [np.empty(0, np.float32)] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     while order:
         width = padded_length(len(texts[order[0]]), model.config.max_length)
@@ -82,17 +94,19 @@ def sequence_logits(
         for row, i in enumerate(batch):
             tokens[row, : len(texts[i])] = texts[i]
             last[row] = len(texts[i]) - 1
-        found[batch] = to_host(_logits(model, params, tokens, last))[: len(batch)]
+        logits = to_host(_logits(model, params, tokens, last if of_texts else None))
+        for i, rows in zip(batch, logits, strict=False):
+            found[i] = rows[0] if of_texts else rows[: len(texts[i])].copy()
     return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(
-    model: Neo, params: Params, tokens: Int[Array, "B T"], last: Int[Array, "B 1"]
-) -> Float[Array, "B C"]:
+    model: Neo, params: Params, tokens: Int[Array, "B T"], last: Int[Array, "B 1"] | None
+) -> Float[Array, "B K C"]:
     """Padding, on the right, is in the future of what counts."""
     hidden, _ = model.apply({"params": params}, tokens, query_indices=last, method=Neo.hidden)
-    return head_logits(model, params, hidden)[:, 0]
+    return head_logits(model, params, hidden)
 
 
 def choose(

@@ -20,7 +20,7 @@ from neo_jax.errors import NeoError, brief, checked
 from neo_jax.fields import takes
 from neo_jax.files.paths import make_path
 from neo_jax.model.transformer import Neo
-from neo_jax.text import defaults, generate, inspection
+from neo_jax.text import defaults, generate, inspection, spans
 from neo_jax.text.classify import Classification, as_one_text, classification, sequence_logits
 from neo_jax.text.defaults import Defaults
 from neo_jax.text.generate import Prompt, Sample, fit, make_strategy
@@ -35,7 +35,7 @@ from neo_jax.text.options import (
     read_options,
     spread,
 )
-from neo_jax.text.score import Score, score_ids
+from neo_jax.text.score import Score, score_ids, scored_bytes
 from neo_jax.text.tokenizer import Tokenizer
 from neo_jax.transforms.quantize import is_quantized
 
@@ -114,13 +114,9 @@ class LanguageModel:
     ) -> list[str]: ...
     @overload
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int | None = ...,
-        *,
-        num_samples: int,
+        self, prompts: Sequence[Prompt], max_new_tokens: int | None = ..., *, num_samples: int,
         **options: Any,
-    ) -> list[list[str]]: ...
+    ) -> list[list[str]]: ...  # fmt: skip
     @overload
     def generate(self, prompts: str, max_new_tokens: int | None = ..., **options: Any) -> str: ...
     @overload
@@ -282,7 +278,7 @@ class LanguageModel:
             texts, many, score_ids(self.model, self.params, many, stride), strict=True
         ):
             loss = -float(logprobs.mean(dtype=np.float64)) if len(logprobs) else math.nan
-            yield Score(ids, logprobs, loss, self._num_bytes(text, ids))
+            yield Score(ids, logprobs, loss, scored_bytes(self.tokenizer, text, ids))
 
     @overload
     def embed(  # type: ignore[overload-overlap]
@@ -290,12 +286,9 @@ class LanguageModel:
     ) -> np.ndarray: ...
     @overload
     def embed(
-        self,
-        texts: Sequence[Prompt],
-        layer: int = ...,
-        pooling: Pooling = ...,
+        self, texts: Sequence[Prompt], layer: int = ..., pooling: Pooling = ...,
         normalize: bool = ...,
-    ) -> list[np.ndarray]: ...
+    ) -> list[np.ndarray]: ...  # fmt: skip
     def embed(
         self,
         texts: str | Sequence[Prompt],
@@ -336,11 +329,28 @@ class LanguageModel:
           NeoError: the model is no classifier of texts, or a text is empty.
         """
         many = [texts] if isinstance(texts, str) else listed(texts)
-        context = self.config.max_length
-        ids = [self.encode(as_one_text(text))[:context] for text in many]
+        ids = [self.encode(as_one_text(text))[: self.config.max_length] for text in many]
         logits = sequence_logits(self.model, self.params, ids, batch_size)
         found = [classification(row, self.config.head) for row in logits]
         return found[0] if isinstance(texts, str) else found
+
+    def classify_tokens(self, texts: Sequence[str | Sequence[str]]) -> list[list[spans.WordLabel]]:
+        """Returns what a classifier of words says of each word of texts, or of lists of words.
+
+        Raises as `neo_jax.text.spans.label_words`.
+        """
+        return spans.label_words(self.model, self.params, self._tokenizer, listed(texts))
+
+    def answer(self, question: str, context: str) -> spans.FoundAnswer:
+        """Returns the part of a context that answers a question best; raises as `answers`."""
+        return self.answers([(question, context)])[0]
+
+    def answers(self, questions: Sequence[tuple[str, str]]) -> list[spans.FoundAnswer]:
+        """Returns the answers of pairs of a question and a context, see `text.spans.find_answers`.
+
+        Raises as that.
+        """
+        return spans.find_answers(self.model, self.params, self._tokenizer, listed(questions))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads, and transformers too unless weights are int8.
@@ -388,11 +398,3 @@ class LanguageModel:
                 "tokenizer.json, vocab.json and merges.txt, or .model file."
             )
         return self.tokenizer
-
-    def _num_bytes(self, text: Prompt, ids: list[int]) -> int:
-        if self.tokenizer is None:
-            return 0
-        whole = text if isinstance(text, str) else self.tokenizer.decode(ids)
-        # A character that the first token leaves unfinished is for the others to predict.
-        first = self.tokenizer.decode(ids[:1]).rstrip("\ufffd")
-        return len(whole.encode()) - len(first.encode())

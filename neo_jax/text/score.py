@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +203,19 @@ def score_ids(
             i, place = places[row]
             results[i][place] = answer.logprobs
         yield from results.values()
+
+
+def scored_bytes(tokenizer: Any, text: object, ids: Sequence[int]) -> int:
+    """Returns the bytes of a text, given by it or by its ids, behind its first token.
+
+    The tokenizer is a `Tokenizer`, or None, without which they are unknown and 0.
+    """
+    if tokenizer is None:
+        return 0
+    whole = text if isinstance(text, str) else tokenizer.decode(ids)
+    # A character that the first token leaves unfinished is for the others to predict.
+    first = tokenizer.decode(ids[:1]).rstrip("\ufffd")
+    return len(whole.encode()) - len(first.encode())
 
 
 def _virtual(ids: Sequence[int], vocab: int, count: int) -> list[int]:

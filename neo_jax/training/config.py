@@ -84,7 +84,8 @@ class TrainConfig:
     # Evaluations in a row without a better one, after which a run ends; 0 is never.
     patience: int = number(0, least=0)
     # What the best epoch of a classifier is chosen by: accuracy, f1, macro_f1, matthews, pearson or
-    # spearman; "" is what is usual for its labels.
+    # spearman; of words accuracy, macro_f1 or entity_f1, of answers squad_f1 or squad_em; "" is
+    # what is usual for its labels.
     metric: str = ""
     save_every: int = number(500, least=1)  # steps between checkpoints
     # Checkpoints kept, the newest ones; the best by evaluation stays too.

@@ -143,7 +143,7 @@ def load_stacked(model: Neo, folder: Path, dtype: DTypeLike, with_head: bool = T
       NeoError: see `neo_jax.checkpoints.load.load_params`.
     """
     stored, head = read_config(folder), model.config.head
-    if stored.head != head or not with_head:
+    if dataclasses.replace(stored.head, dropout=head.dropout) != head or not with_head:
         stored = dataclasses.replace(stored, head=HeadConfig())
     stacked = functools.partial(stack, config=stored)
     before = after = None

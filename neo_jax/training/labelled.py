@@ -1,7 +1,7 @@
 """What a run on examples with labels has of its own: the head, epochs, and its evaluation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,20 @@ from neo_jax.data.labelled import (
     ordered_batches,
 )
 from neo_jax.data.mixture import Mixture
-from neo_jax.devices.processes import to_host
+from neo_jax.devices.processes import say, to_host
 from neo_jax.errors import NeoError, suggest
 from neo_jax.labels import HeadConfig
 from neo_jax.model.transformer import Neo
+from neo_jax.text.spans import LONGEST_ANSWER, best_span
+from neo_jax.text.tokenizer import load_tokenizer
 from neo_jax.training.config import TrainConfig
-from neo_jax.training.metrics import METRICS, measure, usual_metrics
+from neo_jax.training.metrics import (
+    known_metrics,
+    measure,
+    measure_answers,
+    measure_words,
+    usual_metrics,
+)
 from neo_jax.training.objectives import Sums
 from neo_jax.training.objectives.classification import Batch, Classification
 from neo_jax.training.report import Evaluation
@@ -34,13 +42,23 @@ def open_split(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
       NeoError: it cannot be opened.
     """
     if is_labelled(config.data):
-        return LabelledDataset.open(config.data, split, config.sequence_length)
+        return _told(LabelledDataset.open(config.data, split, config.sequence_length), split)
     soft, first = config.soft_prompt, config.model.vocab_size
     virtual = [0] * soft.tokens if soft.features else range(first, first + soft.tokens)
     mixture = Mixture.open(
         config.data, split, config.sequence_length, config.across_documents, virtual
     )
     return with_features(mixture, soft.features) if soft.features and mixture.parts else mixture
+
+
+def _told(dataset: LabelledDataset, split: str) -> LabelledDataset:
+    """Returns a data set, and says which of its labels are not read."""
+    if lost := dataset.num_lost:
+        what = "answers" if dataset.answers else "labels of words"
+        say(
+            f"{lost:,} {what} of {split} are beyond length {dataset.length}, and not read; raise it"
+        )
+    return dataset
 
 
 def with_labels(config: TrainConfig, dataset: Mixture | LabelledDataset) -> TrainConfig:
@@ -61,8 +79,9 @@ def with_labels(config: TrainConfig, dataset: Mixture | LabelledDataset) -> Trai
         raise NeoError("a classifier continues no prompts; leave prompts out.")
     if labelled and config.soft_prompt.tokens:
         raise NeoError("a soft prompt is for a language model; train a classifier by lora.rank.")
-    if config.metric and config.metric not in METRICS:
-        raise NeoError(f"no metric is called '{config.metric}'.{suggest(config.metric, METRICS)}")
+    known = known_metrics(head)
+    if config.metric and config.metric not in known:
+        raise NeoError(f"no metric is called '{config.metric}'.{suggest(config.metric, known)}")
     if config.metric and not labelled:
         raise NeoError("metric is for data with labels; leave it out.")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
@@ -94,7 +113,8 @@ def make_evaluation(
     dataset = open_held_out(config.data, config.sequence_length) if config.eval_every else None
     if dataset is None:
         return None
-    names, head = metrics_of(config), config.model.head
+    _told(dataset, "held_out")
+    names = metrics_of(config)
 
     @jax.jit
     def run(params: Params, batch: Batch) -> tuple[Sums, Array]:
@@ -102,12 +122,37 @@ def make_evaluation(
         return objective.sums(logits, batch), logits
 
     def evaluate(params: Params) -> Evaluation:
-        total, logits = 0.0, np.zeros((dataset.num_examples, len(head.labels)), np.float32)
+        total = weight = 0.0
+        found = [np.empty(0)] * dataset.num_examples
         for examples, batch in ordered_batches(dataset, config.batch_size, place.rows):
-            sums, found = run(params, place(batch))
-            total += float(sums.loss)
-            logits[examples] = to_host(found)[: len(examples)]
-        scores = measure(names, dataset.labels, logits, head)
-        return Evaluation(total / dataset.num_examples, scores=scores)
+            sums, logits = run(params, place(batch))
+            total, weight = total + float(sums.loss), weight + float(sums.weight)
+            for example, row in zip(examples, to_host(logits), strict=False):
+                found[example] = row.copy()
+        return Evaluation(total / max(weight, 1), scores=_scores(names, dataset, found))
 
     return evaluate
+
+
+def _scores(
+    names: tuple[str, ...], dataset: LabelledDataset, logits: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Returns metrics by name, of the logits of each example of a data set."""
+    head, labels = dataset.head, map(dataset.labels_of, range(dataset.num_examples))
+    if head.kind == "score":
+        return measure(names, dataset.labels, np.stack(logits), head)
+    if head.kind == "classifier":
+        texts = []
+        for right, row in zip(labels, logits, strict=True):
+            has_label = right >= 0
+            texts.append((right[has_label], row[: len(right)].argmax(axis=1)[has_label]))
+        return measure_words(names, texts, head)
+    answers, tokenizer = [], load_tokenizer(dataset.tokenizer_folder)
+    for i, row in enumerate(logits):
+        first, stop, begin = dataset.labels[i, 2], dataset.lengths[i], dataset.offsets[i]
+        span = range(0)  # of no context that is read
+        if first < stop:
+            start, last, _ = best_span(row[:stop], int(first), LONGEST_ANSWER)
+            span = range(start, last + 1)
+        answers.append(tokenizer.decode([int(dataset.tokens[begin + token]) for token in span]))
+    return measure_answers(names, dataset.answers, answers)

@@ -1,10 +1,16 @@
-"""How well labels are predicted: what GLUE and SuperGLUE report, as numbers from 0 to 1 or -1 to 1.
+"""How well labels are predicted, as numbers from 0 to 1 or -1 to 1.
 
-Each is a function of labels and of predictions, arrays of whole numbers, or of numbers for the
-correlations; they equal scikit-learn's and scipy's.
+What GLUE and SuperGLUE report is a function of labels and of predictions, arrays of whole numbers,
+or of numbers for the correlations; they equal scikit-learn's and scipy's. Words have such labels
+too, and the F1 of entities, as CoNLL-2003's script conlleval and seqeval count them. SQuAD's exact
+match and F1 (Rajpurkar et al., "SQuAD", 2016, its evaluation script) compare words of answers in
+lower case, without punctuation and articles.
 """
 
-from collections.abc import Callable, Mapping
+import collections
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +77,53 @@ METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearman": spearman,
 }
 
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Returns the entities of a text: what each is, and its first and its last word.
+
+    Tags are as B-PER, I-PER and O; B begins an entity, and so does I behind another tag.
+    """
+    found: list[tuple[str, int, int]] = []
+    for i, tag in enumerate(tags):
+        mark, _, kind = tag.partition("-")
+        if mark != "O":
+            goes_on = mark == "I" and found and found[-1][2] == i - 1 and found[-1][0] == kind
+            if goes_on:
+                found[-1] = (kind, found[-1][1], i)
+            else:
+                found.append((kind, i, i))
+    return set(found)
+
+
+def entity_f1(labels: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
+    """Returns 2 PR / (P + R) of the entities of all texts, of which tags are given for each."""
+    right, said = (
+        {(i, *entity) for i, tags in enumerate(texts) for entity in entities(tags)}
+        for texts in (labels, found)
+    )
+    return 2 * len(right & said) / (len(right) + len(said)) if right or said else 0.0
+
+
+def squad_words(text: str) -> list[str]:
+    """Returns the words of an answer, as SQuAD's evaluation script compares them."""
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def squad_em(answer: str, reference: str) -> float:
+    """Returns 1 for an answer of the same words, else 0."""
+    return float(squad_words(answer) == squad_words(reference))
+
+
+def squad_f1(answer: str, reference: str) -> float:
+    """Returns 2 PR / (P + R) of the words of an answer."""
+    found, right = squad_words(answer), squad_words(reference)
+    common = sum((collections.Counter(found) & collections.Counter(right)).values())
+    return 2 * common / (len(found) + len(right)) if common else 0.0
+
+
+_ANSWERS = {"squad_f1": squad_f1, "squad_em": squad_em}
+_WORDS = ("accuracy", "macro_f1", "entity_f1")
 _USUAL: Mapping[ProblemType, tuple[str, ...]] = {
     "single_label_classification": ("accuracy",),
     "multi_label_classification": ("f1", "accuracy"),
@@ -78,8 +131,18 @@ _USUAL: Mapping[ProblemType, tuple[str, ...]] = {
 }
 
 
+def known_metrics(head: HeadConfig) -> tuple[str, ...]:
+    """Returns the metrics that there are of what a head says."""
+    return {"classifier": _WORDS, "qa_outputs": tuple(_ANSWERS)}.get(head.kind, tuple(METRICS))
+
+
 def usual_metrics(head: HeadConfig) -> tuple[str, ...]:
-    """Returns what is reported of a classifier, first what its best epoch is chosen by."""
+    """Returns what is reported of a head, first what its best epoch is chosen by."""
+    if head.kind == "qa_outputs":
+        return tuple(_ANSWERS)
+    if head.kind == "classifier":
+        has_entities = any(label.startswith("B-") for label in head.labels)
+        return ("entity_f1", "accuracy") if has_entities else ("accuracy", "macro_f1")
     return _USUAL[head.problem_type]
 
 
@@ -98,3 +161,29 @@ def measure(
     """Returns metrics by name, of labels as in a data set and of logits."""
     found = predictions(logits, head)
     return {name: METRICS[name](labels, found) for name in names}
+
+
+def measure_words(
+    names: Sequence[str], texts: Sequence[tuple[np.ndarray, np.ndarray]], head: HeadConfig
+) -> dict[str, float]:
+    """Returns metrics by name, of texts: the labels of the words of each, and those predicted."""
+    labels, found = zip(*texts, strict=True)
+    scores = {}
+    for name in names:
+        if name == "entity_f1":
+            tags = [[[head.labels[i] for i in text] for text in each] for each in (labels, found)]
+            scores[name] = entity_f1(*tags)
+        else:
+            scores[name] = METRICS[name](np.concatenate(labels), np.concatenate(found))
+    return scores
+
+
+def measure_answers(
+    names: Sequence[str], references: Sequence[Sequence[str]], found: Sequence[str]
+) -> dict[str, float]:
+    """Returns metrics by name, of answers, each next to the nearest of those that are right."""
+    scores = {}
+    for name in names:
+        pairs = zip(found, references, strict=True)
+        scores[name] = float(np.mean([max(_ANSWERS[name](a, r) for r in rs) for a, rs in pairs]))
+    return scores

@@ -20,6 +20,7 @@ from neo_jax.training.objectives import Objective, Sums
 from neo_jax.training.objectives.classification import Classification
 from neo_jax.training.objectives.next_token import NextToken
 from neo_jax.training.objectives.soft_prompt import MappedPrefix, SoftPrompt
+from neo_jax.training.objectives.tokens import QuestionAnswering, TokenClassification
 from neo_jax.training.optimizer import make_schedule
 from neo_jax.transforms.lora import LoraConfig, adapter_axes, add_adapters, init_adapters
 
@@ -39,6 +40,11 @@ class TrainState(NamedTuple):
 Metrics = dict[str, Array]
 Step = jax.stages.Wrapped  # from a state and a batch to a state and metrics
 
+_OF_HEADS: dict[str, type[Classification]] = {
+    "score": Classification,
+    "classifier": TokenClassification,
+    "qa_outputs": QuestionAnswering,
+}
 _ALL_WEIGHTS = LoraConfig()
 _LANGUAGE: Objective = NextToken()
 
@@ -92,7 +98,7 @@ def make_objective(config: TrainConfig) -> Objective:
         return MappedPrefix(config.z_loss, open_features(soft.features).shape[1], soft)
     if soft.tokens:
         return SoftPrompt(config.z_loss)
-    return Classification(head) if head.is_classifier else NextToken(config.z_loss)
+    return _OF_HEADS[head.kind](head) if head.is_classifier else NextToken(config.z_loss)
 
 
 def abstract_inputs(

@@ -12,6 +12,8 @@ from neo_jax.data.examples import Columns, Example, read_examples
 from neo_jax.data.labelled import LabelledDataset, labelled_batches, ordered_batches
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.errors import NeoError
+from neo_jax.labels import HeadConfig
+from neo_jax.text.tokenizer import load_tokenizer
 
 SAME = [Example("The fox, quickly.", "good"), Example('A "dog"', "bad"), Example("I sail", "good")]
 
@@ -169,3 +171,147 @@ def test_one_label_is_no_task(tmp_path, tokenizer_folders):
     file = write(tmp_path / "a.tsv", "text\tlabel\na\tx\nb\tx\n")
     with pytest.raises(NeoError, match="all examples have the label x; a classifier needs two"):
         prepare_labelled([file], tmp_path / "data", tokenizer_folders["bytes"])
+
+
+def words(row):
+    return json.dumps({"tokens": ["The", "fox", "ran"], "tags": ["O", "B-X", "O"]} | row)
+
+
+def question(row):
+    answers = {"text": ["fox", "The fox"], "answer_start": [4, 0]}
+    return json.dumps({"question": "Who?", "context": "The fox ran.", "answers": answers} | row)
+
+
+def test_words_have_labels(tmp_path):
+    file = write(tmp_path / "a.jsonl", words({"tags": [None, "B-X", -100]}) + "\n")
+    (example,) = read_examples([file], Columns.usual("classifier"), kind="classifier")
+    assert example == ("The fox ran", ([0, 4, 8], ("", "B-X", "")))
+
+
+@pytest.mark.parametrize(
+    ("row", "first"),
+    [
+        ({}, "fox"),
+        ({"answers": [{"text": "fox", "answer_start": 4}]}, "fox"),
+        ({"answers": "ran", "answer_start": 8}, "ran"),
+        ({"answers": {"text": " fox ", "answer_start": 3}}, "fox"),
+    ],
+)
+def test_answers_of_all_forms(tmp_path, row, first):
+    file = write(tmp_path / "a.jsonl", question(row) + "\n")
+    (example,) = read_examples([file], Columns.usual("qa_outputs"), kind="qa_outputs")
+    found = example.label
+    assert example.text == "Who?\nThe fox ran."
+    assert (found.texts[0], example.text[found.context :]) == (first, "The fox ran.")
+    assert example.text[found.start :].startswith(first)
+    assert found.texts[1:] == (() if row else ("The fox",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("classifier", words({"tokens": "The fox"}), "'tokens' is 'The fox', not a list with an"),
+        ("classifier", words({"tags": ["O"]}), "3 'tokens' have 1 'tags'; give one for each"),
+        ("classifier", words({"tokens": ["a", " ", "b"]}), "'tokens' has ' ', which is no word"),
+        ("classifier", words({"tags": ["O", "", "O"]}), "'tags' is '', which is no label"),
+        ("qa_outputs", question({"question": " "}), "'question' is empty; write a text"),
+        ("qa_outputs", question({"answers": {"text": [], "answer_start": []}}), "needs an answer"),
+        ("qa_outputs", question({"answers": []}), "'answers' is empty; every question needs an"),
+        ("qa_outputs", question({"answers": None}), "'answers' is empty; every question needs an"),
+        ("qa_outputs", question({"answers": [3]}), "'answers' has 3, which is no answer"),
+        ("qa_outputs", question({"answers": "fox"}), "'fox' does not begin at character None of"),
+        (
+            "qa_outputs",
+            question({"answers": {"text": ["fox"], "answer_start": [-9]}}),
+            "the answer 'fox' does not begin at character -9 of 'context'; its answer_start must",
+        ),
+    ],
+)
+def test_a_bad_row_of_words_or_answers(tmp_path, kind, row, message):
+    file = write(tmp_path / "a.jsonl", row + "\n")
+    with pytest.raises(NeoError) as error:
+        read_examples([file], Columns.usual(kind), kind=kind)
+    assert f"{file}:1: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_labels_of_lists_of_the_hub_have_names(tmp_path):
+    features = datasets.Features(
+        {
+            "tokens": datasets.List(datasets.Value("string")),
+            "tags": datasets.List(datasets.ClassLabel(names=["O", "B-X"])),
+        }
+    )
+    rows = [{"tokens": ["The", "fox"], "tags": [0, 1]}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    (example,) = read_examples([f"hf://{tmp_path}"], Columns.usual("classifier"), kind="classifier")
+    assert example.label.labels == ("O", "B-X")
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_labels_stand_at_the_first_tokens_of_words(tmp_path, tokenizer_folders, name, capsys):
+    second = words({"tokens": ["café", "日本,", "Ishmael"], "tags": ["B-X", None, "I-X"]})
+    file = write(tmp_path / "a.jsonl", f"{words({})}\n{second}\n")
+    args = ["prepare", str(file), "--head", "classifier", "--output", str(tmp_path / "data")]
+    assert main([*args, "--tokenizer", str(tokenizer_folders[name])]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["words", "with", "a", "label", "5"] in lines
+    assert ["B-X", "2,", "40.0%"] in lines
+    data = LabelledDataset.open(tmp_path / "data", "train", 64)
+    assert data.head == HeadConfig("classifier", ("B-X", "I-X", "O"))
+    tokenizer = load_tokenizer(tokenizer_folders[name])
+    for example, expected in enumerate(
+        ([("The", 2), ("fox", 0), ("ran", 2)], [("café", 0), ("Ishmael", 1)])
+    ):
+        ids = data.tokens[data.offsets[example] : data.offsets[example + 1]].tolist()
+        labels = data.labels_of(example)
+        places = np.flatnonzero(labels >= 0)
+        for place, (word, label) in zip(places, expected, strict=True):
+            assert tokenizer.decode(ids[place:]).lstrip().startswith(word)
+            assert labels[place] == label
+    # What is beyond the length is not read, and counted.
+    cut = LabelledDataset.open(tmp_path / "data", "train", int(places[1]))
+    assert cut.num_lost >= 1
+    (_, batch), *_ = ordered_batches(cut, 2)
+    assert (batch["labels"] >= 0).sum() == 5 - cut.num_lost
+    assert batch["labels"].shape == batch["tokens"].shape
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_answers_are_spans_of_tokens(tmp_path, tokenizer_folders, name):
+    rows = [question({}), question({"answers": "ran", "answer_start": 8})]
+    file = write(tmp_path / "a.jsonl", "\n".join(rows))
+    prepare_labelled([file], tmp_path / "data", tokenizer_folders[name], kind="qa_outputs")
+    data = LabelledDataset.open(tmp_path / "data", "train", 64)
+    tokenizer = load_tokenizer(tokenizer_folders[name])
+    assert data.answers == (("fox", "The fox"), ("ran",))
+    for example, answer in enumerate(("fox", "ran")):
+        ids = data.tokens[data.offsets[example] :].tolist()
+        start, last, context = data.labels[example].tolist()
+        assert tokenizer.decode(ids[start : last + 1]).strip() == answer
+        assert tokenizer.decode(ids[context:]).startswith("The fox ran.")
+    cut = LabelledDataset.open(tmp_path / "data", "train", int(data.labels[1, 1]))
+    assert cut.num_lost == 1
+    (_, batch), *_ = ordered_batches(cut, 4)
+    assert sorted(batch["labels"].tolist()) == [[-100, -100]] * 3 + [data.labels[0, :2].tolist()]
+
+
+def test_questions_of_a_context_are_held_out_together(tmp_path, tokenizer_folders):
+    rows = [question({"context": f"The fox ran {i // 4} times."}) for i in range(80)]
+    file = write(tmp_path / "a.jsonl", "\n".join(rows))
+    fields = prepare_labelled(
+        [file], tmp_path / "data", tokenizer_folders["bytes"], kind="qa_outputs", held_out=0.3
+    )
+    counts = [split["examples"] for split in fields["splits"].values()]
+    assert sum(counts) == 80
+    assert all(count and count % 4 == 0 for count in counts)
+
+
+def test_options_that_do_not_go_together(capsys):
+    several = ["--head", "classifier", "--problem-type", "regression"]
+    for options, message in (
+        (["--head", "score"], "--head score needs --label-field"),
+        (several, "--problem-type is for labels of texts; --head classifier has one kind"),
+    ):
+        assert main(["prepare", "a.jsonl", "--tokenizer", "bundled", *options]) == 2
+        assert message in capsys.readouterr().err

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from neo_jax.cli import main
 from neo_jax.cli.train import load_defined
 from neo_jax.errors import NeoError
-from neo_jax.evaluation.answer_metrics import check_metrics, measure_answers, squad_words
+from neo_jax.evaluation.answer_metrics import check_metrics, measure_answers
 from neo_jax.evaluation.made_examples import MAKERS, Row, make_rows
 from neo_jax.evaluation.recipes import Recipe, nearest_answers
+from neo_jax.training.metrics import squad_words
 
 # Of ten examples each: another digest means that all published figures are of other data.
 DIGESTS = {

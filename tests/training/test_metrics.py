@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as theirs
 
+from neo_jax.labels import HeadConfig
 from neo_jax.training import metrics
 
 REFERENCES = {
@@ -45,3 +46,41 @@ def test_what_is_constant_has_no_correlation():
     for name in ("matthews", "pearson", "spearman"):
         assert metrics.METRICS[name](mixed, ones) == 0
     assert metrics.f1(np.zeros(3), np.zeros(3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("B-A I-A O B-B", {("A", 0, 1), ("B", 3, 3)}),
+        ("B-A B-A I-A", {("A", 0, 0), ("A", 1, 2)}),
+        ("I-A I-A O I-B", {("A", 0, 1), ("B", 3, 3)}),  # conlleval takes an I for the beginning
+        ("B-A I-B I-B", {("A", 0, 0), ("B", 1, 2)}),
+        ("O B-A-X I-A-X O", {("A-X", 1, 2)}),
+        ("O O", set()),
+    ],
+)
+def test_entities_are_those_of_conlleval(tags, found):
+    assert metrics.entities(tags.split()) == found
+
+
+def test_the_f1_of_entities():
+    """Of all texts together; one that is too long by a word is wrong."""
+    right = [["B-A", "I-A", "O"], ["B-B", "O", "B-A"]]
+    said = [["B-A", "I-A", "I-A"], ["B-B", "O", "B-A"]]
+    assert metrics.entity_f1(right, right) == 1
+    assert metrics.entity_f1(right, said) == pytest.approx(2 * 2 / (3 + 3))
+    assert metrics.entity_f1([["O"]], [["O"]]) == 0
+    head = HeadConfig("classifier", ("B-A", "I-A", "O"))
+    texts = [(np.array([0, 1, 2]), np.array([0, 1, 1])), (np.array([0]), np.array([0]))]
+    names = metrics.usual_metrics(head)
+    found = metrics.measure_words(names, texts, head)
+    assert found == {"entity_f1": pytest.approx(2 / 4), "accuracy": 0.75}
+    plain = HeadConfig("classifier", ("NOUN", "VERB"))
+    assert metrics.usual_metrics(plain) == ("accuracy", "macro_f1")
+
+
+def test_the_nearest_of_several_answers_counts():
+    found = metrics.measure_answers(
+        ("squad_f1", "squad_em"), [["a red fox", "The fox!"], ["dog"]], ["fox", "big dog"]
+    )
+    assert found == {"squad_f1": pytest.approx((1 + 2 / 3) / 2), "squad_em": 0.5}

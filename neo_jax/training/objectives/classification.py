@@ -1,11 +1,10 @@
-"""Classification of texts: the head `score` on the last token of each."""
+"""Classification of texts: the head `score` on the last token of each; what other heads share."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.labels import HeadConfig
@@ -17,11 +16,11 @@ from neo_jax.training.objectives import Sums
 
 
 class Batch(NamedTuple):
-    """Texts, padded on the right, and their labels."""
+    """Texts, padded on the right, and their labels, which are as `neo_jax.data.labelled` says."""
 
     tokens: Int[Array, "B T"]
     lengths: Int[Array, "B"]
-    labels: Array  # int32 [B]; float32 [B] of a regression, [B, C] of several labels a text
+    labels: Array
     weights: Float[Array, "B"]
 
 
@@ -41,19 +40,18 @@ class Classification:
 
     def batch_spec(self, rows: int, length: int, has_segment_starts: bool) -> Batch:
         """Returns the shapes of the longest batch; of `length` any smaller one may be."""
+        return Batch(
+            jax.ShapeDtypeStruct((rows, length), jnp.int32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            self._label_spec(rows, length),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        )
+
+    def _label_spec(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
         problem = self.head.problem_type
         kind = jnp.int32 if problem == "single_label_classification" else jnp.float32
         several = (len(self.head.labels),) if problem == "multi_label_classification" else ()
-
-        def shape(*sizes: int, dtype: DTypeLike) -> Any:
-            return jax.ShapeDtypeStruct(sizes, dtype)
-
-        return Batch(
-            shape(rows, length, dtype=jnp.int32),
-            shape(rows, dtype=jnp.int32),
-            shape(rows, *several, dtype=kind),
-            shape(rows, dtype=jnp.float32),
-        )
+        return jax.ShapeDtypeStruct((rows, *several), kind)
 
     def embed(
         self, model: Neo, params: Params, batch: Batch, key: Array | None = None
@@ -70,11 +68,16 @@ class Classification:
         embedded: Float[Array, "B T D"] | None = None,
         key: Array | None = None,
         **options: Any,
-    ) -> Float[Array, "B C"]:
+    ) -> Array:
         """Returns the logits of the texts, of stacked parameters; the options are `loss`'s."""
         if embedded is None:
             embedded = self.embed(model, params, batch, key)
         hidden = scan.hidden(model, params, embedded, None, key=key, **options)
+        return self._logits(model, params, batch, hidden, key)
+
+    def _logits(
+        self, model: Neo, params: Params, batch: Batch, hidden: Float[Array, "B T D"], key: Any
+    ) -> Array:
         # A sum of which all terms but one are zero: a gather may be of rows on other devices.
         here = jnp.arange(hidden.shape[1])[None] == batch.lengths[:, None] - 1
         last = jnp.sum(jnp.where(here[..., None], hidden, 0), axis=1, keepdims=True)
@@ -88,7 +91,7 @@ class Classification:
         """Returns the sums of a batch."""
         return self.loss(model, params, batch)
 
-    def sums(self, logits: Float[Array, "B C"], batch: Batch) -> Sums:
+    def sums(self, logits: Array, batch: Batch) -> Sums:
         """Returns the sums of a batch of these logits."""
         total = jnp.sum(batch.weights * self._losses(logits, batch.labels))
         return Sums(total, total, jnp.sum(batch.weights))
