@@ -5,14 +5,14 @@
 The lives are those of `neo-jax recipe questions`, two sentences each, 2,000 to learn from and 200
 others to judge by; an eighth of the first is held out, by which the best epoch is chosen. Words are
 tagged with what they are in a life: a place is where somebody was born or lived, as the words
-before it say. Answers are asked as in the recipe, whose figures are of the same questions. Next to
-the model before and after stand rules that know no context: of a word the tag that it has most
-often, of a question the part of its context that most answers to such questions in the training
-set have in theirs, by their place among its words. What FILE.json has is not done again.
+before it say. Answers are asked for as in the recipe. Next to the model before and after stand
+rules that know no context: the tag that a word has most often, and the place among the words of a
+life at which answers to questions of a kind stand most often. What FILE.json has is not done again.
 """
 
 import argparse
 import collections
+import dataclasses
 import json
 import tempfile
 import time
@@ -140,9 +140,7 @@ TASKS = {"words": Words(), "answers": Answers()}
 def before(task, labels):
     """Returns the bundled model with a head that is drawn."""
     lm = neo_jax.load()
-    config = lm.config.__class__(
-        **{**vars(lm.config), "head": HeadConfig(task.kind, labels), "tied_head": True}
-    )
+    config = dataclasses.replace(lm.config, head=HeadConfig(task.kind, labels))
     model = lm.model.clone(config=config)
     params = {name: tree for name, tree in lm.params.items() if name != "lm_head"}
     head = init_head(model, jax.random.key(0))

@@ -124,8 +124,8 @@ def read_examples(
 def _example(
     where: str, row: dict[str, Any], columns: Columns, problem: ProblemType, known: Sequence[str]
 ) -> Example:
-    names = filter(None, (columns.text, columns.second_text))
-    texts = [_text(where, row, name) for name in names]
+    used = filter(None, (columns.text, columns.second_text))
+    texts = [_text(where, row, name) for name in used]
     value = _cell(where, row, columns.label)
     text = as_one_text(texts) if len(texts) > 1 else texts[0]
     if problem == "regression":
@@ -180,7 +180,7 @@ def _question(where: str, row: dict[str, Any], columns: Columns) -> Example:
 def _answers(row: dict[str, Any], cell: Any) -> list[tuple[Any, Any]]:
     """Returns answers and where they begin, of the forms in which files have them."""
     if isinstance(cell, str):
-        start = row.get("answer_start")
+        start: Any = row.get("answer_start")
         is_written = isinstance(start, str) and start.isdecimal()  # in a table
         return [(cell, int(start) if is_written else start)] if cell else []
     if isinstance(cell, dict):

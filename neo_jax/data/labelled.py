@@ -88,7 +88,8 @@ class LabelledDataset:
             tokens = np.frombuffer(data, fields["dtype"])
             kind = fields.get("head", "score")  # of files that do not say
             head = HeadConfig(kind, fields["labels"], fields["problem_type"])
-            size, answers = int(fields["vocab_size"]), ()
+            size = int(fields["vocab_size"])
+            answers: tuple[tuple[str, ...], ...] = ()
             if head.kind == "qa_outputs":
                 text = (folder / split / ANSWERS_FILE).read_text(encoding="utf-8")
                 answers = tuple(map(tuple, json.loads(text)))
@@ -159,7 +160,8 @@ class LabelledDataset:
         for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             start = self.offsets[example]
             batch["tokens"][row, :length] = self.tokens[start : start + length]
-            batch["labels"][(row, *map(slice, labels[row].shape))] = labels[row]
+            # Of a text, or the first ones of its row.
+            batch["labels"][row, ...][tuple(map(slice, labels[row].shape))] = labels[row]
         count = len(examples)
         batch["lengths"][:count] = lengths
         batch["weights"][:count] = 1

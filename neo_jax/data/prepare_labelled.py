@@ -121,8 +121,8 @@ def write_labelled(
 
 def _key(example: Example) -> str:
     """Returns the text by which an example is held out or not."""
-    is_question = isinstance(example.label, Answers)
-    return example.text[example.label.context :] if is_question else example.text
+    label = example.label
+    return example.text[label.context :] if isinstance(label, Answers) else example.text
 
 
 def _labels_of(example: Example) -> tuple[str, ...]:
@@ -197,6 +197,7 @@ def _labels_of_tokens(
     number, rows = {label: i for i, label in enumerate(head.labels)}, []
     for example, tokens in zip(examples, ids, strict=True):
         label, ends = example.label, ends_of(example.text, tokens)
+        row: np.ndarray
         if isinstance(label, WordTags):
             row = np.full(len(tokens), NO_LABEL, np.int32)
             firsts = np.searchsorted(ends, label.starts, side="right")

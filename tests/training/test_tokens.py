@@ -58,7 +58,7 @@ def config(rows, checkpoints, tokenizer_folders, tmp_path):
             held_out_inputs=[tmp_path / "dev.jsonl"],
         )  # fmt: skip
         return TrainConfig(
-            data=str(data), output=str(tmp_path / "run"), steps=0, epochs=4, batch_size=8,
+            data=str(data), output=str(tmp_path / "run"), steps=0, epochs=6, batch_size=8,
             pretrained=str(checkpoints["bytes"]), length=48, dtype="float32",
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4, beta2=0.999),
             log_every=4, save_every=1000, keep=1,
@@ -136,7 +136,7 @@ def test_a_classifier_of_words(config, rows, capsys):
 
 def test_answers_by_adapters_on_a_mesh(config, rows, capsys):
     config = dataclasses.replace(
-        config("qa_outputs"), lora=LoraConfig(rank=4), mesh="fsdp=2,model=2"
+        config("qa_outputs"), lora=LoraConfig(rank=4), mesh="fsdp=2,model=2", epochs=4
     )  # fmt: skip
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2)

@@ -40,14 +40,15 @@ class Classification:
 
     def batch_spec(self, rows: int, length: int, has_segment_starts: bool) -> Batch:
         """Returns the shapes of the longest batch; of `length` any smaller one may be."""
+        shape: Any = jax.ShapeDtypeStruct
         return Batch(
-            jax.ShapeDtypeStruct((rows, length), jnp.int32),
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            shape((rows, length), jnp.int32),
+            shape((rows,), jnp.int32),
             self._label_spec(rows, length),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
+            shape((rows,), jnp.float32),
         )
 
-    def _label_spec(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    def _label_spec(self, rows: int, length: int) -> Any:
         problem = self.head.problem_type
         kind = jnp.int32 if problem == "single_label_classification" else jnp.float32
         several = (len(self.head.labels),) if problem == "multi_label_classification" else ()

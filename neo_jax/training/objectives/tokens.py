@@ -22,7 +22,7 @@ class TokenClassification(Classification):
     where there is a key for dropout `head.dropout` of what the head reads is dropped too.
     """
 
-    def _label_spec(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    def _label_spec(self, rows: int, length: int) -> Any:
         return jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def _logits(
@@ -50,7 +50,7 @@ class QuestionAnswering(Classification):
     but not over padding, whose logits count there. An answer that is not read has no weight.
     """
 
-    def _label_spec(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    def _label_spec(self, rows: int, length: int) -> Any:
         return jax.ShapeDtypeStruct((rows, 2), jnp.int32)
 
     def _logits(
