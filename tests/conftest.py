@@ -30,7 +30,7 @@ _MODULES = [
     "neo_jax.decode.engine", "neo_jax.decode.scheduler", "neo_jax.decode.speculative",
     "neo_jax.text.score", "neo_jax.text.classify", "neo_jax.model.heads",
     "neo_jax.training.objectives.next_token", "neo_jax.training.objectives.classification",
-    "neo_jax.training.objectives.streamed",
+    "neo_jax.training.objectives.streamed", "neo_jax.training.objectives.tokens",
 ]  # fmt: skip
 jaxtyping.install_import_hook(_MODULES, "beartype.beartype")
 

@@ -223,16 +223,6 @@ def test_a_drawn_head_stands_next_to_the_model():
     assert 0.01 < params["classifier"]["kernel"].std() < 0.03
 
 
-def test_the_best_span_of_an_answer():
-    logits = np.zeros((1, 6, 2), np.float32)
-    logits[0, :, 0] = [9, 0, 4, 0, 0, 0]  # the first is of the question
-    logits[0, :, 1] = [0, 3, 0, 0, 2, 5]
-    is_context = np.array([[False, True, True, True, True, True]])
-    for longest, span in ((4, [2, 5]), (3, [2, 4])):
-        found = heads.best_spans(jnp.asarray(logits), jnp.asarray(is_context), longest)
-        assert [int(x[0]) for x in found] == span
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

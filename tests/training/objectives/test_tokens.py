@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from neo_jax.checkpoints.load import load_params
 from neo_jax.checkpoints.open_model import read_config
+from neo_jax.labels import HeadConfig
 from neo_jax.model.scan import stack
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding
@@ -215,8 +216,9 @@ def test_an_answer_that_is_not_read_has_no_weight():
     batch = next(batches("qa_outputs"))
     unread = batch.labels[:, 0] < 0
     assert unread.any()
-    logits = np.random.default_rng(1).normal(size=(ROWS, LENGTH, 2)).astype(np.float32)
-    sums = QuestionAnswering(None).sums(logits, batch)
+    logits = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 2))
+    objective = QuestionAnswering(HeadConfig("qa_outputs", ("start", "end")))
+    sums = objective.sums(logits, batch)
     assert float(sums.weight) == ROWS - unread.sum()
-    other = QuestionAnswering(None).sums(np.where(unread[:, None, None], 9, logits), batch)
+    other = objective.sums(jax.numpy.where(unread[:, None, None], 9, logits), batch)
     assert float(other.loss) == float(sums.loss)
