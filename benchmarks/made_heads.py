@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -28,7 +27,7 @@ from neo_jax.labels import HeadConfig, unnamed
 from neo_jax.model.heads import init_head
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.training.config import OptimizerConfig, TrainConfig
-from neo_jax.training.loop import train
+from neo_jax.training.loop import run as train_run
 from neo_jax.training.metrics import entity_f1, measure_answers
 
 TRAIN, TEST = 2000, 200
@@ -159,7 +158,6 @@ def run(task, folder):
             [folder / "train.jsonl"], folder / "data", "bundled", kind=task.kind, held_out=0.125
         )
     fields = json.loads((folder / "data" / "dataset.json").read_text(encoding="utf-8"))
-    begun = time.perf_counter()
     config = TrainConfig(
         data=str(folder / "data"), output=str(folder / "run"), pretrained="bundled", steps=0,
         epochs=task.epochs, batch_size=16, length=64, dtype="float32", log_every=20,
@@ -169,15 +167,14 @@ def run(task, folder):
             beta2=0.999, weight_decay=0.01,
         ),
     )  # fmt: skip
-    train(config)
-    seconds = round(time.perf_counter() - begun)
+    if not train_run(config).is_done:
+        raise SystemExit("interrupted: the same command, with --folder, goes on from there")
     labels = tuple(fields["labels"]) if task.kind == "classifier" else unnamed(2)
     return {
         "epochs": task.epochs,
         "learning_rate": task.rate,
         "learned": fields["splits"]["train"]["examples"],
         "judged": len(examples),
-        "seconds": seconds,
         "rule": task.rule(learned, examples),
         "before": task.measure(before(task, labels), examples),
         "after": task.measure(neo_jax.load(folder / "run" / "model"), examples),

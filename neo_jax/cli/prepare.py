@@ -57,8 +57,12 @@ class Options:
         check(self)
         for name in ("second_text_field", "labels", "held_out_files", "skip_bad"):
             if getattr(self, name) and not self.is_labelled:
-                option = name.replace("_", "-")
-                raise NeoError(f"--{option} goes with --label-field, the column of labels.")
+                raise NeoError(f"{_option(name)} goes with --label-field, the column of labels.")
+        for name in ("new_tokens", "separator", "train_tokenizer"):
+            if getattr(self, name) and self.is_labelled:
+                raise NeoError(f"{_option(name)} is for texts without labels; leave it out.")
+        if self.second_text_field and self.head == "classifier":
+            raise NeoError("--head classifier takes one list of words; leave out the second text.")
         if self.head == "score" and not self.label_field:
             raise NeoError("--head score needs --label-field, the column of labels.")
         if self.problem_type != "single_label_classification" and self.kind != "score":
@@ -75,6 +79,10 @@ class Options:
     def kind(self) -> HeadKind:
         """The head that examples with labels are for."""
         return "score" if self.head == "lm_head" else self.head
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def main(args: Sequence[str]) -> None:

@@ -308,10 +308,12 @@ def test_questions_of_a_context_are_held_out_together(tmp_path, tokenizer_folder
 
 
 def test_options_that_do_not_go_together(capsys):
-    several = ["--head", "classifier", "--problem-type", "regression"]
+    words = ["--head", "classifier"]
     for options, message in (
+        ([*words, "--problem-type", "regression"], "is for labels of texts; --head classifier has"),
+        ([*words, "--second-text-field", "b"], "--head classifier takes one list of words"),
+        ([*words, "--new-tokens", "<|a|>"], "--new-tokens is for texts without labels"),
         (["--head", "score"], "--head score needs --label-field"),
-        (several, "--problem-type is for labels of texts; --head classifier has one kind"),
     ):
         assert main(["prepare", "a.jsonl", "--tokenizer", "bundled", *options]) == 2
         assert message in capsys.readouterr().err
