@@ -69,17 +69,17 @@ def prepare_labelled(
     columns = columns or Columns.usual(kind)
     found = read_examples(inputs, columns, problem_type, labels, skip_bad, kind)
     splits = {TRAIN: [example for example in found if not is_held_out(_key(example), held_out)]}
-    names = [*labels] or _names(splits[TRAIN], problem_type)
-    if held_out_inputs:
-        splits[HELD_OUT] = read_examples(
-            held_out_inputs, columns, problem_type, names, skip_bad, kind
-        )
-    elif held_out:
+    if held_out:
         splits[HELD_OUT] = [e for e in found if is_held_out(_key(e), held_out)]
     if not all(splits.values()):
         raise NeoError(
             f"with held_out {held_out} a split has none of the {len(found)} examples; choose "
             "another share, or give more examples."
+        )
+    names = [*labels] or _names(splits[TRAIN], problem_type)
+    if held_out_inputs:
+        splits[HELD_OUT] = read_examples(
+            held_out_inputs, columns, problem_type, names, skip_bad, kind
         )
     head = HeadConfig(kind, tuple(names), problem_type)
     return write_labelled(output, tokenizer, head, splits)
@@ -144,7 +144,7 @@ def _names(examples: Sequence[Example], problem_type: ProblemType) -> list[str]:
         found.update(_labels_of(example))
     if len(found) < 2 and problem_type == "single_label_classification":
         raise NeoError(
-            f"all examples have the label {', '.join(found) or 'None'}; a classifier needs two, or "
+            f"all examples have the label {', '.join(found) or 'none'}; a classifier needs two, or "
             "name them with --labels."
         )
     is_number = all(name.lstrip("-").isdecimal() for name in found)
