@@ -41,14 +41,6 @@ class Compilation(NamedTuple):
         return self.arguments + self.temporaries + self.new_outputs + self.code
 
 
-QUICKLY: dict[str, str | bool] = {"xla_jf_llo_level": "0"}
-"""Options of a TPU's compiler: to spend less on machine code, most of its time and of no interest.
-
-Which instructions there are, their order and their memory are decided before that. The code itself
-grows by some 2 %.
-"""
-
-
 def compile_for(lowered: jax.stages.Lowered, topology: Topology) -> Compilation:
     """Compiles a program for the devices of a topology, or finds what came out of it before.
 
@@ -76,24 +68,13 @@ def _compile(lowered: jax.stages.Lowered) -> Compilation:
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = _compile_quickly(lowered, options)
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compilation("", 0, 0, 0, 0, str(error), time.perf_counter() - start)
         (written,) = Path(folder).glob("**/*.after_optimizations.txt")
         return _read(compiled, written.read_text(), time.perf_counter() - start)
-
-
-def _compile_quickly(
-    lowered: jax.stages.Lowered, options: dict[str, str | bool]
-) -> jax.stages.Compiled:
-    try:
-        return lowered.compile(compiler_options=options | QUICKLY)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return lowered.compile(compiler_options=options)  # another release of libtpu
 
 
 def _read(compiled: jax.stages.Compiled, text: str, seconds: float) -> Compilation:
@@ -112,7 +93,6 @@ def _key(lowered: jax.stages.Lowered, topology: Topology) -> str:
     """
     versions = [jax.__version__, importlib.metadata.version("libtpu")]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    flags.append(json.dumps(QUICKLY))
     decided = [*versions, *flags, topology.name, _sources(), lowered.as_text()]
     return hashlib.sha256("\0".join(decided).encode()).hexdigest()
 

@@ -58,17 +58,6 @@ def test_a_program_is_compiled_once(folder, compiled):
     assert len(compiled) == 3
 
 
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
-def test_compiling_quickly_changes_nothing_but_the_machine_code(monkeypatch):
-    """And options that this release of the compiler does not know keep nobody from planning."""
-    topology = find_topology("v5e:1x1")
-    found = []
-    for options in (compilation.QUICKLY, {"xla_tpu_not_of_this_release": True}):
-        monkeypatch.setattr(compilation, "QUICKLY", options)
-        found.append(compilation._compile(lowered(topology))._replace(code=0, seconds=0.0))
-    assert found[0] == found[1]
-
-
 def test_nothing_is_kept_where_jax_keeps_nothing(folder):
     assert kept_plans() == folder
     jax.config.update("jax_enable_compilation_cache", False)
