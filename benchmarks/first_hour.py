@@ -37,14 +37,15 @@ def make_hub(root: Path, text: Path) -> None:
     from neo_jax.checkpoints.save import save_pretrained
     from neo_jax.config import preset
     from neo_jax.data.tokenizer_training import train_byte_pairs
-    from neo_jax.model.transformer import Neo, init_params
+    from neo_jax.model.declared import param_shapes
+    from neo_jax.model.transformer import Neo
 
     repository = root / "models--EleutherAI--gpt-neo-125M"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     tokenizer = train_byte_pairs([text.read_text()], 8192, repository / "tokenizer")
     config = dataclasses.replace(preset("gpt-neo-125m"), eos_token_id=tokenizer.eos_id)
-    shapes = jax.eval_shape(functools.partial(init_params, Neo(config)), jax.random.key(0))
+    shapes = param_shapes(Neo(config))
     draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
 
     def init(path, leaf):

@@ -29,7 +29,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 from neo_jax.config import ModelConfig  # noqa: E402
 from neo_jax.decode import engine  # noqa: E402
 from neo_jax.decode.options import SamplingOptions, make_settings  # noqa: E402
-from neo_jax.model.transformer import Neo, init_params  # noqa: E402
+from neo_jax.model.declared import param_shapes  # noqa: E402
+from neo_jax.model.transformer import Neo  # noqa: E402
 from neo_jax.sharding.rules import Sharding, make_sharding  # noqa: E402
 from neo_jax.tools.plan import steps  # noqa: E402
 from neo_jax.tools.plan.compilation import compile_for  # noqa: E402
@@ -73,7 +74,7 @@ def decoding(
     if quantize == "int8":
         params = quantized_shapes(CONFIG, model.dtype)
     else:
-        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        shapes = param_shapes(model)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((batch, LENGTH), jnp.int32)

@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.model.declared import logical_axes, param_shapes
 from neo_jax.model.scan import stack
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.text.score import score_ids
 from neo_jax.training.config import OptimizerConfig, TrainConfig
@@ -206,7 +207,7 @@ class Run:
     def params(self, width=0.02):
         """Draws parameters; with a large width every token matters to what follows."""
         config, rng = self.model.config, np.random.default_rng(self.seed)
-        shapes = jax.eval_shape(lambda: init_params(Neo(config), jax.random.key(0)))
+        shapes = param_shapes(Neo(config))
 
         def drawn(path, leaf):
             values = rng.normal(path[-1].key == "scale", width, leaf.shape).astype(np.float32)

@@ -1,11 +1,9 @@
 """configs/: the arithmetic of published sizes, and the examples of pairs from end to end."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 import neo_jax
@@ -13,7 +11,8 @@ from neo_jax.axes import BATCH, LENGTH
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, preset
 from neo_jax.data.prepare import prepare
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.declared import logical_axes, param_shapes
+from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.training.loop import train
 
@@ -50,7 +49,7 @@ def test_the_arithmetic_of_a_published_size(name, size, tokens, devices):
     assert sharding.num_shards(BATCH) * sharding.num_shards(LENGTH) == devices
     sharding.spec((BATCH, None), (part, length), "batch")  # raises where it does not divide
     neo = Neo(model, sharding=sharding)
-    shapes = jax.eval_shape(functools.partial(init_params, neo), jax.random.key(0))
+    shapes = param_shapes(neo)
     tree_shardings(sharding, logical_axes(neo), shapes)
 
 

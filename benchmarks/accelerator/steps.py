@@ -17,8 +17,9 @@ from accelerator.sizes import Sizes
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.memory import peak_memory, tree_bytes
+from neo_jax.model.declared import param_shapes
 from neo_jax.model.flops import flops_per_token
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.transformer import Neo
 from neo_jax.tools.benchmark.limits import measure_limits
 from neo_jax.tools.plan.flops import traced_flops
 from neo_jax.training.config import TrainConfig
@@ -222,7 +223,7 @@ def _train(config: TrainConfig, timed: float) -> Row:
 
 
 def _weight_shapes(model: Neo) -> Any:
-    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    shapes = param_shapes(model)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), shapes)
 
 

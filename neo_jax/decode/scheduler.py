@@ -207,7 +207,7 @@ class Scheduler:
         slots = self._reader.capacity(max(text.length for text in (*self._rows, *texts) if text))
         if self._state is None or (not running and size != len(self._rows)):
             self._rows, self._running = [None] * size, np.zeros(size, bool)
-            self._state = empty_state(model, size, slots, self._params, self._room)
+            self._state = empty_state(model, size, slots, self._room)
         if size > len(self._rows):
             self._keep(size)
         if self._state.tokens.shape[1] != slots:

@@ -10,10 +10,9 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from neo_jax.axes import BATCH, Array, Bool, Float, Int, Params
+from neo_jax.axes import BATCH, Array, Bool, Float, Int
 from neo_jax.decode.capacity import LENGTH_UNIT
 from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
-from neo_jax.decode.prefill import read
 from neo_jax.decode.processors import History
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache
@@ -76,15 +75,13 @@ def begin_rows(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
-def empty_state(model: Neo, rows: int, slots: int, params: Params, room: Room) -> DecodeState:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_state(model: Neo, rows: int, slots: int, room: Room) -> DecodeState:
     """Returns a state of rows that are all done, with a capacity of `slots`."""
     neutral = [SamplingOptions(temperature=0.0)] * rows  # what no request wants costs nothing
     ones, settings = jnp.ones(rows, jnp.int32), stack_settings(neutral, room)
     tokens = jnp.zeros((rows, min(LENGTH_UNIT, slots)), jnp.int32)
-    shapes = jax.eval_shape(functools.partial(read, model, slots=slots), params, tokens, ones)
-    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    cache = caching.clear_rows(cache, jnp.arange(rows))
+    cache = caching.empty(model.config, rows, slots, model.cache_dtype or model.dtype)
     return place(model.sharding, begin_rows(tokens, ones, ones, settings, cache, slots))
 
 

@@ -219,6 +219,20 @@ def _fit(leaf: Array, slots: int) -> Array:
     return jnp.pad(kept, widths, constant_values=-1 if leaf.ndim == 2 else 0)  # positions
 
 
+def empty(
+    config: ModelConfig, rows: int, length: int, dtype: DTypeLike, slack: int = SLACK
+) -> Cache:
+    """Returns a cache of rows that hold nothing, with the slots to decode up to `length` tokens."""
+
+    def part(slots: int) -> Array | Int8:
+        shape = (rows, config.num_heads, slots, config.head_dim)
+        zeros = jnp.zeros(shape, dtype)
+        return Int8(zeros, jnp.zeros(shape[:-1], jnp.float32)) if dtype == jnp.int8 else zeros
+
+    slots = [num_slots(config, i, length, slack) for i in range(config.num_layers)]
+    return tuple(LayerCache(part(n), part(n), jnp.full((rows, n), -1, jnp.int32)) for n in slots)
+
+
 def clear_rows(cache: Cache, rows: Int[Array, "..."]) -> Cache:
     """Empties rows: they see nothing of what was there."""
 

@@ -18,10 +18,11 @@ from neo_jax import axes
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.config import ModelConfig
 from neo_jax.labels import CLASSIFIERS
+from neo_jax.model.declared import logical_axes, param_shapes
 from neo_jax.model.layers import PRODUCT
 from neo_jax.model.prefix_mapper import MAPPER
 from neo_jax.model.soft_prompt import PROMPT
-from neo_jax.model.transformer import RESIDUAL_STREAM, Neo, init_params, logical_axes, make_block
+from neo_jax.model.transformer import RESIDUAL_STREAM, Neo, make_block
 from neo_jax.sharding.rules import constrain, tree_shardings
 
 Remat = Literal["none", "products", "full"]
@@ -48,11 +49,18 @@ def stacked_axes(model: Neo) -> Params:
     return _stack(logical_axes(model), model.config, lambda first, *_: (axes.LAYERS, *first))
 
 
+def stacked_shapes(model: Neo) -> Params:
+    """Returns the stacked tree with a `ShapeDtypeStruct` in the place of each leaf, float32."""
+
+    def join(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype)
+
+    return _stack(param_shapes(model), model.config, join)
+
+
 def abstract_params(model: Neo, dtype: DTypeLike = jnp.float32) -> Params:
     """Returns the shape, dtype and place of every stacked parameter, each a `ShapeDtypeStruct`."""
-    shapes = jax.eval_shape(
-        lambda key: stack(init_params(model, key), model.config), jax.random.key(0)
-    )
+    shapes = stacked_shapes(model)
     if model.sharding is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     return jax.tree.map(

@@ -282,17 +282,12 @@ def make_block(model: Neo, layer: int) -> Block:
 
 def init_params(model: Neo, key: Array) -> Params:
     """Draws parameters with Mesh-TensorFlow's initialisation, float32; pure, may be jitted."""
-    return nn.meta.unbox(_init(model, key)["params"])
+    return nn.meta.unbox(boxed_params(model, key))
 
 
-def logical_axes(model: Neo) -> Params:
-    """Returns the parameter tree with each leaf's tuple of logical axes in its place."""
-    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))["params"]
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=nn.meta.is_axis_metadata)
-
-
-def _init(model: Neo, key: Array) -> Params:
+def boxed_params(model: Neo, key: Array) -> Params:
+    """Draws parameters, each in a box with its logical axes."""
     # A single token is not sharded, and a kernel may be one of devices that are not here.
     alone = model.clone(sharding=None, kernel="auto")
     method = Neo.hidden if model.config.tied_head else Neo.__call__
-    return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)
+    return alone.init(key, jnp.zeros((1, 1), jnp.int32), method=method)["params"]

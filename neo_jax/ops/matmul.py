@@ -60,13 +60,15 @@ def _backward(
     grad, num_inputs = settled(cast(jnp.asarray(grad), dtype)), x.ndim - 2
     matrix = as_matrix(layout.gather(cast(weight, dtype)), num_inputs)
     grad_x = product("bto,oi->bti", as_rows(grad), matrix, dtype).reshape(x.shape)
-
-    def of_rows(x: Array, grad: Array) -> Array:
-        matrix = product("bto,bti->oi", as_rows(grad), as_rows(x), dtype)
-        return matrix.reshape((*grad.shape[2:], *x.shape[2:]))
-
-    grad_weight = layout.gradient(of_rows, x, grad, range(weight.ndim)[-num_inputs:])
+    of_rows, inputs = functools.partial(_of_rows, dtype), range(weight.ndim)[-num_inputs:]
+    grad_weight = layout.gradient(of_rows, x, grad, inputs)
     return grad_x.astype(like_x.dtype), grad_weight.astype(weight.dtype)
+
+
+def _of_rows(dtype: np.dtype, x: Array, grad: Array) -> Array:
+    """Returns the gradient of a parameter for some rows, in its shape."""
+    matrix = product("bto,bti->oi", as_rows(grad), as_rows(x), dtype)
+    return matrix.reshape((*grad.shape[2:], *x.shape[2:]))
 
 
 matmul.defvjp(_forward, _backward)

@@ -52,10 +52,7 @@ class FsdpLayout:
         batch, kept = sharding.mesh_axes(BATCH), sum(others, ())
         length = tuple(name for name in sharding.mesh_axes(LENGTH) if name not in batch + kept)
         mesh, cut = torus_axes(sharding, batch + length)
-
-        def parts(names: Names) -> Names:
-            return sum((cut[name] for name in names), ())
-
+        parts = functools.partial(_parts, cut)
         return cls(mesh, parts(batch), parts(length), tuple(map(parts, gathered)), tuple(others))
 
     @property
@@ -167,6 +164,10 @@ class FsdpLayout:
         done = sum(self.fsdp_axes, self.summed)
         rest = tuple(name for name in self.share if name not in done)
         return jax.lax.psum(grad, rest) if rest else grad
+
+
+def _parts(cut: Mapping[str, Names], names: Names) -> Names:
+    return sum((cut[name] for name in names), ())
 
 
 def torus_axes(sharding: Sharding, names: Names) -> tuple[Mesh | AbstractMesh, Mapping[str, Names]]:

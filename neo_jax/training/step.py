@@ -10,7 +10,7 @@ import optax
 from neo_jax.axes import BATCH, Array, Params
 from neo_jax.data.features import open_features
 from neo_jax.errors import NeoError
-from neo_jax.model.scan import abstract_params, stack, stacked_axes
+from neo_jax.model.scan import abstract_params, stack, stacked_axes, stacked_shapes
 from neo_jax.model.soft_prompt import without_prompt
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import tuning
@@ -57,8 +57,11 @@ def init_state(
     objective: Objective = _LANGUAGE,
 ) -> TrainState:
     """Draws a state; each array is created where it lives, never whole on one host."""
-    init = functools.partial(_init, model, optimizer, lora, objective)
-    shardings = state_shardings(model, optimizer, jax.eval_shape(init, jax.random.key(0)))
+
+    def init(key: Array) -> TrainState:
+        return state_of(_init_params(model, lora, objective, key), optimizer)
+
+    shardings = state_shardings(model, optimizer, _state_shapes(model, optimizer, lora, objective))
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
@@ -69,8 +72,7 @@ def abstract_state(
     objective: Objective = _LANGUAGE,
 ) -> TrainState:
     """Returns the shape, dtype and place of every leaf of a state, each a `ShapeDtypeStruct`."""
-    init = functools.partial(_init, model, optimizer, lora, objective)
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = _state_shapes(model, optimizer, lora, objective)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     everything_here = jax.tree.map(lambda _: here, shapes)
     shardings = state_shardings(model, optimizer, shapes) or everything_here
@@ -136,20 +138,28 @@ def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(zero, params, optimizer.init(params), jnp.zeros(2, jnp.int32))
 
 
-def _init(
-    model: Neo,
-    optimizer: optax.GradientTransformation,
-    lora: LoraConfig,
-    objective: Objective,
-    key: Array,
-) -> TrainState:
+def _init_params(
+    model: Neo, lora: LoraConfig, objective: Objective, key: Array, of_model: Params | None = None
+) -> Params:
+    """Draws what is trained, or takes the model's own parameters as they are given."""
     if isinstance(objective, SoftPrompt):  # of a model that is frozen
         params: Params = {}
     elif lora.rank:
         params = init_adapters(model.config, lora, key)
     else:
-        params = stack(init_params(model, key), model.config)
-    return state_of(params | objective.init(model, jax.random.fold_in(key, 1)), optimizer)
+        params = of_model or stack(init_params(model, key), model.config)
+    return params | objective.init(model, jax.random.fold_in(key, 1))
+
+
+def _state_shapes(
+    model: Neo, optimizer: optax.GradientTransformation, lora: LoraConfig, objective: Objective
+) -> TrainState:
+    """Returns the shapes of a first state; a model's own need no trace of it."""
+
+    def state(key: Array, of_model: Params) -> TrainState:
+        return state_of(_init_params(model, lora, objective, key, of_model), optimizer)
+
+    return jax.eval_shape(state, jax.random.key(0), stacked_shapes(model))
 
 
 def merge_trainable(params: Params, frozen: Params | None, lora: LoraConfig) -> Params:

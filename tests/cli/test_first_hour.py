@@ -20,7 +20,8 @@ import neo_jax
 from neo_jax.checkpoints.save import save_pretrained
 from neo_jax.cli import train
 from neo_jax.config import preset
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.declared import param_shapes
+from neo_jax.model.transformer import Neo
 from neo_jax.text.tokenizer import load_tokenizer
 
 COMMANDS = """
@@ -39,7 +40,7 @@ def cache(tmp_path_factory, tokenizer_folders):
     (repository / "refs" / "main").write_text("0" * 40)
     few = {"num_layers": 2, "vocab_size": 512, "eos_token_id": 0}
     config = dataclasses.replace(preset("gpt-neo-125m"), **few)
-    shapes = jax.eval_shape(functools.partial(init_params, Neo(config)), jax.random.key(0))
+    shapes = param_shapes(Neo(config))
     draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
     params = jax.tree.map(lambda leaf: 0.02 * draw(leaf.shape), shapes)
     tokenizer = load_tokenizer(tokenizer_folders["bytes"])

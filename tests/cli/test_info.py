@@ -17,7 +17,8 @@ from neo_jax.config import PRESETS, preset
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.memory import tree_bytes
-from neo_jax.model.transformer import Neo, init_params
+from neo_jax.model.declared import param_shapes
+from neo_jax.model.transformer import Neo
 
 
 def test_a_folder(succeed, checkpoints):
@@ -45,7 +46,7 @@ def test_bytes_of_the_cache_are_those_of_the_arrays(succeed, checkpoints, dtype)
     rows = jax.ShapeDtypeStruct((3,), jnp.int32)
     state = jax.eval_shape(
         functools.partial(engine.prefill, model, 64),
-        jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)),
+        param_shapes(model),
         jax.ShapeDtypeStruct((3, 16), jnp.int32),
         rows,
         rows,

@@ -7,7 +7,8 @@ from flax.traverse_util import flatten_dict
 
 from neo_jax.config import ModelConfig, preset
 from neo_jax.errors import NeoError
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.declared import logical_axes
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding, tree_shardings
 from neo_jax.tools.layout_report import cache_leaves, describe, draw, lines, parameters
 

@@ -262,7 +262,7 @@ def test_state_counts_tokens_and_keeps_the_prompts(params, greedy):
     state = engine.run(model, params, state, 2)
     assert state.lengths.tolist() == [4, 9, 20, 27]
     assert state.done.tolist() == [True, False, False, False]
-    empty = empty_state(model, 2, 64, params, ROOM).settings  # nothing for a step to do
+    empty = empty_state(model, 2, 64, ROOM).settings  # nothing for a step to do
     jax.tree.map(np.testing.assert_array_equal, empty, settings_of(GREEDY, 2))
     for row, prompt, completion in zip(state.tokens, PROMPTS, greedy, strict=True):
         length = 3 if prompt is PROMPTS[0] else 4

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neo_jax.config import ModelConfig
+from neo_jax.model import cache as caching
 from neo_jax.model.cache import SLACK, LayerCache, extend, from_sequence, num_bytes, num_slots
 from neo_jax.ops import cache_write
 from neo_jax.ops.attention import Mask
@@ -180,6 +181,24 @@ def test_from_sequence_equals_appending_one_by_one(length, width, data):
         assert cache.k.shape == cache.v.shape == (3, 2, slots, 3)
         remember(newest, [range(n) for n in lengths], slots)
         assert_holds(cache, newest)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8])
+@pytest.mark.parametrize(("length", "slack"), [(50, SLACK), (50, 31), (3, SLACK)])
+def test_an_empty_cache_has_the_form_of_one_that_holds_prompts(dtype, length, slack):
+    """And a step of decoding, which takes either, is one program."""
+
+    def read():
+        heads = jnp.zeros((3, CONFIG.num_heads, 7, CONFIG.head_dim), jnp.float16)
+        whole = LayerCache(heads, heads, jnp.zeros((3, 7), jnp.int32))
+        return from_sequence(CONFIG, (whole, whole), jnp.zeros(3, jnp.int32), length, dtype, slack)
+
+    read = jax.eval_shape(read)
+    none = jax.jit(lambda: caching.empty(CONFIG, 3, length, dtype, slack))()
+    assert jax.tree.structure(none) == jax.tree.structure(read)
+    for ours, theirs in zip(jax.tree.leaves(none), jax.tree.leaves(read), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    assert all((layer.positions == -1).all() for layer in none)
 
 
 def test_a_cache_goes_on_where_a_sequence_ended():

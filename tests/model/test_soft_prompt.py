@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neo_jax.model.declared import logical_axes
 from neo_jax.model.soft_prompt import PROMPT, soft_prompt_ids, text_context
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.transformer import Neo, init_params
 
 WORDS = np.array([[5, 9, 70, 9], [1, 2, 3, 4]])
 TEXT = np.random.default_rng(0).integers(0, 96, (2, 20))

@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict
 
 from neo_jax.config import ModelConfig, preset
 from neo_jax.model.cache import SLACK, from_sequence
+from neo_jax.model.declared import logical_axes, param_shapes
 from neo_jax.model.tensor_table import tensors
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import attention
 
 SMALL = ModelConfig(
@@ -70,6 +71,7 @@ def test_the_parameters_are_the_name_table(config):
         path: row.shape for path, row in table.items()
     }
     assert {leaf.dtype for leaf in shapes.values()} == {jnp.dtype(jnp.float32)}
+    assert flatten_dict(param_shapes(model)) == shapes
     axes = flatten_dict(logical_axes(model))
     assert axes == {path: row.axes for path, row in table.items()}
 
@@ -272,7 +274,7 @@ def test_what_is_asked_is_what_the_whole_has_there(types, kernel):
         SMALL, num_layers=2, attention_types=types, max_length=32, window_size=8
     )
     model = Neo(config, kernel=kernel)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 30), 0, 24)
     positions = jnp.stack([jnp.arange(30), jnp.r_[jnp.full(9, -1), jnp.arange(21)]])
     query_indices = jnp.array([[29, 0, 17, 17], [12, 29, 9, 10]])

@@ -8,8 +8,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from neo_jax.errors import NeoError
+from neo_jax.model.declared import logical_axes
 from neo_jax.model.tensor_table import tensors
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.fsdp import gather
 from neo_jax.sharding.rules import (
     STRATEGIES,

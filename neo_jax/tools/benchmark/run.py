@@ -20,8 +20,9 @@ from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.devices.chips import Chip, chip
 from neo_jax.devices.memory import device_memory, tree_bytes
 from neo_jax.errors import NeoError
+from neo_jax.model.declared import logical_axes, param_shapes
 from neo_jax.model.scan import Remat
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import Sharding, padded_rows, tree_shardings
 from neo_jax.tools.benchmark.limits import Limits, measure_limits
 from neo_jax.tools.plan.flops import traced_flops
@@ -350,7 +351,7 @@ def random_params(model: Neo) -> Params:
     def draw(key: Array) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(model.dtype), init_params(model, key))
 
-    key, places = jax.random.key(0), None
+    places = None
     if model.sharding:
-        places = tree_shardings(model.sharding, logical_axes(model), jax.eval_shape(draw, key))
-    return lay_out(model.config, jax.jit(draw, out_shardings=places)(key))
+        places = tree_shardings(model.sharding, logical_axes(model), param_shapes(model))
+    return lay_out(model.config, jax.jit(draw, out_shardings=places)(jax.random.key(0)))

@@ -96,8 +96,10 @@ def make_plan(step: Step, topology: Topology) -> Plan:
     """
     config, devices = step.model.config, len(topology.devices)
     traced = step.trace()
-    useful = traced_flops(step.trace_useful(), config) / devices
-    repeated = traced_flops(traced, config) / devices - useful
+    flops = useful = traced_flops(traced, config) / devices
+    if step.trace_useful is not step.trace:
+        useful = traced_flops(step.trace_useful(), config) / devices
+    repeated = flops - useful
     compiled = compile_for(traced.lower(), topology)
     if compiled.refusal:
         memory = _refused(step, topology, compiled.refusal)

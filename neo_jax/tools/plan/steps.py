@@ -16,12 +16,12 @@ from neo_jax.axes import BATCH
 from neo_jax.checkpoints.options import Quantize
 from neo_jax.decode import engine
 from neo_jax.decode.capacity import LENGTH_UNIT, row_sizes
-from neo_jax.decode.options import Room, SamplingOptions, make_settings
-from neo_jax.decode.prefill import first_chunk
+from neo_jax.decode.options import ROOM, Room, SamplingOptions, make_settings
 from neo_jax.decode.state import empty_state, insert_read
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.model import cache as caching
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.declared import logical_axes, param_shapes
+from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import tpu_layout
 from neo_jax.serving.jobs import CHUNK
 from neo_jax.serving.protocol import MOST_BIASES
@@ -89,6 +89,9 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
     def trace(config: TrainConfig) -> jax.stages.Traced:
         return make_step(model, optimizer, config, objective).trace(state, batch, frozen)
 
+    whole = useful = functools.partial(trace, config)
+    if config.remat != "none":
+        useful = functools.partial(trace, dataclasses.replace(config, remat="none"))
     return Step(
         "train",
         model,
@@ -100,8 +103,8 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
             "batch": batch,
         },
         config.batch_size * config.sequence_length,
-        functools.partial(trace, config),
-        functools.partial(trace, dataclasses.replace(config, remat="none")),
+        whole,
+        useful,
     )
 
 
@@ -115,10 +118,8 @@ def prefill_step(model: Neo, batch: int, length: int, quantize: Quantize = "none
 
 def decode_step(model: Neo, batch: int, length: int, quantize: Quantize = "none") -> Step:
     """Returns the step that appends a token to each of `batch` texts of up to `length` tokens."""
-    arguments = _prefill_arguments(model, batch, length, quantize)
-    prefill = functools.partial(engine.prefill, model, length)
-    state = _placed(model, jax.eval_shape(prefill, *arguments))
-    params, steps = arguments[0], jax.ShapeDtypeStruct((), jnp.int32)
+    params = _prefill_arguments(model, 1, 1, quantize)[0]
+    state, steps = _empty(model, batch, length, ROOM), jax.ShapeDtypeStruct((), jnp.int32)
     trace = functools.partial(engine.run.on(model).trace, model, params, state, steps)
     rows = (state._replace(cache=()), steps)
     parts = {"parameters": params, "cache": state.cache, "batch": rows}
@@ -136,23 +137,19 @@ def serve_step(
     room = Room(biases=MOST_BIASES, alternatives=min(num_alternatives, model.config.vocab_size))
     params = _prefill_arguments(model, 1, 1, quantize)[0]
 
-    def state_of(rows: int, slots: int) -> engine.DecodeState:
-        make = functools.partial(empty_state, model, rows, slots, room=room)
-        return _placed(model, jax.eval_shape(make, params))
-
     sizes = sorted({padded_rows(model.sharding, size) for size in row_sizes(batch)})
-    smaller = [state_of(rows, length) for rows in sizes[-2:-1]]
-    shorter = [state_of(sizes[-1], length // 2)] if length > 2 * LENGTH_UNIT else []
+    smaller = [_empty(model, rows, length, room) for rows in sizes[-2:-1]]
+    shorter = [_empty(model, sizes[-1], length // 2, room)] if length > 2 * LENGTH_UNIT else []
     between = max(smaller + shorter, key=lambda state: tree_bytes(state, False), default=())
 
     context = model.config.max_length
     chunk = min(CHUNK, context)
     prompt = jax.ShapeDtypeStruct((padded_rows(model.sharding, 1), chunk), jnp.int32)
-    lengths = jax.ShapeDtypeStruct(prompt.shape[:1], jnp.int32)
-    read = functools.partial(first_chunk, model, slots=context)
-    reading = _placed_cache(model, jax.eval_shape(read, params, prompt, lengths)[1])
+    slack = caching.slack_for(model.config, model.sharding, chunk)
+    held = (model.config, prompt.shape[0], context, model.dtype, slack)
+    reading = _placed_cache(model, jax.eval_shape(lambda: caching.empty(*held)))
 
-    state, number = state_of(sizes[-1], length), jax.ShapeDtypeStruct((), jnp.int32)
+    state, number = _empty(model, sizes[-1], length, room), jax.ShapeDtypeStruct((), jnp.int32)
     trace = functools.partial(engine.run.on(model).trace, model, params, state, number, number)
     rows = (state._replace(cache=()), number, number)
     return Step(
@@ -189,7 +186,7 @@ def _prefill_arguments(model: Neo, batch: int, length: int, quantize: Quantize) 
     if quantize == "int8":
         params = quantized_shapes(model.config, model.dtype, model.sharding)
     else:
-        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        shapes = param_shapes(model)
         axes = logical_axes(model)
         params = jax.tree.map(
             lambda leaf, place, axes: jax.ShapeDtypeStruct(
@@ -203,6 +200,11 @@ def _prefill_arguments(model: Neo, batch: int, length: int, quantize: Quantize) 
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     settings = jax.eval_shape(lambda: make_settings(SamplingOptions(), [0] * batch))
     return params, tokens, rows, rows, settings
+
+
+def _empty(model: Neo, rows: int, slots: int, room: Room) -> engine.DecodeState:
+    """Returns the shapes of a decoding state with the places of its leaves."""
+    return _placed(model, jax.eval_shape(lambda: empty_state(model, rows, slots, room)))
 
 
 def _placed_cache(model: Neo, cache: Any) -> Any:

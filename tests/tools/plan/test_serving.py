@@ -29,7 +29,8 @@ from neo_jax.config import ModelConfig
 from neo_jax.decode.options import Room, SamplingOptions
 from neo_jax.decode.requests import Request
 from neo_jax.decode.scheduler import Scheduler
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.declared import logical_axes
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.serving.jobs import CHUNK
 from neo_jax.serving.protocol import MOST_BIASES
 from neo_jax.sharding.rules import make_sharding, tree_shardings
