@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import os
 from pathlib import Path
@@ -40,6 +41,7 @@ from neo_jax.data.tokenizer_training import train_sentencepiece  # noqa: E402
 from neo_jax.devices import torus  # noqa: E402
 from neo_jax.model.transformer import Neo, init_params  # noqa: E402
 from neo_jax.text.tokenizer import END_OF_TEXT, load_tokenizer  # noqa: E402
+from neo_jax.tools.plan import compilation  # noqa: E402
 
 # The files that take longest, so that all processes end together. The first traces with
 # jax.profiler, which crashes in a process that has loaded a TPU's compiler.
@@ -53,9 +55,26 @@ _FIRST = [
 
 
 def pytest_collection_modifyitems(items):
-    """Begins with the files that take longest."""
+    """Begins with the files that take longest; of the others, like ones share compiled programs."""
     rank = {str(Path(__file__).parent / name): i for i, name in enumerate(_FIRST)}
-    items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
+
+    def place(item):
+        return rank.get(str(item.path), len(rank)), _is_quick(item.getparent(pytest.Module))
+
+    items.sort(key=place)
+
+
+def _is_quick(module):
+    """Whether a module's programs are compiled quickly."""
+    marks = {mark.name for mark in module.iter_markers()}
+    return marks.isdisjoint({"optimized", "tpu_compiler"})
+
+
+def pytest_collection_finish():
+    """Keeps what was imported out of collections of garbage: each would look through it all."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,20 +83,43 @@ def _compiled_quickly(request):
 
     Modules marked `optimized` or `tpu_compiler` compile as users do.
     """
-    marks = {mark.name for mark in request.node.iter_markers()}
-    quickly = marks.isdisjoint({"optimized", "tpu_compiler"})
+    quickly = _is_quick(request.node)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # of processes that it starts
     if quickly != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", quickly)
 
 
+@contextlib.contextmanager
+def _plans_depend_on(sources):
+    """Has plans take what was compiled for TPUs for the same while these files are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "_SOURCES", sources)
+        compilation._sources.cache_clear()
+        yield
+    compilation._sources.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plans_known_by_their_programs():
+    """Finds what was compiled for TPUs again where the program is the same, if not its lines.
+
+    A program does not say in which order its mesh takes devices, nor its compiler's options.
+    """
+    with _plans_depend_on(("devices/torus.py", "sharding/rules.py", "ops/tuning.py")):
+        yield
+
+
 @pytest.fixture(scope="module")
 def lines_of_this_checkout():
-    """Keeps programs of the same operations but of other lines, which a cache holds, out of it."""
+    """Keeps programs of the same operations but of other lines and names, as caches hold, out."""
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
-    yield
+    with _plans_depend_on(_ALL_SOURCES):
+        yield
     jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
+
+
+_ALL_SOURCES = compilation._SOURCES
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -157,6 +199,16 @@ def compilations():
             jax.monitoring.unregister_event_duration_listener(listen)
 
     return count
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Of the harness's own 14,000 task files, which take seconds to list, those of PIQA."""
+    from lm_eval.tasks import manager
+
+    file = str(Path(manager.__file__).parent / "piqa" / "manager.py")
+    monkeypatch.setattr(manager, "__file__", file)
+    return file
 
 
 TEXT = """The quick brown fox jumps over the lazy dog, and the dog does not mind it at all.

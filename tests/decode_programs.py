@@ -1,6 +1,8 @@
 """The step of decoding, compiled for TPUs that are not there, and what there is to say of it."""
 
 import functools
+import gzip
+import json
 import re
 from typing import NamedTuple
 
@@ -12,10 +14,14 @@ from hlo import Program
 from neo_jax.config import ModelConfig
 from neo_jax.decode import engine, prefill
 from neo_jax.decode.options import SamplingOptions, make_settings
+from neo_jax.devices.compilation_cache import kept_plans
+from neo_jax.files.paths import write_whole
 from neo_jax.model import cache as caching
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.declared import logical_axes, param_shapes
+from neo_jax.model.transformer import Neo
 from neo_jax.ops.tuning import tpu_layout
 from neo_jax.sharding.rules import make_sharding
+from neo_jax.tools.plan import compilation
 from neo_jax.tools.plan.topology import find_topology
 
 
@@ -37,8 +43,8 @@ def compile_step(config: ModelConfig, topology: str, batch: int, room: int = 204
     """
     model, params = _on(topology, config)
     state = _state(model, params, batch, room)
-    compiled = engine.run.on(model).lower(model, params, state, 1).compile()
-    program = Program(compiled.as_text(), trips=batch)
+    compiled = _compiled(engine.run.on(model).lower(model, params, state, 1), topology)
+    program = Program(compiled.text, trips=batch)
     traffic = max(map(program.traffic, program.loops()))
     return _step(params, state.cache, compiled, traffic)
 
@@ -59,8 +65,9 @@ def compile_chunk(
     cache = _placed_cache(model, cache)
     # A function of its own: one that is traced anew, with the ways of writing as they are now.
     next_chunk = jax.jit(prefill.next_chunk.__wrapped__, static_argnums=0, donate_argnums=5)
-    compiled = next_chunk.lower(model, params, tokens, number, lengths, cache).compile()
-    program = Program(compiled.as_text(), trips)
+    lowered = next_chunk.lower(model, params, tokens, number, lengths, cache)
+    compiled = _compiled(lowered, topology)
+    program = Program(compiled.text, trips)
     assert state.cache[0].k.shape[2] == cache[0].k.shape[2] == room
     return _step(params, cache, compiled, program.traffic(list(program.computations)[-1]))
 
@@ -70,7 +77,7 @@ def _on(topology: str, config: ModelConfig) -> tuple[Neo, dict]:
     devices = find_topology(topology).devices
     sharding = make_sharding(f"model={len(devices)}", "tensor", devices=devices)
     model = Neo(config, jnp.bfloat16, sharding=sharding)
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = param_shapes(model)
     return model, jax.tree.map(
         lambda leaf, axes: jax.ShapeDtypeStruct(
             leaf.shape,
@@ -82,18 +89,33 @@ def _on(topology: str, config: ModelConfig) -> tuple[Neo, dict]:
     )
 
 
-def _step(
-    params: dict, cache: caching.Cache, compiled: jax.stages.Compiled, traffic: float
-) -> Step:
+class _Compiled(NamedTuple):
+    text: str
+    temporaries: int
+
+
+def _compiled(lowered: jax.stages.Lowered, topology: str) -> _Compiled:
+    """Compiles a program, or finds what came out of it before; kept next to plans, as these are."""
+    folder = kept_plans()
+    name = compilation._key(lowered, find_topology(topology))
+    kept = folder / f"{name}.decode.json.gz" if folder else None
+    if kept and kept.exists():
+        return _Compiled(*json.loads(gzip.decompress(kept.read_bytes())))
+    compiled = lowered.compile()
+    found = _Compiled(compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes)
+    if kept:
+        write_whole(kept, gzip.compress(json.dumps(found).encode()))
+    return found
+
+
+def _step(params: dict, cache: caching.Cache, compiled: _Compiled, traffic: float) -> Step:
     leaves = jax.tree.leaves(cache)
     return Step(
         weights=sum(_bytes(leaf) for leaf in jax.tree.leaves(params | {"wpe": None})),
         cache=sum(map(_bytes, leaves)),
-        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        temporaries=compiled.temporaries,
         traffic=traffic,
-        copies=_copies(
-            compiled.as_text(), {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}
-        ),
+        copies=_copies(compiled.text, {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}),
     )
 
 

@@ -14,7 +14,7 @@ from neo_jax.tools.plan.explanation import explain_text
 from neo_jax.tools.plan.steps import decode_step, prefill_step, serve_step
 from neo_jax.tools.plan.topology import find_topology
 
-pytestmark = pytest.mark.tpu_compiler
+pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("lines_of_this_checkout")]
 
 ROWS = 8
 

@@ -93,6 +93,7 @@ def _key(lowered: jax.stages.Lowered, topology: Topology) -> str:
     """
     versions = [jax.__version__, importlib.metadata.version("libtpu")]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    flags.append(str(jax.config.values["jax_disable_most_optimizations"]))
     decided = [*versions, *flags, topology.name, _sources(), lowered.as_text()]
     return hashlib.sha256("\0".join(decided).encode()).hexdigest()
 
@@ -101,8 +102,9 @@ def _key(lowered: jax.stages.Lowered, topology: Topology) -> str:
 def _sources() -> str:
     """Returns a hash of the source of all that programs come from."""
     package = Path(__file__).parents[2]
-    files = sorted(path for room in _ROOMS for path in (package / room).rglob("*.py"))
+    files = sorted(path for pattern in _SOURCES for path in package.glob(pattern))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 _ROOMS = ("devices", "sharding", "ops", "model", "transforms", "decode", "training")
+_SOURCES = tuple(f"{room}/**/*.py" for room in _ROOMS)
