@@ -295,9 +295,10 @@ def main() -> None:
         (folder / "prompts.txt").write_text("\n".join(corpus[:60]))
         make = ["prepare", folder / "text.txt", "--train-tokenizer", 300]
         finish(Job(folder, "data", lambda out: [*make, "--output", out]))
-        seed = Training(folder, "seed", 5, options.mesh)
-        finish(seed)
-        (seed.output / "model").rename(folder / "model")
+        if not {"generate", "quantize", "convert"}.isdisjoint(options.jobs):  # which need a model
+            seed = Training(folder, "seed", 5, options.mesh)
+            finish(seed)
+            (seed.output / "model").rename(folder / "model")
         for verb in options.jobs:
             whole = jobs(options, folder, "whole")[verb]()
             longest = finish(whole)

@@ -56,12 +56,16 @@ def test_texts_by_subset(succeed, model, checkpoints, pile):
         (["--tasks", "piqa", "--by-position"], 2, "--by-position goes with --text"),
         (["--tasks", "piqa", "--limit", "-1"], 2, "--limit must be 0 or more"),
         (["--text", "nowhere.txt"], 1, "nowhere.txt does not exist"),
-        (["--tasks", "piqqa"], 1, "'piqqa' is no task of the harness, nor of --include-path. Did"),
         (["--tasks", "piqa", "--include-path", "nowhere"], 1, "nowhere is no folder"),
     ],
 )
 def test_what_cannot_be_evaluated(fail, model, args, status, message):
     assert message in fail("eval", *args, *model, status=status)
+
+
+def test_a_task_that_is_not_there(fail, model, few_tasks):
+    expected = "'piqqa' is no task of the harness, nor of --include-path. Did you mean 'piqa'"
+    assert expected in fail("eval", "--tasks", "piqqa", *model, status=1)
 
 
 def test_help_says_what_is_a_program(succeed):

@@ -66,6 +66,13 @@ def test_texts_are_those_of_prompts_that_are_read_whole(params, model):
     assert len(done) >= 15
 
 
+@jax.jit
+def read_whole(params, tokens):
+    """The four likeliest tokens after each, their log p, and hidden states."""
+    logits, _, hidden = MODEL.apply({"params": params}, tokens)
+    return *jax.lax.top_k(jax.nn.log_softmax(logits), 4), hidden[-1]
+
+
 def test_what_a_prompt_says_of_itself(params):
     """Its tokens' log p are those of scoring, its mean that of the hidden states."""
     scheduler = Scheduler(MODEL, params, 4, ALTERNATIVES, CHUNK)
@@ -77,18 +84,20 @@ def test_what_a_prompt_says_of_itself(params):
     assert found.keys() == {*ids, plain}
     assert found[plain][1:] == (None,) * 4
     expected = score_ids(MODEL, params, [prompt_of(n) for n in LENGTHS])
-    for (id, length), logprobs in zip(ids.items(), expected, strict=True):
-        event, tokens = found[id], jnp.array([prompt_of(length)])
-        hidden, _ = MODEL.apply({"params": params}, tokens, method=Neo.hidden)
-        np.testing.assert_allclose(event.pooled, hidden[0].mean(axis=0), rtol=0, atol=1e-5)
+    tokens = np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)  # of padding nothing is looked at
+    for row, length in enumerate(LENGTHS):
+        tokens[row, :length] = prompt_of(length)
+    likeliest, order, hidden = map(np.asarray, read_whole(params, tokens))
+    for row, ((id, length), logprobs) in enumerate(zip(ids.items(), expected, strict=True)):
+        event, before = found[id], (row, slice(length - 1))
+        mean = hidden[row, :length].mean(axis=0)
+        np.testing.assert_allclose(event.pooled, mean, rtol=0, atol=1e-5)
         np.testing.assert_allclose(event.logprobs, logprobs, rtol=0, atol=2e-5)
         assert len(event.ids) == length - 1
         if length == 1:
             continue
-        logits = MODEL.apply({"params": params}, hidden[:, :-1], method=Neo.unembed)
-        likeliest, order = jax.lax.top_k(jax.nn.log_softmax(logits[0]), 4)
-        np.testing.assert_array_equal(event.ids, order)
-        np.testing.assert_allclose(event.likeliest, likeliest, rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(event.ids, order[before])
+        np.testing.assert_allclose(event.likeliest, likeliest[before], rtol=0, atol=2e-5)
 
 
 def test_running_texts_wait_for_one_chunk(params, monkeypatch):

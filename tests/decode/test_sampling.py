@@ -60,8 +60,9 @@ def test_no_temperature_takes_the_likeliest_token(seed, temperature):
 
 def draws(logits, options, seeds, positions):
     """One token for each seed and position."""
-    settings_ = make_settings(SamplingOptions(**options), seeds)
-    tiled = jnp.broadcast_to(jnp.asarray(logits), (len(seeds), len(logits)))
+    one = (jnp.asarray(logits)[None], make_settings(SamplingOptions(**options), [0]))
+    tiled, same = jax.tree.map(lambda x: jnp.repeat(x, len(seeds), axis=0), one)
+    settings_ = same._replace(seed=jnp.asarray(seeds, jnp.uint32))
     return np.asarray(choose(tiled, settings_, jnp.asarray(positions)))
 
 

@@ -126,6 +126,7 @@ def test_batches_and_meshes_do_not_matter(ours, checkpoints, manager, mesh, batc
 # The command, in a process that is killed when nine requests are finished, without a last word.
 KILLED = """
 import os, signal, sys
+from lm_eval.tasks import manager
 from neo_jax.cli import main
 from neo_jax.evaluation.response_cache import Answers
 
@@ -138,7 +139,8 @@ def kill_after_nine(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Answers.add = kill_after_nine
-main(["eval", *sys.argv[1:]])
+manager.__file__ = sys.argv[1]
+main(["eval", *sys.argv[2:]])
 """
 
 
@@ -148,12 +150,12 @@ def kept(cache):
         return set(database.execute("SELECT rowid, key, answer FROM answers"))
 
 
-def test_killed_and_begun_again(ours, lm, manager, tasks, tmp_path, monkeypatch):
+def test_killed_and_begun_again(ours, lm, manager, tasks, tmp_path, monkeypatch, few_tasks):
     """The rest is computed, only that, and the results are those of a run left alone."""
     cache, names = tmp_path / "answers", ["choices", "whole"]
     options = ["--tasks", ",".join(names), "--include-path", tasks, "--cache", cache]
     process = subprocess.run(
-        [sys.executable, "-c", KILLED, *options, "--model", lm.folder],
+        [sys.executable, "-c", KILLED, few_tasks, *options, "--model", lm.folder],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)},
         timeout=120,
     )  # fmt: skip
@@ -429,6 +431,7 @@ def test_a_batch_size_that_is_none(lm):
         NeoLM(lm, cache="none", batch_size="many")
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_the_command_line_of_the_harness(checkpoints, tasks, tmp_path, monkeypatch, capsys):
     args = [
         "--model_args", f"pretrained={checkpoints['bytes']}", "--tasks", "choices",

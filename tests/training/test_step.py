@@ -1,6 +1,7 @@
 """training/step.py: one step, its parts, and gradients that are not finite."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend
@@ -50,14 +51,21 @@ def params_copy(params):
     return jax.tree.map(jnp.copy, params)
 
 
-def one_step(config, params, batch, sharding=None):
+@functools.cache
+def programs(config, sharding=None):
+    """The model, the optimizer and the step of a run, whose program is traced once."""
     model = Neo(config.model, sharding=sharding, dropout=config.dropout)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    return model, optimizer, make_step(model, optimizer, config)
+
+
+def one_step(config, params, batch, sharding=None):
+    model, optimizer, step = programs(config, sharding)
     state = state_of(params_copy(params), optimizer)
     if sharding:
         state = jax.device_put(state, state_shardings(model, optimizer, state))
         batch = jax.device_put(batch, sharding.named(("batch", None), (8, 33), "batch"))
-    return make_step(model, optimizer, config)(state, batch)
+    return step(state, batch)
 
 
 @pytest.mark.parametrize(("accumulation", "mesh"), [(2, ""), (4, ""), (2, "data=2,fsdp=2,model=2")])
@@ -131,9 +139,7 @@ def scatters(jaxpr, looped=False):
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batch):
-    model = Neo(CONFIG.model)
-    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.steps)
-    step = make_step(model, optimizer, CONFIG)
+    _, optimizer, step = programs(CONFIG)
     broken = batch._replace(weights=batch.weights.at[3, 4].set(jnp.nan))
     state = state_of(params_copy(params), optimizer)
     counts = []
@@ -151,8 +157,7 @@ def test_a_step_without_finite_gradients_changes_nothing_and_counts(params, batc
 
 def test_a_prediction_counts_by_its_share_of_all_weights(params, batch):
     """Gradients are those of the mean loss: half the weights, or as many again of none, no less."""
-    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.steps)
-    step = make_step(Neo(CONFIG.model), optimizer, CONFIG)
+    _, optimizer, step = programs(CONFIG)
     found = []
     for weights in (batch.weights, batch.weights / 2):
         state = state_of(params_copy(params), optimizer)

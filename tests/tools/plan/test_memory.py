@@ -1,6 +1,7 @@
 """What a plan says of memory, against what the process takes that runs the step."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,9 @@ print(json.dumps({"planned": 8 * plan.memory.total, "arguments": 8 * plan.memory
     [("fsdp=8", "none", "float32"), ("fsdp=4,model=2", "full", "bfloat16")],
 )
 def test_eight_cpu_devices_take_what_is_planned(mesh, remat, dtype, tmp_path):
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", RUN, mesh, remat, dtype, tmp_path],
+        [sys.executable, "-c", RUN, mesh, remat, dtype, programs],
         capture_output=True,
         text=True,
         timeout=300,

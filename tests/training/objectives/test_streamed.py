@@ -102,7 +102,8 @@ def batch(rng):
 
 @pytest.fixture(scope="module")
 def params():
-    drawn = stack(init_params(Neo(CONFIG.model), jax.random.key(0)), CONFIG.model)
+    draw = jax.jit(functools.partial(init_params, Neo(CONFIG.model)))
+    drawn = stack(draw(jax.random.key(0)), CONFIG.model)
     return drawn | Preference(BETA).init(None, jax.random.key(1))
 
 
