@@ -29,7 +29,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.config import ModelConfig
-from neo_jax.model.transformer import Neo, init_params, logical_axes
+from neo_jax.model.declared import logical_axes
+from neo_jax.model.transformer import Neo, init_params
 from neo_jax.sharding.rules import make_sharding
 from neo_jax.tools.plan.compilation import compile_for
 from neo_jax.tools.plan.explanation import explain_text
