@@ -118,7 +118,7 @@ def offline(folder: Path, dtype: str, args: argparse.Namespace, name: str) -> No
             served = asyncio.run(load(server.url, asked, 16)).tokens
             begin = time.monotonic()
             prompts = [body["prompt"] for body in asked]
-            made = lm.sample(prompts, args.new, sampling=neo_jax.SamplingOptions(temperature=0.0))
+            made = lm.sample(prompts, args.new, temperature=0.0)
             at_once = sum(len(sample.ids) for sample in made) / (time.monotonic() - begin)
             if turn:
                 rates.append((served, at_once, served / at_once))

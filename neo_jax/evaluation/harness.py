@@ -51,7 +51,8 @@ class NeoLM(TemplateLM):
       options: the other arguments of `neo_jax.load`.
 
     Raises:
-      NeoError: what `neo_jax.load` raises, an unknown option, or a batch size that is none.
+      NeoError: what `neo_jax.load` raises, an unknown option, a batch size that is none, or the
+        model is a classifier.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class NeoLM(TemplateLM):
             self.lm = pretrained
         else:
             self.lm = load(pretrained or None, **options)
+        self.lm.config.head.check_writes()
         self._answers: Answers | None = None
         if cache != "none" and jax.process_count() == 1:
             path = Path(cache) if cache else cache_folder() / "answers.sqlite"

@@ -1,6 +1,7 @@
 """evaluation/harness.py: the same answers as the harness's own PyTorch model."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ from neo_jax.evaluation import harness
 from neo_jax.evaluation import tasks as running
 from neo_jax.evaluation.harness import NeoLM
 from neo_jax.evaluation.response_cache import Answers
+from neo_jax.labels import HeadConfig
+from neo_jax.text.language_model import LanguageModel
 
 pytestmark = pytest.mark.optimized
 
@@ -129,6 +132,8 @@ import os, signal, sys
 from lm_eval.tasks import manager
 from neo_jax.cli import main
 from neo_jax.evaluation.response_cache import Answers
+from neo_jax.labels import HeadConfig
+from neo_jax.text.language_model import LanguageModel
 
 add, finished = Answers.add, []
 
@@ -255,6 +260,13 @@ class Asked:
 def test_what_a_model_cannot_do(lm, kind, args, message):
     with pytest.raises(NeoError, match=re.escape(message).replace(r"\.\*", ".*")):
         getattr(NeoLM(lm, cache="none"), kind)([Asked(*args)])
+
+
+def test_a_classifier_is_refused_before_tasks_are_read(lm):
+    config = dataclasses.replace(lm.config, head=HeadConfig(kind="score", labels=("no", "yes")))
+    judge = LanguageModel(lm.model.clone(config=config), {}, lm.tokenizer, lm.folder)
+    with pytest.raises(NeoError, match="the model is a classifier"):
+        NeoLM(judge)
 
 
 def go_on(model, *several):
