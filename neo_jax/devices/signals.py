@@ -99,11 +99,11 @@ class Watch:
         return not reported
 
     def end(self, status: int) -> None:
-        """Ends the process with a status, or as one that was interrupted."""
+        """Ends the process with a status, or as one that was interrupted, which says so once."""
         if self._ending:  # the usual way out would wait for threads
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
-            os._exit(STATUS)
+            self._force()
         sys.exit(status)
 
     def _run(self) -> None:

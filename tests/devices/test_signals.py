@@ -106,7 +106,19 @@ try:
 except KeyboardInterrupt:
     WATCH.end(1)
 """
-    assert interrupted(body, signal.SIGINT) == (STATUS, "went on\nleft\n", "")
+    assert interrupted(body, signal.SIGINT) == (STATUS, "went on\nleft\n", LINE)
+
+
+def test_one_that_ends_before_a_safe_place_says_the_line_too():
+    body = """
+signals._POLL = 60
+exec("def lowering(callback): callback()", callback_of := {"__name__": "jax.x"})
+with WATCH.inside():
+    callback_of["lowering"](lambda: (ready(), busy(0.3)))
+print("done")
+WATCH.end(0)
+"""
+    assert interrupted(body, signal.SIGINT) == (STATUS, "done\n", LINE)
 
 
 def test_the_line_is_shown_where_stderr_is_redirected():
