@@ -109,6 +109,7 @@ def compare(folder: Path, dtype: str, args: argparse.Namespace, name: str) -> No
 def offline(folder: Path, dtype: str, args: argparse.Namespace, name: str) -> None:
     """Prints a line: the server with 16 clients next to texts that are written by one call."""
     import neo_jax
+    from neo_jax.decode.options import SamplingOptions
 
     lm = neo_jax.load(str(folder), dtype=dtype)
     rates = []
@@ -118,7 +119,7 @@ def offline(folder: Path, dtype: str, args: argparse.Namespace, name: str) -> No
             served = asyncio.run(load(server.url, asked, 16)).tokens
             begin = time.monotonic()
             prompts = [body["prompt"] for body in asked]
-            made = lm.sample(prompts, args.new, temperature=0.0)
+            made = lm.sample(prompts, args.new, sampling=SamplingOptions(temperature=0.0))
             at_once = sum(len(sample.ids) for sample in made) / (time.monotonic() - begin)
             if turn:
                 rates.append((served, at_once, served / at_once))
