@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
+from marked_tables import fill
 
 from neo_jax.config import ModelConfig
 from neo_jax.model.declared import logical_axes
@@ -366,12 +367,7 @@ def tables(fields: dict[str, Any]) -> dict[str, str]:
 def write(fields: dict[str, Any]) -> None:
     """Writes the JSON, and the tables into the page behind their marks."""
     RESULTS.write_text(json.dumps(fields, indent=1) + "\n")
-    text = DOCUMENT.read_text()
-    for mark, new in tables(fields).items():
-        begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
-    DOCUMENT.write_text(text)
+    fill(DOCUMENT, tables(fields))
 
 
 def main() -> None:

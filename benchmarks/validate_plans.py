@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
+from benchmarks.marked_tables import fill  # noqa: E402
 from benchmarks.published_runs import Row, rows  # noqa: E402
 from neo_jax.cli import main as neo_jax  # noqa: E402
 from neo_jax.devices.chips import CHIPS  # noqa: E402
@@ -180,13 +181,7 @@ def write(found: Sequence[dict[str, Any]]) -> None:
     """Writes the JSON, and puts table and summary into the document behind their marks."""
     fields = {"fitted": fitted(), "summary": summary(found), "rows": list(found)}
     RESULTS.write_text(json.dumps(fields, indent=1) + "\n")
-    text = DOCUMENT.read_text()
-    for mark, new in (("summary", summary(found)), ("rows", table(found))):
-        begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n\n{new}\n\n{end}{after}"
-    DOCUMENT.write_text(text)
+    fill(DOCUMENT, {"summary": summary(found), "rows": table(found)})
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ class _Repeats:
     def __init__(self) -> None:
         self._last = -math.inf
 
-    def __contains__(self, number: int) -> bool:
+    def note(self, number: int) -> bool:
+        """Notes a signal; returns whether it is one of these."""
         if number != signal.SIGTERM:
             return False
         last, self._last = self._last, time.monotonic()
@@ -128,7 +129,7 @@ class Watch:
             if not select.select([self._pipe], [], [], left)[0]:
                 return False
             number = os.read(self._pipe, 1)[0]
-            if number in _SIGNALS and number not in self._repeats:
+            if number in _SIGNALS and not self._repeats.note(number):
                 return True
 
     def _interrupt(self, _: int, frame: FrameType | None) -> None:
@@ -201,7 +202,7 @@ def taken(takes: Callable[[], bool]) -> Iterator[None]:
 
     def take(number: int, _: object) -> None:
         nonlocal is_first
-        if number in repeats:
+        if repeats.note(number):
             return
         if is_first:
             is_first = False
