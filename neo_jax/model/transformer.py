@@ -29,6 +29,7 @@ from neo_jax.model.layers import Einsum, Embed, LayerNorm, linear
 from neo_jax.model.soft_prompt import declare_virtual, place_virtual
 from neo_jax.ops.attention import Kernel, Mask, attend
 from neo_jax.ops.gelu import ACTIVATIONS
+from neo_jax.ops.matmul import settled_gradient
 from neo_jax.ops.rounding import cast
 from neo_jax.sharding.rules import Sharding, constrain, filled
 
@@ -144,9 +145,10 @@ class Block(nn.Module):
         query_indices: Int[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], LayerCache]:
         """Returns the stream of the requested tokens or all, and keys and values."""
+        x = settled_gradient(x)
         attended, cache = self.attn(self.ln_1(x), positions, cache, segment_starts, query_indices)
         keep_all = not self.has_rng("dropout")
-        x = _at(x, query_indices) + self.drop(attended, deterministic=keep_all)
+        x = settled_gradient(_at(x, query_indices) + self.drop(attended, deterministic=keep_all))
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=keep_all), cache
 
 

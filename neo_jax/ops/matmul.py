@@ -6,6 +6,7 @@ the batch is gathered in that dtype, and its gradient is reduced to where it is 
 
 import functools
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jax.typing import DTypeLike
 from neo_jax.axes import Array, Float
 from neo_jax.ops.rounding import cast
 from neo_jax.sharding.fsdp import FsdpLayout
+
+Tree = TypeVar("Tree")
 
 _Saved = tuple[Array, Array, Array | np.ndarray]
 
@@ -66,8 +69,10 @@ def _backward(
 
 
 def _of_rows(dtype: np.dtype, x: Array, grad: Array) -> Array:
-    """Returns the gradient of a parameter for some rows, in its shape."""
-    matrix = product("bto,bti->oi", as_rows(grad), as_rows(x), dtype)
+    """Returns the gradient of a parameter for some rows of this device, in its shape."""
+    # Of tokens as one axis: for a sum over two XLA's CPU backend first lays `grad` out anew.
+    grads, inputs = (as_rows(each).reshape((-1, each[0, 0].size)) for each in (grad, x))
+    matrix = product("to,ti->oi", grads, inputs, dtype)
     return matrix.reshape((*grad.shape[2:], *x.shape[2:]))
 
 
@@ -116,8 +121,17 @@ def halved(
     return product("hi,hoi->ho", _twice(row), halves, dtype).reshape((1, -1))
 
 
-def settled(x: Array) -> Array:
-    """Returns an array that CPUs compute once, before it is used.
+@jax.custom_vjp
+def settled_gradient(x: Array) -> Array:
+    """Returns an array as it is; its gradient is `settled`."""
+    return x
+
+
+settled_gradient.defvjp(lambda x: (x, None), lambda _, grad: (settled(grad),))
+
+
+def settled(x: Tree) -> Tree:
+    """Returns a tree of arrays that CPUs compute once, before any is used.
 
     XLA would compute it again for each of its users, and for one that reads it transposed slowly: a
     quarter of a training step in float32.

@@ -1,9 +1,13 @@
 """The optimizer of a config, by optax."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
-from neo_jax.axes import Params
+from neo_jax.axes import Array, Params
+from neo_jax.ops.matmul import settled
 from neo_jax.training.config import OptimizerConfig
 
 
@@ -27,9 +31,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     schedule = make_schedule(config, steps)
     decay = {"weight_decay": config.weight_decay, "mask": _decays}
     if config.name == "adamw":
-        optimizer = optax.adamw(
-            schedule, b1=config.beta1, b2=config.beta2, eps=config.epsilon, **decay
-        )
+        rate = optax.scale_by_learning_rate(schedule)
+        optimizer = optax.chain(_scale_by_adam(config), optax.add_decayed_weights(**decay), rate)
     elif config.name == "lion":
         optimizer = optax.lion(schedule, b1=config.beta1, b2=config.beta2, **decay)
     else:
@@ -42,6 +45,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns `optax.scale_by_adam`, whose moments CPUs compute once and in their place.
+
+    Else XLA's CPU backend computes them again for the parameters, from copies of the old ones. An
+    update takes whether its caller keeps what it returns, and not the old state, as `finite`.
+    """
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+
+    def update(
+        grads: Params, state: Any, params: Params | None = None, *, finite: Any = True, **_: Any
+    ) -> tuple[Params, Any]:
+        new = adam.update(grads, state)[1]
+        # The same as the caller's choice, which so is what is computed once.
+        kept = settled(jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state))
+        mean = optax.tree.bias_correction(kept.mu, config.beta1, kept.count)
+        square = optax.tree.bias_correction(kept.nu, config.beta2, kept.count)
+
+        def scaled(mean: Array, square: Array) -> Array:
+            return mean / (jnp.sqrt(square) + config.epsilon)
+
+        return jax.tree.map(scaled, mean, square), new
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _decays(params: Params) -> Params:

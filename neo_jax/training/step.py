@@ -14,6 +14,7 @@ from neo_jax.model.scan import abstract_params, stack, stacked_axes, stacked_sha
 from neo_jax.model.soft_prompt import without_prompt
 from neo_jax.model.transformer import Neo, init_params
 from neo_jax.ops import tuning
+from neo_jax.ops.matmul import settled
 from neo_jax.sharding.rules import Sharding, tree_shardings
 from neo_jax.training.config import TrainConfig
 from neo_jax.training.objectives import Objective, Sums
@@ -216,16 +217,17 @@ def make_step(
     """
     schedule = make_schedule(config.optimizer, config.steps)
     objective = objective or make_objective(config)
+    update = optax.with_extra_args_support(optimizer).update
 
     def step(
         state: TrainState, batch: Any, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         sums, grads = _gradients(model, config, objective, state, batch, frozen)
         norm = optax.tree.norm(grads)
-        slots = _at_step(state.opt_state, state.step)
-        updates, opt_state = optimizer.update(grads, slots, state.params)
-        params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(norm)
+        slots = _at_step(state.opt_state, state.step)
+        updates, opt_state = update(grads, slots, state.params, finite=finite)
+        params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
@@ -309,7 +311,7 @@ def _gradients(
         (grads, sums), grads_x = jax.lax.scan(add, zeros, parts)
         grads = jax.tree.map(jnp.add, grads, *pull(_joined(grads_x)))
     weight = jnp.maximum(sums.weight, 1)
-    return sums._replace(weight=weight), jax.tree.map(lambda grad: grad / weight, grads)
+    return sums._replace(weight=weight), settled(jax.tree.map(lambda grad: grad / weight, grads))
 
 
 def _parts(batch: Any, count: int) -> Any:
