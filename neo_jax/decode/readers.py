@@ -11,12 +11,12 @@ import numpy as np
 from neo_jax.axes import Array, Params
 from neo_jax.decode import engine
 from neo_jax.decode.capacity import capacity, coarse_capacity, padded_length, row_sizes
-from neo_jax.decode.options import Room, SamplingOptions, Settings, stack_settings
+from neo_jax.decode.options import Room, SamplingOptions, stack_settings
 from neo_jax.decode.pooling import pool_weights
 from neo_jax.decode.prefill import Reading, judge, piece_of
 from neo_jax.decode.prefixes import PrefixCache
 from neo_jax.decode.requests import PromptRead, Request, Text
-from neo_jax.decode.state import DecodeState, insert, insert_read
+from neo_jax.decode.state import DecodeState, Entering, insert, insert_read
 from neo_jax.devices.processes import to_host
 from neo_jax.model.transformer import Neo
 from neo_jax.sharding.rules import padded_rows
@@ -104,8 +104,8 @@ class WholeReader:
     def insert(self, state: DecodeState, rows: Mapping[int, Text]) -> DecodeState:
         """Puts some of the last texts into rows."""
         assert self._read is not None
-        sources, places, _, settings = _entering(rows, state.tokens.shape[0], self._room)
-        return insert(self._model, state, self._read, sources, places, len(rows), settings)
+        entering = _entering(rows, state.tokens.shape[0], self._room)
+        return insert(self._model, state, self._read, entering)
 
     def cancel(self, id: int) -> None:
         """Has nothing to drop."""
@@ -213,11 +213,10 @@ class ChunkReader:
         """Puts some of the last texts into rows."""
         read = self._read
         assert read is not None
-        sources, places, limits, settings = _entering(rows, state.tokens.shape[0], self._room)
+        entering = _entering(rows, state.tokens.shape[0], self._room)
         return insert_read(
-            self._model, state, read.tokens, read.lengths, read.cache,
-            sources, places, len(rows), limits, settings,
-        )  # fmt: skip
+            self._model, state, read.tokens, read.lengths, read.cache, entering
+        )
 
     def cancel(self, id: int) -> None:
         """Drops a request; what is read together with it goes on."""
@@ -250,18 +249,19 @@ def _count(lengths: Iterable[int], length: int, most: int) -> int:
     return sum(1 for _ in itertools.islice(alike, most))
 
 
-def _entering(
-    rows: Mapping[int, Text], batch: int, room: Room
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, Settings]:
-    """Returns sources, rows and limits [B] of texts that enter, and their settings."""
+def _entering(rows: Mapping[int, Text], batch: int, room: Room) -> Entering:
+    """Returns texts as they enter a batch of so many rows."""
     texts = list(rows.values())
     fill = [0] * (batch - len(texts))
-    sources = np.array([text.source for text in texts] + fill, np.int32)
-    limits = np.array([text.length for text in texts] + fill, np.int32)
     options = [text.options for text in texts] + [SamplingOptions()] * len(fill)
     counts = [text.request.num_alternatives for text in texts] + fill
-    settings = stack_settings(options, room, counts)
-    return sources, np.array([*rows, *fill], np.int32), limits, settings
+    return Entering(
+        sources=np.array([text.source for text in texts] + fill, np.int32),
+        rows=np.array([*rows, *fill], np.int32),
+        count=np.int32(len(texts)),
+        limits=np.array([text.length for text in texts] + fill, np.int32),
+        settings=stack_settings(options, room, counts),
+    )
 
 
 def _rows_to_read(length: int, rows: int, tokens: int) -> int:

@@ -51,6 +51,16 @@ class DecodeState(NamedTuple):
         return History(self.tokens, self.lengths, self.prompt_lengths, self.limits)
 
 
+class Entering(NamedTuple):
+    """Texts that enter a batch of B rows: the first `count` of these; what follows is padding."""
+
+    sources: Int[Array, "B"]  # the row of each text's prompt where that was read; may stand twice
+    rows: Int[Array, "B"]  # the row of the batch that the text takes
+    count: Int[Array, ""]
+    limits: Int[Array, "B"]  # lengths at which to stop
+    settings: Settings
+
+
 def begin_rows(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -109,32 +119,21 @@ def take_rows(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def insert(
-    model: Neo,
-    state: DecodeState,
-    new: DecodeState,
-    sources: Int[Array, "B"],
-    rows: Int[Array, "B"],
-    count: Int[Array, ""],
-    settings: Settings,
-) -> DecodeState:
-    """Puts rows of another state in the place of rows of this one; consumes `state`.
+def insert(model: Neo, state: DecodeState, read: DecodeState, entering: Entering) -> DecodeState:
+    """Puts texts whose prompts another state has into rows of a state; consumes `state`.
 
     Args:
       model: the model.
-      state: what takes them.
-      new: where they are; its capacity is no larger.
-      sources: rows of `new`; one may stand several times.
-      rows: the row of `state` for each of them.
-      count: how many of these are inserted.
-      settings: of each.
+      state: what takes them; its capacity is no smaller than that of `read`.
+      read: their prompts, with limits of its own, which are kept.
+      entering: which of these, and where to.
     """
 
     def put_one(i: Array, state: DecodeState) -> DecodeState:
-        piece = _row(new, sources[i])._replace(settings=_row(settings, i))
-        return _put(state, piece, rows[i])
+        piece = _row(read, entering.sources[i])._replace(settings=_row(entering.settings, i))
+        return _put(state, piece, entering.rows[i])
 
-    return place(model.sharding, jax.lax.fori_loop(0, count, put_one, state))
+    return place(model.sharding, jax.lax.fori_loop(0, entering.count, put_one, state))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -144,13 +143,9 @@ def insert_read(
     tokens: Int[Array, "R T"],
     lengths: Int[Array, "R"],
     cache: Cache,
-    sources: Int[Array, "B"],
-    rows: Int[Array, "B"],
-    count: Int[Array, ""],
-    limits: Int[Array, "B"],
-    settings: Settings,
+    entering: Entering,
 ) -> DecodeState:
-    """Puts prompts that were read by chunks into rows of a state; consumes `state`.
+    """Puts texts whose prompts were read by chunks into rows of a state; consumes `state`.
 
     Args:
       model: the model.
@@ -158,21 +153,18 @@ def insert_read(
       tokens: of the prompts.
       lengths: of the prompts.
       cache: of the prompts, that of a `prefill.Reading`.
-      sources: which of the prompts, see `insert`.
-      rows: the row of `state` for each.
-      count: how many of these are inserted.
-      limits: of each.
-      settings: of each.
+      entering: which of the prompts, and where to.
     """
     slots = state.tokens.shape[1]
 
     def put_one(i: Array, state: DecodeState) -> DecodeState:
-        ids, length, read = _row((tokens, lengths, cache), sources[i])
+        ids, length, read = _row((tokens, lengths, cache), entering.sources[i])
+        limit, settings = _row((entering.limits, entering.settings), i)
         kept = caching.from_sequence(model.config, read, length - 1, slots, model.cache_dtype)
-        piece = begin_rows(ids, length, limits[i][None], _row(settings, i), kept, slots)
-        return _put(state, piece, rows[i])
+        piece = begin_rows(ids, length, limit, settings, kept, slots)
+        return _put(state, piece, entering.rows[i])
 
-    return place(model.sharding, jax.lax.fori_loop(0, count, put_one, state))
+    return place(model.sharding, jax.lax.fori_loop(0, entering.count, put_one, state))
 
 
 def _row(tree: T, row: Array) -> T:

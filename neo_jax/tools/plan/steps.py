@@ -17,7 +17,7 @@ from neo_jax.checkpoints.options import Quantize
 from neo_jax.decode import engine
 from neo_jax.decode.capacity import LENGTH_UNIT, row_sizes
 from neo_jax.decode.options import ROOM, Room, SamplingOptions, make_settings
-from neo_jax.decode.state import empty_state, insert_read
+from neo_jax.decode.state import Entering, empty_state, insert_read
 from neo_jax.devices.memory import tree_bytes
 from neo_jax.model import cache as caching
 from neo_jax.model.declared import logical_axes, param_shapes
@@ -176,9 +176,8 @@ def _trace_insertion(
     count = jax.ShapeDtypeStruct((), jnp.int32)
     settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.settings)
     tokens = jax.ShapeDtypeStruct((prompt.shape[0], model.config.max_length), jnp.int32)
-    return insert_read.trace(
-        model, state, tokens, lengths, reading, rows, rows, count, rows, settings
-    )
+    entering = Entering(rows, rows, count, rows, settings)
+    return insert_read.trace(model, state, tokens, lengths, reading, entering)
 
 
 def _prefill_arguments(model: Neo, batch: int, length: int, quantize: Quantize) -> tuple[Any, ...]:
