@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 
 import neo_jax
+from neo_jax.data.examples import Schema
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.evaluation.made_examples import make_rows
@@ -155,8 +156,9 @@ def run(task, folder):
         lines = [json.dumps(row) + "\n" for row in task.rows(learned)]
         (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
         prepare_labelled(
-            [folder / "train.jsonl"], folder / "data", "bundled", kind=task.kind, held_out=0.125
-        )
+            [folder / "train.jsonl"], folder / "data", "bundled", Schema.usual(task.kind),
+            held_out=0.125,
+        )  # fmt: skip
     fields = json.loads((folder / "data" / "dataset.json").read_text(encoding="utf-8"))
     config = TrainConfig(
         data=str(folder / "data"), output=str(folder / "run"), pretrained="bundled", steps=0,

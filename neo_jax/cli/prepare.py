@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
-from neo_jax.data.examples import Columns
+from neo_jax.data.examples import Schema
 from neo_jax.data.prepare import TokenizerKind, prepare
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.data.statistics import draw_histogram
@@ -123,19 +123,20 @@ def _labelled(options: Options) -> dict[str, Any]:
     """Prepares examples with labels."""
     if not options.tokenizer:
         raise UsageError("examples with labels need --tokenizer, as in gpt-neo-125m.")
-    usual = Columns.usual(options.kind)
+    schema = Schema.usual(options.kind)
+    schema = dataclasses.replace(
+        schema,
+        text=options.text_field or schema.text,
+        label=options.label_field or schema.label,
+        second_text=options.second_text_field or schema.second_text,
+        problem_type=options.problem_type,
+        labels=options.labels,
+    )
     return prepare_labelled(
         options.inputs,
         options.output,
         options.tokenizer,
-        Columns(
-            options.text_field or usual.text,
-            options.label_field or usual.label,
-            options.second_text_field or usual.second_text,
-        ),
-        kind=options.kind,
-        problem_type=options.problem_type,
-        labels=options.labels,
+        schema,
         held_out=options.held_out,
         held_out_inputs=options.held_out_files,
         skip_bad=options.skip_bad,

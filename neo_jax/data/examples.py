@@ -52,61 +52,57 @@ class Example(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
-    """Where examples have their parts: names, or numbers from 1 in files without a head."""
+class Schema:
+    """How a row is an example: where its parts are, and what is learned of it.
+
+    Columns have names, or numbers from 1 in files whose first line names none. A head `classifier`
+    takes a list of words and one of their labels, of which null and -100 are none; `qa_outputs` a
+    context, a question as the second text, and answers as SQuAD has them: {"text": [...],
+    "answer_start": [...]}, a list of {"text", "answer_start"}, or a text with a column
+    answer_start.
+    """
 
     text: str = "text"
     label: str = "label"
     second_text: str = ""  # "" for examples of one text
+    kind: HeadKind = "score"  # the head that learns them: labels of texts, of words, or answers
+    # What labels of texts are: one name, any of several names, or a number.
+    problem_type: ProblemType = "single_label_classification"
+    labels: tuple[str, ...] = ()  # the names that may be, in a model's order; () is any, sorted
 
     @classmethod
-    def usual(cls, kind: HeadKind) -> "Columns":
-        """Returns the names that are usual for what a head learns."""
-        return _USUAL.get(kind, cls())
+    def usual(cls, kind: HeadKind) -> "Schema":
+        """Returns the one with the names of columns that are usual for what a head learns."""
+        return cls(*_USUAL.get(kind, ()), kind=kind)
 
 
-_USUAL: dict[HeadKind, Columns] = {
-    "classifier": Columns("tokens", "tags"),
-    "qa_outputs": Columns("context", "answers", "question"),
+_USUAL: dict[HeadKind, tuple[str, ...]] = {
+    "classifier": ("tokens", "tags"),
+    "qa_outputs": ("context", "answers", "question"),
 }
 
 
 def read_examples(
-    inputs: Sequence[str | os.PathLike[str]],
-    columns: Columns = Columns(),
-    problem_type: ProblemType = "single_label_classification",
-    labels: Sequence[str] = (),
-    skip_bad: int = 0,
-    kind: HeadKind = "score",
+    inputs: Sequence[str | os.PathLike[str]], schema: Schema = Schema(), skip_bad: int = 0
 ) -> list[Example]:
     """Returns the examples of all inputs, in order.
 
     Args:
       inputs: files, folders and globs, and hf://NAME:CONFIG:SPLIT.
-      columns: where they have texts and labels.
-      problem_type: what labels of texts are.
-      labels: the names that may be; empty is any.
+      schema: how a row is one.
       skip_bad: so many rows that cannot be examples are left out, and reported on stderr.
-      kind: the head that they are for. `classifier` takes a list of words and one of their labels,
-        of which null and -100 are none; `qa_outputs` a context, a question as the second text, and
-        answers as SQuAD has them: {"text": [...], "answer_start": [...]}, a list of {"text",
-        "answer_start"}, or a text with a column answer_start.
 
     Raises:
       NeoError: nothing matches, or more rows than that have another number of columns, lack a
         column, an empty text or a label that cannot be.
     """
     examples, bad = [], []
-    for where, row in _rows(inputs, columns):
+    make = {"classifier": _words, "qa_outputs": _question}.get(schema.kind, _example)
+    for where, row in _rows(inputs, schema):
         try:
             if isinstance(row, NeoError):
                 raise row
-            if kind == "classifier":
-                examples.append(_words(where, row, columns, labels))
-            elif kind == "qa_outputs":
-                examples.append(_question(where, row, columns))
-            else:
-                examples.append(_example(where, row, columns, problem_type, labels))
+            examples.append(make(where, row, schema))
         except NeoError as error:
             bad.append(str(error))
             if len(bad) > skip_bad:
@@ -121,45 +117,44 @@ def read_examples(
     return examples
 
 
-def _example(
-    where: str, row: dict[str, Any], columns: Columns, problem: ProblemType, known: Sequence[str]
-) -> Example:
-    used = filter(None, (columns.text, columns.second_text))
+def _example(where: str, row: dict[str, Any], schema: Schema) -> Example:
+    used, known = filter(None, (schema.text, schema.second_text)), schema.labels
     texts = [_text(where, row, name) for name in used]
-    value = _cell(where, row, columns.label)
+    value = _cell(where, row, schema.label)
     text = as_one_text(texts) if len(texts) > 1 else texts[0]
-    if problem == "regression":
-        return Example(text, _number(where, columns.label, value))
-    if problem == "multi_label_classification":
+    if schema.problem_type == "regression":
+        return Example(text, _number(where, schema.label, value))
+    if schema.problem_type == "multi_label_classification":
         several = value if isinstance(value, list) else str(value).split(",")
-        names = tuple(_name(where, columns.label, each, known) for each in several if each != "")
+        names = tuple(_name(where, schema.label, each, known) for each in several if each != "")
         return Example(text, names)
-    return Example(text, _name(where, columns.label, value, known))
+    return Example(text, _name(where, schema.label, value, known))
 
 
-def _words(where: str, row: dict[str, Any], columns: Columns, known: Sequence[str]) -> Example:
-    words, tags = _cell(where, row, columns.text), _cell(where, row, columns.label)
-    for name, cell in ((columns.text, words), (columns.label, tags)):
+def _words(where: str, row: dict[str, Any], schema: Schema) -> Example:
+    words, tags = _cell(where, row, schema.text), _cell(where, row, schema.label)
+    for name, cell in ((schema.text, words), (schema.label, tags)):
         if not isinstance(cell, list) or not cell:
             raise NeoError(f"{where}: '{name}' is {brief(cell)}, not a list with an entry a word.")
     for word in words:
         if not isinstance(word, str) or not word.strip():
-            raise NeoError(f"{where}: '{columns.text}' has {brief(word)}, which is no word.")
+            raise NeoError(f"{where}: '{schema.text}' has {brief(word)}, which is no word.")
     if len(words) != len(tags):
         raise NeoError(
-            f"{where}: {len(words)} '{columns.text}' have {len(tags)} '{columns.label}'; give one "
+            f"{where}: {len(words)} '{schema.text}' have {len(tags)} '{schema.label}'; give one "
             "for each."
         )
     text, starts = join_words(words)
     names = (
-        "" if tag in (None, NO_LABEL) else _name(where, columns.label, tag, known) for tag in tags
+        "" if tag in (None, NO_LABEL) else _name(where, schema.label, tag, schema.labels)
+        for tag in tags
     )
     return Example(text, WordTags(starts, tuple(names)))
 
 
-def _question(where: str, row: dict[str, Any], columns: Columns) -> Example:
-    context, question = (_text(where, row, name) for name in (columns.text, columns.second_text))
-    answers, name = _answers(row, _cell(where, row, columns.label)), columns.label
+def _question(where: str, row: dict[str, Any], schema: Schema) -> Example:
+    context, question = (_text(where, row, name) for name in (schema.text, schema.second_text))
+    answers, name = _answers(row, _cell(where, row, schema.label)), schema.label
     if not answers:
         raise NeoError(f"{where}: '{name}' is empty; every question needs an answer.")
     for text, start in answers:
@@ -168,7 +163,7 @@ def _question(where: str, row: dict[str, Any], columns: Columns) -> Example:
         if not isinstance(start, int) or context[max(start, 0) :][: len(text)] != text:
             raise NeoError(
                 f"{where}: the answer {brief(text)} does not begin at character {brief(start)} of "
-                f"'{columns.text}'; its answer_start must say where."
+                f"'{schema.text}'; its answer_start must say where."
             )
     text, begin = join_question(question, context)
     first, start = answers[0]
@@ -235,17 +230,17 @@ def _number(where: str, column: str, value: Any) -> float:
 
 
 def _rows(
-    inputs: Sequence[str | os.PathLike[str]], columns: Columns
+    inputs: Sequence[str | os.PathLike[str]], schema: Schema
 ) -> Iterator[tuple[str, dict[str, Any] | NeoError]]:
     """Yields where each row is, and its cells by column, or why it has none."""
     for name in [os.fspath(path) for path in inputs]:
         if name.startswith(SCHEME):
-            for number, row in enumerate(HubDataset(name, columns.text).rows(), 1):
+            for number, row in enumerate(HubDataset(name, schema.text).rows(), 1):
                 yield f"{name}, row {number}", row
             continue
         try:
             for path in data_files(name, _is_known, _KNOWN):
-                yield from _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, columns)
+                yield from _READERS[os.path.splitext(unpacked_name(path.name))[1]](path, schema)
         except OSError as error:
             raise NeoError(f"cannot read {error.filename or name}: {reason(error)}.") from error
 
@@ -257,7 +252,7 @@ def _is_known(name: str) -> bool:
 _KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"
 
 
-def _json_rows(path: Path, _: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: Path, _: Schema) -> Iterator[tuple[str, dict[str, Any]]]:
     return json_lines(path)
 
 
@@ -303,12 +298,12 @@ def table_rows(
         raise NeoError(f"{path}:{number}: {error}; is it quoted as CSV is?") from error
 
 
-def _has_names(columns: Columns) -> bool:
-    return not (columns.text.isdecimal() and columns.label.isdecimal())
+def _has_names(schema: Schema) -> bool:
+    return not (schema.text.isdecimal() and schema.label.isdecimal())
 
 
 _READERS = {
-    ".tsv": lambda path, columns: table_rows(path, "\t", _has_names(columns)),
-    ".csv": lambda path, columns: table_rows(path, ",", _has_names(columns)),
+    ".tsv": lambda path, schema: table_rows(path, "\t", _has_names(schema)),
+    ".csv": lambda path, schema: table_rows(path, ",", _has_names(schema)),
     ".jsonl": _json_rows,
 }

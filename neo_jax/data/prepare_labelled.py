@@ -1,5 +1,6 @@
 """Examples with labels to a data set on disk, whose files `labelled` describes."""
 
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -10,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from neo_jax.data.atomic_folder import DATA, staging
-from neo_jax.data.examples import Answers, Columns, Example, WordTags, read_examples
+from neo_jax.data.examples import Answers, Example, Schema, WordTags, read_examples
 from neo_jax.data.labelled import ANSWERS_FILE, KIND, LABELS_FILE
 from neo_jax.data.statistics import length_statistics
 from neo_jax.data.tokenizing import is_held_out, token_dtype
 from neo_jax.data.writer import DATASET_FILE, HELD_OUT, OFFSETS_FILE, TOKENS_FILE, TRAIN, VERSION
 from neo_jax.errors import NeoError
 from neo_jax.files.paths import absolute, make_path
-from neo_jax.labels import HeadConfig, HeadKind, ProblemType, unnamed
+from neo_jax.labels import HeadConfig, unnamed
 from neo_jax.text.spans import NO_LABEL, TokenEnds
 from neo_jax.text.tokenizer import Tokenizer, find_tokenizer
 
@@ -26,11 +27,8 @@ def prepare_labelled(
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     tokenizer: Tokenizer | str | os.PathLike[str],
-    columns: Columns | None = None,
+    schema: Schema = Schema(),  # noqa: B008
     *,
-    kind: HeadKind = "score",
-    problem_type: ProblemType = "single_label_classification",
-    labels: Sequence[str] = (),
     held_out: float = 0.0,
     held_out_inputs: Sequence[str | os.PathLike[str]] = (),
     skip_bad: int = 0,
@@ -41,11 +39,8 @@ def prepare_labelled(
       inputs: .tsv, .csv and .jsonl files, folders, globs, and hf://NAME:CONFIG:SPLIT.
       output: the folder to write, new or empty.
       tokenizer: a tokenizer, the folder or file of one, or a model's name.
-      columns: where examples have their texts and labels; None is what is usual for the head.
-      kind: the head that they are for: labels of texts, of words, or answers.
-      problem_type: what labels of texts are: one name, any of several names, or a number.
-      labels: their names, in the order that a model has them; else those of the training examples,
-        sorted.
+      schema: how rows of the inputs are examples; without labels those of the training examples
+        are taken, sorted.
       held_out: the share of examples to hold out; as in `prepare` a property of their texts alone,
         where they are questions of their contexts, so that no context is in both splits.
       held_out_inputs: instead, files of examples to hold out.
@@ -66,8 +61,7 @@ def prepare_labelled(
         )
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = find_tokenizer(tokenizer)
-    columns = columns or Columns.usual(kind)
-    found = read_examples(inputs, columns, problem_type, labels, skip_bad, kind)
+    found = read_examples(inputs, schema, skip_bad)
     splits = {TRAIN: [example for example in found if not is_held_out(_key(example), held_out)]}
     if held_out:
         splits[HELD_OUT] = [e for e in found if is_held_out(_key(e), held_out)]
@@ -76,12 +70,10 @@ def prepare_labelled(
             f"with held_out {held_out} a split has none of the {len(found)} examples; choose "
             "another share, or give more examples."
         )
-    names = [*labels] or _names(splits[TRAIN], problem_type)
+    schema = dataclasses.replace(schema, labels=schema.labels or _names(splits[TRAIN], schema))
     if held_out_inputs:
-        splits[HELD_OUT] = read_examples(
-            held_out_inputs, columns, problem_type, names, skip_bad, kind
-        )
-    head = HeadConfig(kind, tuple(names), problem_type)
+        splits[HELD_OUT] = read_examples(held_out_inputs, schema, skip_bad)
+    head = HeadConfig(schema.kind, schema.labels, schema.problem_type)
     return write_labelled(output, tokenizer, head, splits)
 
 
@@ -133,22 +125,22 @@ def _labels_of(example: Example) -> tuple[str, ...]:
     return tuple(map(str, label)) if isinstance(label, tuple) else (str(label),)
 
 
-def _names(examples: Sequence[Example], problem_type: ProblemType) -> list[str]:
+def _names(examples: Sequence[Example], schema: Schema) -> tuple[str, ...]:
     """Returns the labels that there are, sorted, numbers as numbers."""
-    if problem_type == "regression":
-        return [*unnamed(1)]
-    if any(isinstance(example.label, Answers) for example in examples):
-        return [*unnamed(2)]  # as transformers has them, of start and end
+    if schema.problem_type == "regression":
+        return unnamed(1)
+    if schema.kind == "qa_outputs":
+        return unnamed(2)  # as transformers has them, of start and end
     found: set[str] = set()
     for example in examples:
         found.update(_labels_of(example))
-    if len(found) < 2 and problem_type == "single_label_classification":
+    if len(found) < 2 and schema.problem_type == "single_label_classification":
         raise NeoError(
             f"all examples have the label {', '.join(found) or 'none'}; a classifier needs two, or "
             "name them with --labels."
         )
     is_number = all(name.lstrip("-").isdecimal() for name in found)
-    return sorted(found, key=lambda name: (int(name), name) if is_number else (0, name))
+    return tuple(sorted(found, key=lambda name: (int(name), name) if is_number else (0, name)))
 
 
 def _write(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neo_jax.cli import main
-from neo_jax.data.examples import Columns, Example, read_examples
+from neo_jax.data.examples import Example, Schema, read_examples
 from neo_jax.data.labelled import LabelledDataset, labelled_batches, ordered_batches
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.errors import NeoError
@@ -43,18 +43,18 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("name", ["named.tsv", "bare.tsv", "rows.jsonl", "quoted.csv"])
 def test_files_of_all_kinds_hold_the_same(files, name):
-    columns = Columns("1", "2") if name == "bare.tsv" else Columns("sentence", "label")
-    assert read_examples([files / name], columns) == SAME
+    schema = Schema("1", "2") if name == "bare.tsv" else Schema("sentence", "label")
+    assert read_examples([files / name], schema) == SAME
 
 
 def test_a_data_set_of_the_hub_names_its_labels(files):
     """Where it declares them; parquet keeps what the library wrote next to the rows."""
-    assert read_examples([f"hf://{files / 'set'}"], Columns("sentence", "label")) == SAME
+    assert read_examples([f"hf://{files / 'set'}"], Schema("sentence", "label")) == SAME
 
 
 def test_two_texts_are_one_on_two_lines(tmp_path):
     file = write(tmp_path / "a.jsonl", '{"a": "One.", "b": "Two?", "label": true}\n')
-    (example,) = read_examples([file], Columns("a", "label", "b"))
+    (example,) = read_examples([file], Schema("a", "label", "b"))
     assert example == Example("One.\nTwo?", "true")
 
 
@@ -73,7 +73,7 @@ def test_two_texts_are_one_on_two_lines(tmp_path):
 )
 def test_a_bad_row_is_one_line_with_its_place(tmp_path, name, text, message):
     with pytest.raises(NeoError) as error:
-        read_examples([write(tmp_path / name, text)], labels=("bad", "good"))
+        read_examples([write(tmp_path / name, text)], Schema(labels=("bad", "good")))
     assert f"{tmp_path / name}{message}" in str(error.value).replace(":2: unexp", ": unexp")
     assert "\n" not in str(error.value)
 
@@ -89,12 +89,15 @@ def test_some_bad_rows_may_be_left_out(tmp_path, capsys):
 
 def test_numbers_and_several_labels(tmp_path):
     file = write(tmp_path / "a.tsv", "text\tlabel\na\t1.5\nb\t-2\n")
-    assert [e.label for e in read_examples([file], problem_type="regression")] == [1.5, -2.0]
+    assert [e.label for e in read_examples([file], Schema(problem_type="regression"))] == [
+        1.5,
+        -2.0,
+    ]
     file = write(tmp_path / "b.tsv", "text\tlabel\na\tx,y\nb\t\n")
-    found = read_examples([file], problem_type="multi_label_classification")
+    found = read_examples([file], Schema(problem_type="multi_label_classification"))
     assert [e.label for e in found] == [("x", "y"), ()]
     with pytest.raises(NeoError, match=r"b.tsv:2: 'label' is 'x,y', not a number"):
-        read_examples([file], problem_type="regression")
+        read_examples([file], Schema(problem_type="regression"))
 
 
 @pytest.fixture
@@ -184,7 +187,7 @@ def question(row):
 
 def test_words_have_labels(tmp_path):
     file = write(tmp_path / "a.jsonl", words({"tags": [None, "B-X", -100]}) + "\n")
-    (example,) = read_examples([file], Columns.usual("classifier"), kind="classifier")
+    (example,) = read_examples([file], Schema.usual("classifier"))
     assert example == ("The fox ran", ([0, 4, 8], ("", "B-X", "")))
 
 
@@ -199,7 +202,7 @@ def test_words_have_labels(tmp_path):
 )
 def test_answers_of_all_forms(tmp_path, row, first):
     file = write(tmp_path / "a.jsonl", question(row) + "\n")
-    (example,) = read_examples([file], Columns.usual("qa_outputs"), kind="qa_outputs")
+    (example,) = read_examples([file], Schema.usual("qa_outputs"))
     found = example.label
     assert example.text == "Who?\nThe fox ran."
     assert (found.texts[0], example.text[found.context :]) == (first, "The fox ran.")
@@ -230,7 +233,7 @@ def test_answers_of_all_forms(tmp_path, row, first):
 def test_a_bad_row_of_words_or_answers(tmp_path, kind, row, message):
     file = write(tmp_path / "a.jsonl", row + "\n")
     with pytest.raises(NeoError) as error:
-        read_examples([file], Columns.usual(kind), kind=kind)
+        read_examples([file], Schema.usual(kind))
     assert f"{file}:1: " in str(error.value)
     assert message in str(error.value)
 
@@ -244,7 +247,7 @@ def test_labels_of_lists_of_the_hub_have_names(tmp_path):
     )
     rows = [{"tokens": ["The", "fox"], "tags": [0, 1]}]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    (example,) = read_examples([f"hf://{tmp_path}"], Columns.usual("classifier"), kind="classifier")
+    (example,) = read_examples([f"hf://{tmp_path}"], Schema.usual("classifier"))
     assert example.label.labels == ("O", "B-X")
 
 
@@ -281,7 +284,7 @@ def test_labels_stand_at_the_first_tokens_of_words(tmp_path, tokenizer_folders, 
 def test_answers_are_spans_of_tokens(tmp_path, tokenizer_folders, name):
     rows = [question({}), question({"answers": "ran", "answer_start": 8})]
     file = write(tmp_path / "a.jsonl", "\n".join(rows))
-    prepare_labelled([file], tmp_path / "data", tokenizer_folders[name], kind="qa_outputs")
+    prepare_labelled([file], tmp_path / "data", tokenizer_folders[name], Schema.usual("qa_outputs"))
     data = LabelledDataset.open(tmp_path / "data", "train", 64)
     tokenizer = load_tokenizer(tokenizer_folders[name])
     assert data.answers == (("fox", "The fox"), ("ran",))
@@ -300,8 +303,9 @@ def test_questions_of_a_context_are_held_out_together(tmp_path, tokenizer_folder
     rows = [question({"context": f"The fox ran {i // 4} times."}) for i in range(80)]
     file = write(tmp_path / "a.jsonl", "\n".join(rows))
     fields = prepare_labelled(
-        [file], tmp_path / "data", tokenizer_folders["bytes"], kind="qa_outputs", held_out=0.3
-    )
+        [file], tmp_path / "data", tokenizer_folders["bytes"], Schema.usual("qa_outputs"),
+        held_out=0.3,
+    )  # fmt: skip
     counts = [split["examples"] for split in fields["splits"].values()]
     assert sum(counts) == 80
     assert all(count and count % 4 == 0 for count in counts)
