@@ -69,7 +69,7 @@ class Writer:
         """Begins after the prompt of a job; the text ends before words."""
         self._text = StopText(tokenizer, job.ids, job.stop, words) if tokenizer else None
         self._stop_ids = frozenset(job.stop_token_ids)
-        self._num_ids = self._shown = 0
+        self._num_ids = 0
         self._words, self._tokenizer = words, tokenizer
         self._held: list[Token] = []  # whose text may be a part of a word
         self._num_told = 0
@@ -92,13 +92,7 @@ class Writer:
 
     def new(self, is_finished: bool) -> str:
         """Returns the text that was not returned before, and will stay."""
-        if self._text is None:
-            return ""
-        if is_finished:
-            self._text.flush()
-        end = len(self._text.text) if is_finished else self._text.settled()
-        found, self._shown = self._text.text[self._shown : end], max(self._shown, end)
-        return found
+        return self._text.new(is_finished) if self._text else ""
 
     def tokens(self, new: list[Token], is_finished: bool) -> list[Token]:
         """Returns the tokens that clients may see by now, of new ones and those held before.

@@ -75,6 +75,7 @@ class StopText:
         if words:
             self._filter = FilteredText(words, tokenizer.decode(prompt[-_LEAD:]))
         self._ends: list[int] = []  # characters of the text after each id
+        self._shown = 0  # characters that `new` returned
 
     @property
     def is_filtered(self) -> bool:
@@ -102,6 +103,13 @@ class StopText:
             self.text += self._decoder.flush()
             self._cut(before)
             self._withhold(is_whole=True)
+
+    def new(self, is_finished: bool = False) -> str:
+        """Returns the text that was not returned before and will stay; at the end all of it."""
+        if is_finished:
+            self.flush()
+        start, self._shown = self._shown, len(self.text) if is_finished else self.settled()
+        return self.text[start : self._shown]
 
     def settled(self) -> int:
         """Returns how many characters will stay, whatever comes: the rest may begin a stop."""
@@ -231,15 +239,12 @@ def stream(
 ) -> Iterator[str]:
     """Yields the new text of one prompt as it comes, never a part of a stop or of `words`."""
     text = StopText(tokenizer, ids, options.stop, words)
-    shown = 0
     settings = make_settings(allowed(model, sampling), [sampling.seed])
     for token in engine.stream(model, params, ids, options.max_new_tokens, settings):
         text.push([token])
-        if text.settled() > shown:
-            yield text.text[shown : text.settled()]
-            shown = text.settled()
+        if new := text.new():
+            yield new
         if text.stopped:
             return
-    text.flush()
-    if len(text.text) > shown:
-        yield text.text[shown:]
+    if new := text.new(is_finished=True):
+        yield new

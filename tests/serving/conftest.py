@@ -82,16 +82,13 @@ class FakeEngine:
                     yield index, delta
 
     def _write(self, job, sample):
-        text, shown = StopText(self._tokenizer, job.ids, job.stop), 0
+        text = StopText(self._tokenizer, job.ids, job.stop)
         for count in range(1, job.max_new_tokens + 1):
             id = self.words[(count - 1 + sample) % len(self.words)]
             is_stop = id in job.stop_token_ids
             is_stop = is_stop or text.push([id]) is not None
             is_end = is_stop or count == job.max_new_tokens
-            if is_end:
-                text.flush()
-            end = len(text.text) if is_end else text.settled()
-            new, shown = text.text[shown:end], end
+            new = text.new(is_end)
             reason = ("stop" if is_stop else "length") if is_end else None
             yield Delta(sample, new, [self.token(id, job.num_alternatives, sample)], reason)
             if is_end:

@@ -48,10 +48,9 @@ def test_a_text_ends_before_its_first_stop(tokenizer, text, data):
         count = data.draw(st.integers(1, 7))
         keep = stopped.push(new[pushed : pushed + count])
         pushed += count
-        settled = stopped.text[: stopped.settled()]
-        assert settled.startswith(shown)  # what was shown is never taken back
-        shown = settled
-    stopped.flush()
+        shown += stopped.new()
+        assert shown == stopped.text[: stopped.settled()]  # what was shown is never taken back
+    shown += stopped.new(is_finished=True)
     assert stopped.stopped
     assert stopped.text == shown == cut(full.text, [stop])
     # Its ids are as few as hold all of it.
@@ -66,8 +65,12 @@ def test_what_may_begin_a_stop_is_held_back(tokenizer):
     text = StopText(tokenizer, [], ["the dog!", "dot"])
     text.push(tokenizer.encode("over the do"))
     assert text.text[: text.settled()].endswith("over ")
+    assert text.new() == text.text[: text.settled()]
     text.push(tokenizer.encode("g does"))
     assert text.settled() == len(text.text)
+    assert text.new() == "the dog does"
+    text.push(tokenizer.encode(" do"))
+    assert (text.new(), text.new(is_finished=True), text.new(True)) == (" ", "do", "")
 
 
 def test_no_text_is_held_back_at_its_end(lm):

@@ -106,10 +106,10 @@ def test_no_streamed_text_ever_holds_a_word(words, prompt, pieces, stops):
     text = StopText(tokenizer, list(range(start)), stops, WordFilter(words))
     shown = ""
 
-    def show():
+    def show(is_finished=False):
         nonlocal shown
-        assert text.text[: len(shown)] == shown
-        shown = text.text[: text.settled()]
+        shown += text.new(is_finished)
+        assert text.text.startswith(shown)
         assert not oracle(words, shown), (words, shown)
         crossing = [at for at in oracle(words, before + shown) if at < len(before)]
         known = [at for at in oracle(words, before) if at < len(before)]
@@ -124,8 +124,8 @@ def test_no_streamed_text_ever_holds_a_word(words, prompt, pieces, stops):
         if text.stopped:
             assert kept is not None
             break
-    text.flush()
-    show()
+    show(is_finished=True)
+    assert shown == text.text
     plain = StopText(tokenizer, list(range(start)), stops)
     plain.push(list(range(start, start + len(pieces))))
     plain.flush()
