@@ -52,7 +52,7 @@ def stream(url, on_first):
     return lines
 
 
-def test_texts_are_those_of_generate_and_a_signal_to_any_drains(start, checkpoints):
+def test_texts_and_vectors_are_those_of_one_process_and_a_signal_to_any_drains(start, checkpoints):
     first, second, url = start()
     lm, found = neo_jax.load(checkpoints["pieces"]), {}
     options = {"temperature": 1.0, "top_p": 0.9, "stop": ["th"]}
@@ -70,6 +70,10 @@ def test_texts_are_those_of_generate_and_a_signal_to_any_drains(start, checkpoin
     for seed in range(4):
         expected = lm.generate("The fox", 5 + 3 * seed, num_samples=2, seed=seed, **options)
         assert found[seed] == expected
+    texts = ["The fox", "and the dog does not mind it", "I"]
+    answer = httpx.post(f"{url}/v1/embeddings", json={"input": texts}, timeout=60).json()
+    for each, vectors in zip(answer["data"], lm.embed(texts), strict=True):
+        np.testing.assert_allclose(each["embedding"], vectors.mean(axis=0), rtol=0, atol=1e-5)
     lines = stream(url, lambda: second.send_signal(signal.SIGTERM))
     assert (lines[-1], '"finish_reason":"length"' in lines[-2]) == ("data: [DONE]", True)
     status, _, err = ended(first)
