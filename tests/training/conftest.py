@@ -52,6 +52,22 @@ def six_steps(dataset):
 
 
 @pytest.fixture
+def six_epochs(checkpoints, tmp_path):
+    """Of a folder of examples with labels, and a length: a run that learns from them."""
+    enable_compilation_cache()
+
+    def make(data, length):
+        return TrainConfig(
+            data=str(data), output=str(tmp_path / "run"), steps=0, epochs=6, batch_size=8,
+            pretrained=str(checkpoints["bytes"]), length=length, dtype="float32",
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4, beta2=0.999),
+            log_every=4, save_every=1000, keep=1,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
 def config(six_steps, tmp_path):
     """`six_steps` into a folder of its own; runs of one program compile it once."""
     enable_compilation_cache()

@@ -13,9 +13,8 @@ import neo_jax
 from neo_jax.cli import main
 from neo_jax.data.labelled import LabelledDataset
 from neo_jax.data.prepare_labelled import prepare_labelled
-from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError
-from neo_jax.training.config import OptimizerConfig, TrainConfig
+from neo_jax.training.config import TrainConfig
 from neo_jax.training.labelled import is_exhausted, open_split, with_labels
 from neo_jax.training.loop import train
 from neo_jax.transforms.lora import LoraConfig
@@ -38,14 +37,8 @@ def data(tmp_path_factory, tokenizer_folders, text):
 
 
 @pytest.fixture
-def config(data, checkpoints, tmp_path):
-    enable_compilation_cache()
-    return TrainConfig(
-        data=str(data), output=str(tmp_path / "run"), steps=0, epochs=6, batch_size=8,
-        pretrained=str(checkpoints["bytes"]), length=32, dtype="float32",
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4, beta2=0.999),
-        log_every=4, save_every=1000, keep=1,
-    )  # fmt: skip
+def config(data, six_epochs):
+    return six_epochs(data, length=32)
 
 
 def lines(run):

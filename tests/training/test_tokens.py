@@ -12,12 +12,11 @@ import transformers
 
 import neo_jax
 from neo_jax.cli import main
+from neo_jax.data.examples import Schema
 from neo_jax.data.prepare_labelled import prepare_labelled
-from neo_jax.devices.compilation_cache import enable_compilation_cache
 from neo_jax.errors import NeoError
 from neo_jax.labels import HeadConfig
 from neo_jax.text.spans import join_question
-from neo_jax.training.config import OptimizerConfig, TrainConfig
 from neo_jax.training.loop import train
 from neo_jax.training.metrics import measure_answers, measure_words
 from neo_jax.transforms.lora import LoraConfig
@@ -44,9 +43,8 @@ def rows(text):
 
 
 @pytest.fixture
-def config(rows, checkpoints, tokenizer_folders, tmp_path):
+def config(rows, six_epochs, tokenizer_folders, tmp_path):
     """Of a head: a run on such sentences; the last 30 are held out."""
-    enable_compilation_cache()
 
     def make(kind):
         lines = [json.dumps(row) + "\n" for row in rows[kind]]
@@ -54,15 +52,10 @@ def config(rows, checkpoints, tokenizer_folders, tmp_path):
             (tmp_path / f"{name}.jsonl").write_text("".join(part))
         data, files = tmp_path / "data", [tmp_path / "train.jsonl"]
         prepare_labelled(
-            files, data, tokenizer_folders["bytes"], kind=kind,
+            files, data, tokenizer_folders["bytes"], Schema.usual(kind),
             held_out_inputs=[tmp_path / "dev.jsonl"],
         )  # fmt: skip
-        return TrainConfig(
-            data=str(data), output=str(tmp_path / "run"), steps=0, epochs=6, batch_size=8,
-            pretrained=str(checkpoints["bytes"]), length=48, dtype="float32",
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4, beta2=0.999),
-            log_every=4, save_every=1000, keep=1,
-        )  # fmt: skip
+        return six_epochs(data, length=48)
 
     return make
 
