@@ -17,6 +17,7 @@ from neo_jax.cli.options import (
     read_prompts,
 )
 from neo_jax.errors import NeoError
+from neo_jax.fields import check, number
 
 if TYPE_CHECKING:
     from neo_jax.text.language_model import LanguageModel
@@ -37,12 +38,22 @@ class Options:
     # have a line break between them
     input: str = ""
     context: str = ""  # the text in which questions have their answers
+    # With --context: tokens of a question and a part of the context that are read together, as in
+    # training, 0 is 384; a longer context is read in parts that overlap.
+    length: int = number(0, least=0)
+    allow_none: bool = False  # with --context: no answer may be the likeliest, of a model for that
     output: str = ""  # a .jsonl file; stdout if not given
     json: bool = False  # print an object for TEXT too, not lines of words
     # which model, and how to hold it
     model: OmitArgPrefixes[TextModelOptions] = dataclasses.field(default_factory=TextModelOptions)
     # where a mesh spans several processes; each of them runs the same command
     cluster: OmitArgPrefixes[ClusterOptions] = dataclasses.field(default_factory=ClusterOptions)
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("length", "allow_none"):
+            if getattr(self, name) and not self.context:
+                raise NeoError(f"{name} has no effect without --context; leave it out.")
 
 
 def main(args: Sequence[str]) -> None:
@@ -58,20 +69,21 @@ def main(args: Sequence[str]) -> None:
         lm = options.model.load()
         with output_lines(options.output) as file:
             for start in range(0, len(texts), _TOGETHER):
-                for said in _say(lm, texts[start : start + _TOGETHER], options.context):
+                for said in _say(lm, texts[start : start + _TOGETHER], options):
                     if options.input or options.json or options.output:
                         print_json(said, file)
                     else:
                         _print(said)
 
 
-def _say(lm: "LanguageModel", texts: Sequence[Any], context: str) -> Iterator[dict[str, Any]]:
+def _say(lm: "LanguageModel", texts: Sequence[Any], options: Options) -> Iterator[dict[str, Any]]:
     """Yields what a model says of each text, by name; raises as the methods of the model do."""
-    head = lm.config.head
+    head, context = lm.config.head, options.context
     if context or head.kind == "qa_outputs":
         if not context:
             raise NeoError("this model finds answers; name the text that has them with --context.")
-        for answer in lm.answers([(text, context) for text in texts]):
+        questions = [(text, context) for text in texts]
+        for answer in lm.answers(questions, length=options.length, allow_none=options.allow_none):
             yield _rounded(answer._asdict())
     elif head.kind == "classifier":
         for words in lm.classify_tokens(texts):
@@ -93,4 +105,4 @@ def _print(said: dict[str, Any]) -> None:
     elif "label" in said:
         print(said["label"], *(f"{x:.3f} {label}" for label, x in said["probabilities"].items()))
     else:
-        print(f"{said['text']} {said['probability']:.3f}")
+        print(f"{said['text'] or '(no answer)'} {said['probability']:.3f}")

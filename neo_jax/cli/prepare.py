@@ -153,6 +153,8 @@ def _print_split(split: str, numbers: dict[str, Any]) -> None:
         if "words" in numbers:
             rows.append(("words with a label", f"{labelled:,}"))
         rows += [(label, f"{some:,}, {some / labelled:.1%}") for label, some in balance]
+        if none := numbers.get("unanswerable"):
+            rows.append(("without an answer", f"{none:,}, {none / count:.1%}"))
         if "mean" in numbers:
             rows.append(("label", f"mean {numbers['mean']:.4g}, sd {numbers['sd']:.4g}"))
     else:

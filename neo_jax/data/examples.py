@@ -38,9 +38,9 @@ class WordTags(NamedTuple):
 class Answers(NamedTuple):
     """Where a text, a question and its context on a line each, has the answer."""
 
-    start: int  # the character at which it begins
+    start: int  # the character at which it begins; 0 where there is none
     context: int  # and that at which the context does
-    texts: tuple[str, ...]  # the answer, and others that are as right
+    texts: tuple[str, ...]  # the answer, and others that are as right; "" where there is none
 
 
 class Example(NamedTuple):
@@ -59,7 +59,7 @@ class Schema:
     takes a list of words and one of their labels, of which null and -100 are none; `qa_outputs` a
     context, a question as the second text, and answers as SQuAD has them: {"text": [...],
     "answer_start": [...]}, a list of {"text", "answer_start"}, or a text with a column
-    answer_start.
+    answer_start; where these are empty the question has none.
     """
 
     text: str = "text"
@@ -155,8 +155,6 @@ def _words(where: str, row: dict[str, Any], schema: Schema) -> Example:
 def _question(where: str, row: dict[str, Any], schema: Schema) -> Example:
     context, question = (_text(where, row, name) for name in (schema.text, schema.second_text))
     answers, name = _answers(row, _cell(where, row, schema.label)), schema.label
-    if not answers:
-        raise NeoError(f"{where}: '{name}' is empty; every question needs an answer.")
     for text, start in answers:
         if not isinstance(text, str) or not text.strip():
             raise NeoError(f"{where}: '{name}' has {brief(text)}, which is no answer.")
@@ -166,6 +164,8 @@ def _question(where: str, row: dict[str, Any], schema: Schema) -> Example:
                 f"'{schema.text}'; its answer_start must say where."
             )
     text, begin = join_question(question, context)
+    if not answers:
+        return Example(text, Answers(0, begin, ("",)))
     first, start = answers[0]
     lead = len(first) - len(first.lstrip())  # spaces around it are not the answer
     texts = tuple(text.strip() for text, _ in answers)
@@ -181,7 +181,7 @@ def _answers(row: dict[str, Any], cell: Any) -> list[tuple[Any, Any]]:
     if isinstance(cell, dict):
         texts, starts = (
             each if isinstance(each, list) else [each]
-            for each in (cell.get("text", []), cell.get("answer_start", []))
+            for each in (cell.get("text"), cell.get("answer_start", []))
         )
         return [*itertools.zip_longest(texts, starts)]
     if not isinstance(cell, list):

@@ -9,15 +9,17 @@ dataset.json             version, kind ("labelled"), head, dtype, vocab_size, eo
                          float32 [examples, labels] of ones and zeros; of a head `classifier`
                          int32 [tokens], -100 where a token has none, and of `qa_outputs` int32
                          [examples, 3], from the first token of the example: the first and the last
-                         token of the answer, and the first of its context
-  answers.json           of a head `qa_outputs`: the texts of the right answers to each question
+                         token of the answer, 0 where there is none, and the first of its context
+  answers.json           of a head `qa_outputs`: the texts of the right answers to each question,
+                         [""] where there is none
 tokenizer.json, ...      the tokenizer
 
 A batch is a function of the seed and the step. It is a dictionary, for R rows, of
   tokens:  int32 [R, T]; padding, on the right, is zeros
   lengths: int32 [R]
   labels:  as in labels.npy; of a head `classifier` int32 [R, T]; of `qa_outputs` int32 [R, 2],
-           the first and the last token of the answer, or -100 where these are not all read
+           the first and the last token of the answer, 0 where what is read has none, or -100
+           where nothing of the context is read
   weights: float32 [R]; 0 for a row that only fills a batch
 """
 
@@ -38,7 +40,7 @@ from neo_jax.errors import NeoError
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import make_path
 from neo_jax.labels import HeadConfig
-from neo_jax.text.spans import NO_LABEL
+from neo_jax.text.spans import NO_LABEL, windows
 
 KIND = "labelled"
 LABELS_FILE = "labels.npy"
@@ -55,7 +57,11 @@ def is_labelled(folder: str | os.PathLike[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledDataset:
-    """A split. Examples are read as far as `length` tokens."""
+    """A split. Examples are read as far as `length` tokens.
+
+    Of questions an example is a window: the question, and so many tokens of its context. There are
+    several where the context is longer, see `text.spans.windows`.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -64,7 +70,9 @@ class LabelledDataset:
     head: HeadConfig
     vocab_size: int
     tokenizer_folder: Path  # holds the tokenizer's files
-    answers: tuple[tuple[str, ...], ...] = ()  # to each question, where examples are questions
+    # To each question, where examples are windows of these; and the question of each window.
+    answers: tuple[tuple[str, ...], ...] = ()
+    questions: np.ndarray | None = None
     has_segment_starts: bool = False
     bytes_per_token: float = math.nan  # of texts that are predicted, of which there are none
 
@@ -90,17 +98,20 @@ class LabelledDataset:
             head = HeadConfig(kind, fields["labels"], fields["problem_type"])
             size = int(fields["vocab_size"])
             answers: tuple[tuple[str, ...], ...] = ()
+            questions: np.ndarray | None = None
             if head.kind == "qa_outputs":
                 text = (folder / split / ANSWERS_FILE).read_text(encoding="utf-8")
                 answers = tuple(map(tuple, json.loads(text)))
             count = len(tokens) if head.kind == "classifier" else len(offsets) - 1
             if len(labels) != count or offsets[-1] != len(tokens) or len(answers) not in (0, count):
                 raise ValueError("the files are not of one length")
+            if head.kind == "qa_outputs":
+                tokens, offsets, labels, questions = _windowed(tokens, offsets, labels, length)
         except NeoError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NeoError(f"{folder} is damaged ({error}); run neo-jax prepare again.") from error
-        return cls(tokens, offsets, labels, length, head, size, folder, answers)
+        return cls(tokens, offsets, labels, length, head, size, folder, answers, questions)
 
     @property
     def num_examples(self) -> int:
@@ -123,9 +134,10 @@ class LabelledDataset:
 
     @property
     def num_lost(self) -> int:
-        """Labels of words, or answers, that are beyond `length` and so are not read."""
-        if self.head.kind == "qa_outputs":
-            return int(np.count_nonzero(self.labels[:, 1] >= self.lengths))
+        """Labels of words, or answers, that are not read, or not in one piece."""
+        if self.questions is not None:
+            there = np.flatnonzero([any(texts) for texts in self.answers])
+            return len(np.setdiff1d(there, self.questions[self.labels[:, 1] > 0]))
         if self.head.kind != "classifier":
             return 0
         index = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
@@ -138,8 +150,7 @@ class LabelledDataset:
             start = self.offsets[example]
             return self.labels[start : start + length]
         if self.head.kind == "qa_outputs":
-            span = self.labels[example, :2]
-            return span if span[1] < length else np.full_like(span, NO_LABEL)
+            return self.labels[example, :2]
         return self.labels[example]
 
     def batch(
@@ -166,6 +177,29 @@ class LabelledDataset:
         batch["lengths"][:count] = lengths
         batch["weights"][:count] = 1
         return {name: array[list(rows)] for name, array in batch.items()}
+
+
+def _windowed(
+    tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns windows as examples: their tokens, offsets and labels, and the question of each.
+
+    Where a question leaves no room for its context, a window is what is read of both.
+    """
+    rows, spans, questions = [], [], []
+    for question, (start, last, first) in enumerate(labels.tolist()):
+        ids = tokens[offsets[question] : offsets[question + 1]]
+        for part in windows(len(ids), first, length) or [range(0)]:
+            row = np.concatenate([ids[:first], ids[part.start : part.stop]])[:length]
+            shift = part.start - first
+            is_here = start in part and last in part
+            none = 0 if part else NO_LABEL
+            spans.append((start - shift, last - shift) if is_here else (none, none))
+            rows.append(row)
+            questions.append(question)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    labels = np.column_stack([np.array(spans, np.int32), labels[questions, 2]])
+    return np.concatenate(rows), offsets, labels, np.array(questions)
 
 
 def open_held_out(folder: str | os.PathLike[str], length: int) -> LabelledDataset | None:

@@ -51,8 +51,8 @@ def prepare_labelled(
       and "balance", how many examples have each label.
 
     Raises:
-      NeoError: see `read_examples`; a label that only held-out examples have, or one label alone; a
-        split without examples; an output that is there already.
+      NeoError: see `read_examples`; a label that only held-out examples have, one label alone, or
+        no answer; a split without examples; an output that is there already.
     """
     if not 0 <= held_out < 1 or (held_out and held_out_inputs):
         raise NeoError(
@@ -117,6 +117,10 @@ def _key(example: Example) -> str:
     return example.text[label.context :] if isinstance(label, Answers) else example.text
 
 
+def _has_answer(example: Example) -> bool:
+    return isinstance(example.label, Answers) and any(example.label.texts)
+
+
 def _labels_of(example: Example) -> tuple[str, ...]:
     """Returns the names of labels that an example has."""
     label = example.label
@@ -130,6 +134,8 @@ def _names(examples: Sequence[Example], schema: Schema) -> tuple[str, ...]:
     if schema.problem_type == "regression":
         return unnamed(1)
     if schema.kind == "qa_outputs":
+        if not any(_has_answer(example) for example in examples):
+            raise NeoError(f"no question has an answer in '{schema.label}'; name another column.")
         return unnamed(2)  # as transformers has them, of start and end
     found: set[str] = set()
     for example in examples:
@@ -175,7 +181,7 @@ def _write(
         values = np.array([example.label for example in examples], float)
         return statistics | {"mean": values.mean(), "sd": values.std()}
     if head.kind == "qa_outputs":
-        return statistics
+        return statistics | {"unanswerable": len(examples) - sum(map(_has_answer, examples))}
     if head.kind == "classifier":
         statistics["words"] = int(np.count_nonzero(labels != NO_LABEL))
     counts = Counter(label for example in examples for label in _labels_of(example))
@@ -200,6 +206,8 @@ def _labels_of_tokens(
             assert isinstance(label, Answers)
             last = label.start + len(label.texts[0]) - 1
             row = np.searchsorted(ends, [label.start, last, label.context], side="right")
+            if not label.texts[0]:
+                row[:2] = 0  # the first token stands for no answer
         rows.append(row)
     return (np.concatenate if head.kind == "classifier" else np.stack)(rows).astype(np.int32)
 

@@ -341,16 +341,16 @@ class LanguageModel:
         """
         return spans.label_words(self.model, self.params, self._tokenizer, listed(texts))
 
-    def answer(self, question: str, context: str) -> spans.FoundAnswer:
-        """Returns the part of a context that answers a question best; raises as `answers`."""
-        return self.answers([(question, context)])[0]
+    def answer(self, question: str, context: str, **options: Any) -> spans.FoundAnswer:
+        """Returns the part of a context that answers a question best; all else as `answers`."""
+        return self.answers([(question, context)], **options)[0]
 
-    def answers(self, questions: Sequence[tuple[str, str]]) -> list[spans.FoundAnswer]:
-        """Returns the answers of pairs of a question and a context, see `text.spans.find_answers`.
-
-        Raises as that.
-        """
-        return spans.find_answers(self.model, self.params, self._tokenizer, listed(questions))
+    def answers(
+        self, questions: Sequence[tuple[str, str]], **options: Any
+    ) -> list[spans.FoundAnswer]:
+        """Returns the answers of pairs of question and context, see `text.spans.find_answers`."""
+        pairs = listed(questions)
+        return spans.find_answers(self.model, self.params, self._tokenizer, pairs, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads, and transformers too unless weights are int8.

@@ -22,6 +22,12 @@ NO_LABEL = -100
 LONGEST_ANSWER = 30
 """Tokens of an answer at most, as in transformers' examples of SQuAD."""
 
+WINDOW = 384
+"""Tokens of a question and a part of its context that are read together, as in these examples."""
+
+OVERLAP = 128
+"""Tokens that two parts of a context have in common, `doc_stride` in these examples."""
+
 
 class WordLabel(NamedTuple):
     """What a classifier of words says of one."""
@@ -34,10 +40,20 @@ class WordLabel(NamedTuple):
 class FoundAnswer(NamedTuple):
     """The part of a context that answers a question best."""
 
-    text: str
+    text: str  # "" where there is none
     start: int  # the character of the context at which it begins
     end: int  # and that behind it
-    probability: float  # that it begins there times that it ends there, each over the context
+    # That it begins there times that it ends there, each over what is read of the context together
+    # and no answer.
+    probability: float
+
+
+class Span(NamedTuple):
+    """The tokens of one of several windows that are an answer."""
+
+    window: int
+    tokens: range  # of the window; none are no answer
+    probability: float
 
 
 class TokenEnds:
@@ -88,21 +104,52 @@ def join_question(question: str, context: str) -> tuple[str, int]:
     return as_one_text((question, context)), len(question) + 1
 
 
-def best_span(logits: np.ndarray, first: int, longest: int) -> tuple[int, int, float]:
-    """Returns the first and the last token of the likeliest answer, and its probability.
+def windows(length: int, first: int, most: int) -> list[range]:
+    """Returns the parts of a context that are read one at a time; [] where none has room.
+
+    Two that follow each other have `OVERLAP` tokens in common, or half of each where that is less.
 
     Args:
-      logits: [T, 2], of start and end.
-      first: the token at which the context begins, one of them.
-      longest: tokens that an answer has at most.
+      length: tokens of a question and its context.
+      first: the token at which the context begins.
+      most: tokens of the question and a part of its context together.
     """
-    scores = logits[first:].astype(np.float64)
-    scores -= scores.max(axis=0)
-    scores -= np.log(np.exp(scores).sum(axis=0))
-    ends = np.pad(scores[:, 1], (0, longest - 1), constant_values=-np.inf)
-    pairs = scores[:, :1] + np.lib.stride_tricks.sliding_window_view(ends, longest)
-    start, more = divmod(int(np.argmax(pairs)), longest)
-    return first + start, first + start + more, float(np.exp(pairs[start, more]))
+    room = most - first
+    if room < 1:
+        return []
+    step = room - min(OVERLAP, room // 2)
+    more = -(-max(length - most, 0) // step)
+    starts = range(first, first + (1 + more) * step, step)
+    return [range(start, min(start + room, length)) for start in starts]
+
+
+def best_span(
+    logits: Sequence[np.ndarray], first: int, longest: int, allow_none: bool = False
+) -> Span:
+    """Returns the likeliest answer to a question.
+
+    The first token of all stands for no answer, as in transformers' pipeline: its probability is
+    that of this token as start and end, in the window where it is the least.
+
+    Args:
+      logits: of each window [T, 2], of start and end: the question, and a part of its context.
+      first: the token at which this part begins, at least 1.
+      longest: tokens that an answer has at most.
+      allow_none: return no tokens where no answer is likelier than any.
+    """
+    found, none = [], 1.0
+    for window, each in enumerate(logits):
+        scores = np.concatenate([each[:1], each[first:]]).astype(np.float64)
+        scores -= scores.max(axis=0)
+        scores -= np.log(np.exp(scores).sum(axis=0))
+        none = min(none, float(np.exp(scores[0].sum())))
+        ends = np.pad(scores[1:, 1], (0, longest - 1), constant_values=-np.inf)
+        pairs = scores[1:, :1] + np.lib.stride_tricks.sliding_window_view(ends, longest)
+        start, more = divmod(int(np.argmax(pairs)), longest)
+        tokens = range(first + start, first + start + more + 1)
+        found.append(Span(window, tokens, float(np.exp(pairs[start, more]))))
+    best = max(found, key=lambda span: span.probability)
+    return Span(0, range(0), none) if allow_none and none > best.probability else best
 
 
 def label_words(
@@ -141,7 +188,9 @@ def find_answers(
     params: Params,
     tokenizer: Tokenizer,
     questions: Sequence[tuple[str, str]],
-    longest: int = LONGEST_ANSWER,
+    *,
+    length: int = 0,
+    allow_none: bool = False,
 ) -> list[FoundAnswer]:
     """Returns the part of its context that answers each question best.
 
@@ -150,31 +199,50 @@ def find_answers(
       params: its parameters.
       tokenizer: the model's.
       questions: pairs of a question and a context.
-      longest: tokens that an answer has at most.
+      length: tokens of a question and a part of its context that are read together, as in
+        training; 0 is 384. Longer contexts are read in windows that overlap, see `windows`.
+      allow_none: whether no answer may be the likeliest, of a model that has learned so from
+        questions without one; then `text` is empty.
 
     Raises:
-      NeoError: the model finds no answers, a question or a context is empty, or both together have
-        more tokens than the model's context holds.
+      NeoError: the model finds no answers, a question or a context is empty, or a question leaves
+        no room for its context.
     """
     model.config.head.check_kind("qa_outputs")
-    if longest < 1:
-        raise NeoError(f"longest must be at least 1, not {longest}.")
     for pair in questions:
         for name, text in zip(("question", "context"), pair, strict=True):
             if not isinstance(text, str) or not text.strip():
                 raise NeoError(f"a {name} is {brief(text)}; give a text.")
     joined = [join_question(*pair) for pair in questions]
     ids, ends_of = tokenizer.encode_batch([text for text, _ in joined]), TokenEnds(tokenizer)
-    found: list[FoundAnswer] = []
-    logits = label_logits(model, params, ids)
-    for (text, begin), tokens, scores in zip(joined, ids, logits, strict=True):
-        ends = ends_of(text, tokens)
-        first = int(np.searchsorted(ends, begin, side="right"))
-        start, last, probability = best_span(scores, first, longest)
-        here = text[max(int(ends[start - 1]), begin) : int(ends[last])]
-        at = int(ends[last]) - len(here.lstrip()) - begin
+    ends = [ends_of(text, tokens) for (text, _), tokens in zip(joined, ids, strict=True)]
+    most, read = min(length or WINDOW, model.config.max_length), []
+    for (text, begin), tokens, places in zip(joined, ids, ends, strict=True):
+        first = int(np.searchsorted(places, begin, side="right"))
+        parts = windows(len(tokens), first, most)
+        if not parts:
+            raise NeoError(
+                f"the question {brief(text[:begin])} has {first} tokens, which leaves no room for "
+                f"its context among the {most} that are read together; shorten it."
+            )
+        read.append((first, parts))
+    rows = [
+        [*tokens[:first], *tokens[part.start : part.stop]]
+        for tokens, (first, parts) in zip(ids, read, strict=True)
+        for part in parts
+    ]
+    logits, found = iter(label_logits(model, params, rows)), []
+    for (text, begin), places, (first, parts) in zip(joined, ends, read, strict=True):
+        span = best_span([next(logits) for _ in parts], first, LONGEST_ANSWER, allow_none)
+        if not span.tokens:
+            found.append(FoundAnswer("", 0, 0, span.probability))
+            continue
+        before = parts[span.window].start - first  # tokens that the window leaves out
+        start, last = (before + token for token in (span.tokens[0], span.tokens[-1]))
+        here = text[max(int(places[start - 1]), begin) : int(places[last])]
+        at = int(places[last]) - len(here.lstrip()) - begin
         answer = here.strip()
-        found.append(FoundAnswer(answer, at, at + len(answer), probability))
+        found.append(FoundAnswer(answer, at, at + len(answer), span.probability))
     return found
 
 

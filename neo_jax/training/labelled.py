@@ -54,10 +54,10 @@ def open_split(config: TrainConfig, split: str) -> Mixture | LabelledDataset:
 def _told(dataset: LabelledDataset, split: str) -> LabelledDataset:
     """Returns a data set, and says which of its labels are not read."""
     if lost := dataset.num_lost:
-        what = "answers" if dataset.answers else "labels of words"
-        say(
-            f"{lost:,} {what} of {split} are beyond length {dataset.length}, and not read; raise it"
-        )
+        where = "labels of words of {} are beyond"
+        if dataset.answers:
+            where = "answers of {} are in no window of"
+        say(f"{lost:,} {where.format(split)} length {dataset.length}, and not read; raise it")
     return dataset
 
 
@@ -147,12 +147,16 @@ def _scores(
             has_label = right >= 0
             texts.append((right[has_label], row[: len(right)].argmax(axis=1)[has_label]))
         return measure_words(names, texts, head)
+    assert dataset.questions is not None
     answers, tokenizer = [], load_tokenizer(dataset.tokenizer_folder)
-    for i, row in enumerate(logits):
-        first, stop, begin = dataset.labels[i, 2], dataset.lengths[i], dataset.offsets[i]
-        span = range(0)  # of no context that is read
-        if first < stop:
-            start, last, _ = best_span(row[:stop], int(first), LONGEST_ANSWER)
-            span = range(start, last + 1)
-        answers.append(tokenizer.decode([int(dataset.tokens[begin + token]) for token in span]))
+    allow_none = ("",) in dataset.answers
+    ends = np.flatnonzero(np.diff(dataset.questions)) + 1
+    for examples in np.split(np.arange(len(logits)), ends):  # the windows of a question
+        first, answer = int(dataset.labels[examples[0], 2]), ""
+        if first < dataset.length:  # some of the context is read
+            read = [logits[i][: dataset.lengths[i]] for i in examples]
+            span = best_span(read, first, LONGEST_ANSWER, allow_none)
+            begin = dataset.offsets[examples[span.window]]
+            answer = tokenizer.decode([int(dataset.tokens[begin + i]) for i in span.tokens])
+        answers.append(answer)
     return measure_answers(names, dataset.answers, answers)

@@ -116,8 +116,10 @@ def squad_em(answer: str, reference: str) -> float:
 
 
 def squad_f1(answer: str, reference: str) -> float:
-    """Returns 2 PR / (P + R) of the words of an answer."""
+    """Returns 2 PR / (P + R) of the words of an answer; of none 1 where there is none, else 0."""
     found, right = squad_words(answer), squad_words(reference)
+    if not found or not right:
+        return float(found == right)
     common = sum((collections.Counter(found) & collections.Counter(right)).values())
     return 2 * common / (len(found) + len(right)) if common else 0.0
 

@@ -210,6 +210,16 @@ def test_answers_of_all_forms(tmp_path, row, first):
     assert found.texts[1:] == (() if row else ("The fox",))
 
 
+@pytest.mark.parametrize("answers", [{"text": [], "answer_start": []}, [], None, ""])
+def test_questions_without_an_answer(tmp_path, answers, tokenizer_folders):
+    file = write(tmp_path / "a.jsonl", question({"answers": answers}) + "\n")
+    schema = Schema.usual("qa_outputs")
+    (example,) = read_examples([file], schema)
+    assert example == ("Who?\nThe fox ran.", (0, 5, ("",)))
+    with pytest.raises(NeoError, match="no question has an answer in 'answers'; name another"):
+        prepare_labelled([file], tmp_path / "data", tokenizer_folders["bytes"], schema)
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
@@ -218,9 +228,11 @@ def test_answers_of_all_forms(tmp_path, row, first):
         ("classifier", words({"tokens": ["a", " ", "b"]}), "'tokens' has ' ', which is no word"),
         ("classifier", words({"tags": ["O", "", "O"]}), "'tags' is '', which is no label"),
         ("qa_outputs", question({"question": " "}), "'question' is empty; write a text"),
-        ("qa_outputs", question({"answers": {"text": [], "answer_start": []}}), "needs an answer"),
-        ("qa_outputs", question({"answers": []}), "'answers' is empty; every question needs an"),
-        ("qa_outputs", question({"answers": None}), "'answers' is empty; every question needs an"),
+        (
+            "qa_outputs",
+            question({"answers": {"txt": []}}),
+            "'answers' has None, which is no",
+        ),
         ("qa_outputs", question({"answers": [3]}), "'answers' has 3, which is no answer"),
         ("qa_outputs", question({"answers": "fox"}), "'fox' does not begin at character None of"),
         (
@@ -293,10 +305,47 @@ def test_answers_are_spans_of_tokens(tmp_path, tokenizer_folders, name):
         start, last, context = data.labels[example].tolist()
         assert tokenizer.decode(ids[start : last + 1]).strip() == answer
         assert tokenizer.decode(ids[context:]).startswith("The fox ran.")
-    cut = LabelledDataset.open(tmp_path / "data", "train", int(data.labels[1, 1]))
-    assert cut.num_lost == 1
-    (_, batch), *_ = ordered_batches(cut, 4)
-    assert sorted(batch["labels"].tolist()) == [[-100, -100]] * 3 + [data.labels[0, :2].tolist()]
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces"])
+def test_long_contexts_are_windows(tmp_path, tokenizer_folders, name):
+    """And a question without an answer, as each window without it, has its first token as one."""
+    context = "The fox ran. " + "And the dog did not mind it at all. " * 3
+    rows = [
+        question({"context": context, "answers": "dog", "answer_start": context.index("dog")}),
+        question({"context": context, "answers": {"text": [], "answer_start": []}}),
+        question({}),
+        question({"question": "Who? " * 12}),
+    ]
+    file = write(tmp_path / "a.jsonl", "\n".join(rows))
+    fields = prepare_labelled(
+        [file], tmp_path / "data", tokenizer_folders[name], Schema.usual("qa_outputs")
+    )
+    assert fields["splits"]["train"]["unanswerable"] == 1
+    tokenizer = load_tokenizer(tokenizer_folders[name])
+    whole = LabelledDataset.open(tmp_path / "data", "train", 1000)
+    assert whole.questions.tolist() == [0, 1, 2, 3]
+    assert whole.labels[1, :2].tolist() == [0, 0]
+    assert (whole.num_lost, whole.answers[1]) == (0, ("",))
+    length = int(whole.labels[3, 2])  # the last question leaves no room
+    data = LabelledDataset.open(tmp_path / "data", "train", length)
+    assert data.num_lost == 1
+    assert data.lengths.max() <= length
+    for row, question_ in enumerate(data.questions):
+        ids = data.tokens[data.offsets[row] :][: data.lengths[row]].tolist()
+        start, last, first = data.labels[row].tolist()
+        expected = whole.tokens[whole.offsets[question_] :][:first].tolist()
+        assert ids[:first] == expected[:length]
+        if question_ == 3:
+            assert (start, last) == (-100, -100)
+        else:
+            has_answer = start > 0
+            answer = tokenizer.decode(ids[start : last + 1]).strip() if has_answer else ""
+            assert answer in whole.answers[question_] + ("",)
+    for question_ in (0, 1):
+        of_it = np.flatnonzero(data.questions == question_)
+        assert len(of_it) > 2
+        assert bool((data.labels[of_it, 0] > 0).any()) == (question_ == 0)
 
 
 def test_questions_of_a_context_are_held_out_together(tmp_path, tokenizer_folders):

@@ -1,5 +1,7 @@
 """Where words and answers are among the tokens of texts."""
 
+import itertools
+
 import hypothesis
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 import neo_jax
 from neo_jax.errors import NeoError
-from neo_jax.text.spans import TokenEnds, best_span, join_question, join_words
+from neo_jax.text.spans import TokenEnds, best_span, join_question, join_words, windows
 from neo_jax.text.tokenizer import load_tokenizer
 
 
@@ -60,20 +62,45 @@ def test_a_tokenizer_that_changes_texts_is_refused(tokenizer_folders):
 
 @pytest.mark.parametrize("longest", [1, 3, 20])
 def test_the_best_span_is_the_best_of_all(longest):
-    rng = np.random.default_rng(longest)
-    for _ in range(20):
-        length = int(rng.integers(3, 12))
-        first = int(rng.integers(0, length))
-        logits = rng.normal(size=(length, 2))
-        shares = np.exp(logits[first:])
-        shares /= shares.sum(axis=0)
-        pairs = {
-            (start, end): shares[start - first, 0] * shares[end - first, 1]
-            for start in range(first, length)
-            for end in range(start, min(start + longest, length))
-        }
+    rng, empty = np.random.default_rng(longest), 0
+    for _ in range(40):
+        first = int(rng.integers(1, 6))
+        lengths = rng.integers(first + 1, 12, rng.integers(1, 4))
+        logits = [rng.normal(size=(length, 2), scale=3) for length in lengths]
+        pairs, none = {}, 1.0
+        for window, each in enumerate(logits):
+            shares = np.exp(each)
+            shares[1:first] = 0  # the rest of the question
+            shares /= shares.sum(axis=0)
+            none = min(none, shares[0].prod())
+            pairs |= {
+                (window, range(start, end + 1)): shares[start, 0] * shares[end, 1]
+                for start in range(first, len(each))
+                for end in range(start, min(start + longest, len(each)))
+            }
         best = max(pairs, key=pairs.get)
-        assert best_span(logits, first, longest) == (*best, pytest.approx(pairs[best]))
+        expected = (*best, pytest.approx(pairs[best]))
+        assert best_span(logits, first, longest) == expected
+        if none > pairs[best]:
+            expected, empty = (0, range(0), pytest.approx(none)), empty + 1
+        assert best_span(logits, first, longest, allow_none=True) == expected
+    assert 0 < empty < 40
+
+
+@hypothesis.given(st.integers(1, 400), st.integers(1, 2000), st.integers(1, 400))
+def test_windows_hold_all_of_a_context_and_overlap(first, context, most):
+    """As many as there must be, each full but for the last."""
+    parts = windows(first + context, first, most)
+    assert bool(parts) == (most > first)
+    if not parts:
+        return
+    room = most - first
+    assert (parts[0].start, parts[-1].stop) == (first, first + context)
+    assert all(len(part) == room for part in parts[:-1])
+    assert 0 < len(parts[-1]) <= room
+    overlaps = [one.stop - other.start for one, other in itertools.pairwise(parts)]
+    assert set(overlaps) <= {min(128, room // 2)}
+    assert all(part.stop < first + context for part in parts[:-1])
 
 
 def test_a_question_comes_before_its_context():

@@ -84,3 +84,11 @@ def test_the_nearest_of_several_answers_counts():
         ("squad_f1", "squad_em"), [["a red fox", "The fox!"], ["dog"]], ["fox", "big dog"]
     )
     assert found == {"squad_f1": pytest.approx((1 + 2 / 3) / 2), "squad_em": 0.5}
+
+
+def test_no_answer_is_right_where_there_is_none():
+    """As SQuAD 2.0's script has it: of the last a wrong one, and none where there is one."""
+    found = metrics.measure_answers(
+        ("squad_f1", "squad_em"), [["fox"], [""], [""], ["fox"]], ["fox", "", "fox", ""]
+    )
+    assert found == {"squad_f1": 0.5, "squad_em": 0.5}

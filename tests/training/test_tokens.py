@@ -24,20 +24,25 @@ from neo_jax.transforms.lora import LoraConfig
 
 @pytest.fixture(scope="module")
 def rows(text):
-    """Sentences with an animal, by kind: its words with tags, and a question whose answer it is."""
+    """Sentences with an animal, by kind: its words with tags, and a question whose answer it is.
+
+    Every fourth question has none. Contexts are longer than the windows in which they are read.
+    """
     rng = np.random.default_rng(0)
     words = [word for word in text.split() if word[:3] not in ("fox", "dog")]
     words = [word for word in words if word.isascii()]
     found = {"classifier": [], "qa_outputs": []}
-    for _ in range(270):
+    for i in range(270):
         chosen, animal = rng.choice(words, 4).tolist(), str(rng.choice(["dog", "fox"]))
         place = int(rng.integers(1, 4))
         chosen.insert(place, animal)
         tags = ["B-A" if word == animal else "O" for word in chosen]
         found["classifier"].append({"tokens": chosen, "tags": tags})
-        start = len(" ".join(chosen[:place])) + 1
-        answers = {"text": [animal], "answer_start": [start]}
-        row = {"question": "dog or fox?", "context": " ".join(chosen), "answers": answers}
+        answers = {"text": [animal], "answer_start": [len(" ".join(chosen[:place])) + 1]}
+        said = chosen + words[i % 50 :][:6]
+        if i % 4 == 0:
+            said[place], answers = "cat", {"text": [], "answer_start": []}
+        row = {"question": "dog or fox?", "context": " ".join(said), "answers": answers}
         found["qa_outputs"].append(row)
     return found
 
@@ -129,7 +134,7 @@ def test_a_classifier_of_words(config, rows, capsys):
 
 def test_answers_by_adapters_on_a_mesh(config, rows, capsys):
     config = dataclasses.replace(
-        config("qa_outputs"), lora=LoraConfig(rank=4), mesh="fsdp=2,model=2", epochs=4
+        config("qa_outputs"), lora=LoraConfig(rank=4), mesh="fsdp=2,model=2", epochs=4, length=24
     )  # fmt: skip
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2)
@@ -143,18 +148,20 @@ def test_answers_by_adapters_on_a_mesh(config, rows, capsys):
     assert (said["task_type"], said["modules_to_save"]) == ("QUESTION_ANS", ["qa_outputs"])
     for name in ("adapter", "model"):
         lm = neo_jax.load(output / name)
-        found = lm.answers(pairs)
+        assert all(each.text for each in lm.answers(pairs[:4], length=config.length))
+        found = lm.answers(pairs, length=config.length, allow_none=True)
         for answer, (_, context) in zip(found, pairs, strict=True):
             assert context[answer.start : answer.end] == answer.text
             assert 0 < answer.probability <= 1
-        references = [row["answers"]["text"] for row in held_out]
+        references = [row["answers"]["text"] or [""] for row in held_out]
         texts = [answer.text for answer in found]
         again = measure_answers(("squad_f1", "squad_em"), references, texts)
         assert again == {each: pytest.approx(score[each]) for each in again}
-        assert lm.answer(*pairs[0]).text == found[0].text
+        assert lm.answer(*pairs[1], length=config.length) == found[1]
 
     # transformers, and PEFT on the model below, have the same logits.
-    ids = lm.encode(join_question(*pairs[0])[0])
+    question, context = pairs[1]
+    ids, answer = lm.encode(join_question(question, context)[0]), lm.answer(question, context)
     load = transformers.AutoModelForQuestionAnswering.from_pretrained
     merged = load(output / "model")
     wrapped = peft.PeftModel.from_pretrained(load(config.pretrained), output / "adapter")
@@ -163,14 +170,18 @@ def test_answers_by_adapters_on_a_mesh(config, rows, capsys):
     for name in ("start_logits", "end_logits"):
         np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-4)
     spans = one.start_logits[0].softmax(-1).argmax(), one.end_logits[0].argmax()
-    assert lm.tokenizer.decode(ids[spans[0] : spans[1] + 1]).strip() == found[0].text
+    assert lm.tokenizer.decode(ids[spans[0] : spans[1] + 1]).strip() == answer.text
     with pytest.raises(NeoError, match="a context is ''; give a text"):
         lm.answer("Who?", "")
-    with pytest.raises(NeoError, match="exceed the context of 64; shorten the text"):
-        lm.answer("Who?", "The fox. " * 40)
-    question, context = pairs[0]
+    with pytest.raises(NeoError, match="which leaves no room for its context among the 64 that"):
+        lm.answer("Who? " * 40, "The fox.")
     asked = ["classify", question, "--model", config.output]
     assert main([*asked, "--context", context]) == 0
-    assert capsys.readouterr().out.split()[0] == found[0].text
+    assert capsys.readouterr().out.split()[0] == answer.text
+    without = ["--allow-none", "--length", str(config.length), "--context", pairs[0][1]]
+    assert main([*asked, *without]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["(no", "answer)"]
+    assert main([*asked, "--allow-none"]) == 2
+    assert "--allow-none has no effect without --context" in capsys.readouterr().err
     assert main(asked) == 1
     assert "name the text that has them with --context" in capsys.readouterr().err

@@ -47,7 +47,8 @@ class QuestionAnswering(Classification):
     """The `Objective` of a head `qa_outputs`: the mean cross entropy of an answer's two ends, nats.
 
     As transformers' ...ForQuestionAnswering has it, over all tokens of a text, its question's too;
-    but not over padding, whose logits count there. An answer that is not read has no weight.
+    but not over padding, whose logits count there. No answer is one that is the first token, as in
+    transformers' examples; a question whose context is not read has no weight.
     """
 
     def _label_spec(self, rows: int, length: int) -> Any:
