@@ -108,6 +108,7 @@ def check_output(path: str, source: str = "") -> None:
     Raises:
       NeoError: the file cannot be written, or is the one that is read.
     """
+    path, source = os.path.expanduser(path), os.path.expanduser(source)
     if path and source and os.path.realpath(path) == os.path.realpath(source):
         raise NeoError(f"--output {path} is the file that is read; name another.")
     new = not os.path.lexists(path)
@@ -132,6 +133,7 @@ def output_lines(path: str) -> Iterator[IO[str]]:
     if not path:
         yield sys.stdout
         return
+    path = os.path.expanduser(path)
     stored = is_remote(path) or os.path.isfile(path) or not os.path.exists(path)
     with (
         holding(make_path(path)) if stored else contextlib.nullcontext(),  # no pipe, no device

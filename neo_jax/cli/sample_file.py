@@ -12,7 +12,7 @@ import numpy as np
 
 from neo_jax.devices.processes import from_leader, holding, is_leader
 from neo_jax.errors import NeoError, reason
-from neo_jax.files.paths import is_remote
+from neo_jax.files.paths import is_remote, make_path
 
 
 class Kept:
@@ -31,6 +31,7 @@ class Kept:
 
 def keeps(path: str) -> bool:
     """Whether `kept_samples` can write a file; stdout, pipes, devices and gs:// it cannot."""
+    path = os.path.expanduser(path)
     return bool(path) and not is_remote(path) and (os.path.isfile(path) or not os.path.exists(path))
 
 
@@ -51,7 +52,7 @@ def kept_samples(path: str, run: Any, num_prompts: int) -> Iterator[Kept]:
       KeyboardInterrupt: was raised; the message says what is kept.
     """
     name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:8]
-    target = Path(os.path.realpath(path))
+    target = make_path(path).resolve()
     partial = target.with_name(f"{target.name}.partial-{name}")
     with holding(target), _kept(partial, num_prompts, target) as kept:
         yield kept

@@ -26,6 +26,7 @@ def data_files(path: str, is_known: Callable[[str], bool], known: str) -> list[P
       NeoError: nothing matches, or an unknown ending.
       OSError: something cannot be read.
     """
+    path = os.path.expanduser(path)
     named = make_path(path)
     exists = named.exists() or os.path.islink(path)
     is_glob = glob.has_magic(path) and not exists

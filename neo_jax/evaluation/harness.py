@@ -11,7 +11,6 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ from neo_jax.devices.processes import say
 from neo_jax.errors import NeoError, brief, checked, suggest
 from neo_jax.evaluation.loglikelihood import Continuation, score_continuations
 from neo_jax.evaluation.response_cache import Answers, Form, Question, fingerprint
-from neo_jax.files.paths import cache_folder
+from neo_jax.files.paths import cache_folder, make_path
 from neo_jax.model.soft_prompt import text_context
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.load import load
@@ -79,7 +78,7 @@ class NeoLM(TemplateLM):
         self.lm.config.head.check_writes()
         self._answers: Answers | None = None
         if cache != "none" and jax.process_count() == 1:
-            path = Path(cache) if cache else cache_folder() / "answers.sqlite"
+            path = make_path(cache) if cache else cache_folder() / "answers.sqlite"
             model = fingerprint(self.lm.model, self.lm.params, self.lm.tokenizer)
             self._answers = Answers(path, model)
 

@@ -44,11 +44,12 @@ def open_tasks(include_path: Sequence[str] = ()) -> TaskManager:
     Raises:
       NeoError: a folder that is none.
     """
+    include_path = [*map(os.path.expanduser, include_path)]
     for folder in include_path:
         if not Path(folder).is_dir():
             raise NeoError(f"{folder} is no folder; name one that holds task files (.yaml).")
     with _quiet():
-        return _Tasks(include_path=list(include_path) or None)
+        return _Tasks(include_path=include_path or None)
 
 
 def find_tasks(names: Sequence[str], manager: TaskManager) -> list[str]:
@@ -92,6 +93,7 @@ def run(
       NeoError: data that cannot be had, a task that fails, what the model cannot do, or an output
         that cannot be written.
     """
+    output = os.path.expanduser(output)
     folder = Path(output).parent if output.endswith(".json") else Path(output)
     if output:
         check_writable(folder)

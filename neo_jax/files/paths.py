@@ -31,6 +31,8 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def make_path(path: str | os.PathLike[str]) -> Path:
     """Returns a path with the methods of `pathlib.Path`; text that names the cloud is tried once.
 
+    A local ~ is the home folder, as a shell has it, which leaves the one of --output=~/x to us.
+
     Raises:
       NeoError: an unknown scheme, gcsfs is not installed, or the cloud does not let us in.
     """
@@ -38,7 +40,7 @@ def make_path(path: str | os.PathLike[str]) -> Path:
     if not is_remote(name):
         if _SCHEME.match(name):
             raise NeoError(f"{name} is neither a local path nor one that begins with gs://.")
-        return Path(name)
+        return Path(os.path.expanduser(name))  # pathlib's raises for unknown users
     if importlib.util.find_spec("gcsfs") is None:
         raise NeoError(f"{name} needs gcsfs; install it: pip install 'neo_jax[gcs]'")
     # epath would else go through TensorFlow wherever that happens to be installed.
@@ -98,7 +100,7 @@ def find_files(folder: Path) -> list[Path]:
 def match(pattern: str) -> list[Path]:
     """Returns what a glob matches, sorted; ** stands for any sub-folders."""
     if not is_remote(pattern):
-        return list(map(Path, sorted(glob.glob(pattern, recursive=True))))
+        return list(map(Path, sorted(glob.glob(os.path.expanduser(pattern), recursive=True))))
     return _remote(sorted(_store().glob(pattern)))
 
 

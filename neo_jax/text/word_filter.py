@@ -78,7 +78,8 @@ class WordFilter:
         self.words = tuple(words)
         self.count = 0  # texts of which something was withheld
         self._tokens: dict[int, bool] = {}
-        self._root, self._review, self._lock = _Node(), review, threading.Lock()
+        self._root, self._lock = _Node(), threading.Lock()
+        self._review = os.path.expanduser(review)
         for word in self.words:
             node = self._root
             units = list(_units(" ".join(word.split())))

@@ -261,6 +261,24 @@ def test_command_lines_that_cannot_be_understood(fail, args, message):
     assert ".;" not in text
 
 
+def test_a_tilde_is_the_home_folder(succeed, checkpoints, tmp_path, monkeypatch):
+    """As in --output=~/x, which shells leave alone."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    model = shutil.copytree(checkpoints["bytes"], tmp_path / "home" / "model")
+    (tmp_path / "home" / "in.txt").write_text("The fox\nA dog\n")
+    short = ["--model=~/model", "--max-new-tokens", 2]
+    succeed("generate", "--prompts-file=~/in.txt", "--output=~/samples.jsonl", *short)
+    succeed("score", "--input=~/in.txt", "--output=~/scores.jsonl", "--model=~/model")
+    succeed("prepare", "~/*.txt", "--tokenizer=~/model", "--output=~/data")
+    assert str(model) in succeed("info", "~/model")
+    found = {path.name for path in (tmp_path / "home").iterdir()} - {".cache"}
+    assert found == {"model", "in.txt", "samples.jsonl", "scores.jsonl", "data"}
+    assert not any((tmp_path / "work").iterdir())
+
+
 @pytest.mark.parametrize("cache", ["cache", "file/cache"], ids=["cache", "no cache"])
 def test_inference_writes_nothing_but_the_compilation_cache(checkpoints, tmp_path, cache):
     model = shutil.copytree(checkpoints["pieces"], tmp_path / "model")
