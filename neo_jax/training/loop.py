@@ -4,11 +4,13 @@ import bisect
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from neo_jax.axes import Array, Params
 from neo_jax.checkpoints.peft import save_adapter
@@ -99,8 +101,53 @@ def run(config: TrainConfig) -> Outcome:
         return _run(config)
 
 
+class _Parts(NamedTuple):
+    """What a run works with, checked."""
+
+    config: TrainConfig  # with the head and the number of steps that follow from the data
+    pretrained: Path | None  # the folder of the model to begin with
+    dataset: Mixture | LabelledDataset
+    model: Neo
+    tokenizer: Tokenizer
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    step: Any  # see `make_step`
+    abstract: TrainState
+    place: "Placement"
+    evaluate: Callable[[Params], Evaluation] | None
+    sample: Callable[[Params], list[str]]
+
+
 def _run(config: TrainConfig) -> Outcome:
     """`run`, in an output folder that no other run writes to."""
+    parts = _prepared(config)
+    config = parts.config
+    frozen = None
+    if parts.pretrained and config.is_frozen:
+        frozen = load_stacked(parts.model, parts.pretrained, parts.model.dtype, with_head=False)
+    base, output = base_of(frozen) if frozen else {}, make_path(config.output)
+    metric = metrics_of(config)[0] if config.model.head.is_classifier else ""
+    folder_of = output / "checkpoints", config.keep, config.keep_every, base, metric
+    trained = functools.partial(merge_trainable, frozen=frozen, lora=config.lora)
+    with Interrupt() as interrupt, Checkpoints(*folder_of) as checkpoints:
+        state = _steps(parts, frozen, trained, checkpoints, interrupt)
+        ended, params = int(state.step), state.params
+        best = checkpoints.best[1]
+        is_early = ended < config.steps and is_exhausted(config, ended, best)
+        if is_early:
+            say(f"no evaluation was better since step {best}: the run ends at {ended}")
+        # Of a classifier, and where a run waits for something better, the best is what is left.
+        is_done = is_early or ended >= config.steps
+        if is_done and (metric or config.patience) and best not in (0, ended):
+            found = checkpoints.restore_best(parts.abstract, config)
+            params = found.params if found else params
+    if is_done:
+        _export(config, unstack(trained(params), config.model), parts.tokenizer)
+    return Outcome(state, is_done)
+
+
+def _prepared(config: TrainConfig) -> _Parts:
+    """Opens and checks what a run needs, before its first checkpoint is looked for."""
     config, folder = find_pretrained(config)
     dataset = open_split(config, "train")
     config = with_labels(config, dataset)
@@ -112,67 +159,73 @@ def _run(config: TrainConfig) -> Outcome:
     check_size(config, model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     objective = make_objective(config)
-    train_step = make_step(model, optimizer, config, objective)
+    step = make_step(model, optimizer, config, objective)
     batch, needed = abstract_inputs(config, model, dataset.has_segment_starts, objective)
     place = Placement(model, batch)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     evaluate = _make_evaluation(config, model, objective, place)
     abstract = abstract_state(model, optimizer, config.lora, objective)
     sample = _make_sampler(config, model, tokenizer)
-    check_run(config, model, train_step, abstract, batch, needed)
-    frozen = None
-    if folder and config.is_frozen:
-        frozen = load_stacked(model, folder, model.dtype, with_head=False)
-    base, output = base_of(frozen) if frozen else {}, make_path(config.output)
-    metric = metrics_of(config)[0] if config.model.head.is_classifier else ""
-    folder_of = output / "checkpoints", config.keep, config.keep_every, base, metric
-    with Interrupt() as interrupt, Checkpoints(*folder_of) as checkpoints:
-        restored = checkpoints.restore_latest(abstract, config)
-        state = restored or first_state(config, model, optimizer, folder, objective)
-        if not restored and frozen and config.soft_prompt.shared:
-            state = begin_soft_prompt(state, frozen, config, tokenizer)
-        trained = functools.partial(merge_trainable, frozen=frozen, lora=config.lora)
-        start = int(state.step)
-        size, seed = config.batch_size, config.seed
-        make_feed: Any = labelled_batches if isinstance(dataset, LabelledDataset) else batches
-        feed = make_feed(dataset, batch_size=size, seed=seed, start_step=start, rows=place.rows)
-        num_devices = sharding.mesh.size if sharding else 1
-        tokens = dataset.mean_length * size if isinstance(dataset, LabelledDataset) else 0.0
-        numbers = Report(
-            config, start, dataset.bytes_per_token, num_devices, checkpoints.changes, tokens
-        )
-        stop = is_exhausted(config, start, checkpoints.best[1])
-        with numbers as report:
-            for step in range(start + 1, config.steps + 1):
-                if stop:
-                    break
-                state, metrics = train_step(state, place(next(feed)), frozen)
-                report.step(step, metrics)
-                last, stop, value = step == config.steps, interrupt.requested(), math.nan
-                if config.eval_every and (last or step % config.eval_every == 0):
-                    if evaluate:
-                        evaluation = evaluate(trained(state.params))
-                        report.evaluation(step, evaluation)
-                        value = evaluation.least
-                        best = step if checkpoints.is_best(value) else checkpoints.best[1]
-                        stop = stop or is_exhausted(config, step, best)
-                    report.samples(step, sample(trained(state.params)))
-                if last or stop or step % config.save_every == 0 or checkpoints.is_best(value):
-                    report.sync()  # a run that goes on from here writes later lines only
-                    checkpoints.save(state, config, value)
-        ended, params = int(state.step), state.params
-        best = checkpoints.best[1]
-        is_early = ended < config.steps and is_exhausted(config, ended, best)
-        if is_early:
-            say(f"no evaluation was better since step {best}: the run ends at {ended}")
-        # Of a classifier, and where a run waits for something better, the best is what is left.
-        is_done = is_early or ended >= config.steps
-        if is_done and (metric or config.patience) and best not in (0, ended):
-            found = checkpoints.restore_best(abstract, config)
-            params = found.params if found else params
-    if is_done:
-        _export(config, unstack(trained(params), config.model), tokenizer)
-    return Outcome(state, is_done)
+    check_run(config, model, step, abstract, batch, needed)
+    return _Parts(
+        config, folder, dataset, model, tokenizer, objective, optimizer, step, abstract, place,
+        evaluate, sample,
+    )  # fmt: skip
+
+
+def _steps(
+    parts: _Parts,
+    frozen: Params | None,
+    trained: Callable[[Params], Params],
+    checkpoints: Checkpoints,
+    interrupt: Interrupt,
+) -> TrainState:
+    """Trains from the newest checkpoint to the last step, a signal, or the end of patience.
+
+    Args:
+      parts: of the run.
+      frozen: stacked parameters that are not trained, if there are any.
+      trained: makes the whole model's of what is trained.
+      checkpoints: has what was saved, and takes what is to be.
+      interrupt: says whether a signal came.
+    """
+    config, dataset = parts.config, parts.dataset
+    restored = checkpoints.restore_latest(parts.abstract, config)
+    state = restored or first_state(
+        config, parts.model, parts.optimizer, parts.pretrained, parts.objective
+    )
+    if not restored and frozen and config.soft_prompt.shared:
+        state = begin_soft_prompt(state, frozen, config, parts.tokenizer)
+    start = int(state.step)
+    size, seed, rows = config.batch_size, config.seed, parts.place.rows
+    make_feed: Any = labelled_batches if isinstance(dataset, LabelledDataset) else batches
+    feed = make_feed(dataset, batch_size=size, seed=seed, start_step=start, rows=rows)
+    sharding = parts.model.sharding
+    num_devices = sharding.mesh.size if sharding else 1
+    tokens = dataset.mean_length * size if isinstance(dataset, LabelledDataset) else 0.0
+    numbers = Report(
+        config, start, dataset.bytes_per_token, num_devices, checkpoints.changes, tokens
+    )
+    stop = is_exhausted(config, start, checkpoints.best[1])
+    with numbers as report:
+        for step in range(start + 1, config.steps + 1):
+            if stop:
+                break
+            state, metrics = parts.step(state, parts.place(next(feed)), frozen)
+            report.step(step, metrics)
+            last, stop, value = step == config.steps, interrupt.requested(), math.nan
+            if config.eval_every and (last or step % config.eval_every == 0):
+                if parts.evaluate:
+                    evaluation = parts.evaluate(trained(state.params))
+                    report.evaluation(step, evaluation)
+                    value = evaluation.least
+                    best = step if checkpoints.is_best(value) else checkpoints.best[1]
+                    stop = stop or is_exhausted(config, step, best)
+                report.samples(step, parts.sample(trained(state.params)))
+            if last or stop or step % config.save_every == 0 or checkpoints.is_best(value):
+                report.sync()  # a run that goes on from here writes later lines only
+                checkpoints.save(state, config, value)
+    return state
 
 
 def _export(config: TrainConfig, params: Params, tokenizer: Tokenizer) -> None:
