@@ -110,7 +110,7 @@ class _Chat:
 
     def _here(self, options: Options, said: Container[str]) -> Reply:
         try:
-            from neo_jax.serving.templates import find_template
+            from neo_jax.serving.templates import find_chat_template
         except ImportError as error:
             raise NeoError(
                 f"a conversation needs more packages ({error}); pip install 'neo_jax[serve]'."
@@ -124,11 +124,7 @@ class _Chat:
             say(line)
         filled = fields | pick(lm.defaults.fill(given), SamplingOptions)
         self._sampling = SamplingOptions(**filled | {"seed": self._sampling.seed})
-        end = lm.tokenizer.eos_id
-        tokens = {} if end is None else {"eos_token": lm.tokenizer.token_name(end)}
-        folder = getattr(lm.tokenizer, "folder", lm.folder)
-        template = find_template(folder, options.chat_template, tokens)
-        template = template or find_template(folder, "plain", tokens)
+        template = find_chat_template(lm, options.chat_template) or find_chat_template(lm, "plain")
         assert template
         text = TextOptions(options.max_new_tokens, options.stop)
         words = read_word_filter(options.filter, options.filter_review) if options.filter else None

@@ -178,7 +178,8 @@ def _service(
 ) -> "Service":
     from neo_jax.serving.engine import Engine
     from neo_jax.serving.metrics import Metrics
-    from neo_jax.serving.service import Service, find_chat_template
+    from neo_jax.serving.service import Service
+    from neo_jax.serving.templates import find_chat_template
 
     if lm.tokenizer is None:
         raise NeoError(f"{lm.folder} holds no tokenizer; name one with --tokenizer.")

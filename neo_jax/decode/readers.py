@@ -214,9 +214,7 @@ class ChunkReader:
         read = self._read
         assert read is not None
         entering = _entering(rows, state.tokens.shape[0], self._room)
-        return insert_read(
-            self._model, state, read.tokens, read.lengths, read.cache, entering
-        )
+        return insert_read(self._model, state, read.tokens, read.lengths, read.cache, entering)
 
     def cancel(self, id: int) -> None:
         """Drops a request; what is read together with it goes on."""

@@ -35,8 +35,8 @@ from neo_jax.serving.protocol import (
 from neo_jax.serving.reading_bodies import ClassifyBody, EmbeddingBody
 from neo_jax.serving.replies import DONE, aside, event, to_json
 from neo_jax.serving.requests import tokenize
-from neo_jax.serving.service import Service, tokenizer_folder
-from neo_jax.serving.templates import special_tokens
+from neo_jax.serving.service import Service
+from neo_jax.serving.templates import special_tokens, tokenizer_folder
 from neo_jax.serving.web_page import web_page
 
 OPEN = frozenset(["/", "/health", "/ping", "/version", "/metrics"])

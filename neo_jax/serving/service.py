@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
 
 from neo_jax.errors import NeoError, brief
 from neo_jax.model.soft_prompt import text_context
@@ -12,22 +11,10 @@ from neo_jax.serving.engine import Engine
 from neo_jax.serving.errors import ApiError, busy, invalid
 from neo_jax.serving.jobs import Busy, Delta, Job, PromptFound
 from neo_jax.serving.metrics import Metrics
-from neo_jax.serving.templates import Template, find_template
+from neo_jax.serving.templates import Template
 from neo_jax.serving.token_text import TokenTexts
 from neo_jax.text.language_model import LanguageModel
 from neo_jax.text.tokenizer import Tokenizer
-
-
-def tokenizer_folder(lm: LanguageModel) -> Path:
-    """Returns where the files of a model's tokenizer are."""
-    return getattr(lm.tokenizer, "folder", lm.folder)
-
-
-def find_chat_template(lm: LanguageModel, named: str) -> Template | None:
-    """Returns the template of conversations with a model; see `templates.find_template`."""
-    end = lm.tokenizer.eos_id if lm.tokenizer else None
-    names = {} if end is None or not lm.tokenizer else {"eos_token": lm.tokenizer.token_name(end)}
-    return find_template(tokenizer_folder(lm), named, names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from neo_jax.errors import NeoError, brief, reason, suggest
 from neo_jax.files.json_text import read_json
 from neo_jax.files.paths import make_path
+from neo_jax.text.language_model import LanguageModel
 
 SECONDS = 1.0
 """How long a template may take."""
@@ -96,6 +97,18 @@ class Template:
         if not found:
             raise NeoError("the chat template does not show the last message, which cannot go on.")
         return text
+
+
+def tokenizer_folder(lm: LanguageModel) -> Path:
+    """Returns where the files of a model's tokenizer are."""
+    return getattr(lm.tokenizer, "folder", lm.folder)
+
+
+def find_chat_template(lm: LanguageModel, named: str) -> Template | None:
+    """Returns the template of conversations with a model; raises as `find_template`."""
+    end = lm.tokenizer.eos_id if lm.tokenizer else None
+    names = {} if end is None or not lm.tokenizer else {"eos_token": lm.tokenizer.token_name(end)}
+    return find_template(tokenizer_folder(lm), named, names)
 
 
 def find_template(folder: Path, named: str, tokens: Mapping[str, str]) -> Template | None:

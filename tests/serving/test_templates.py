@@ -9,8 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from neo_jax.errors import NeoError
 from neo_jax.serving import templates
-from neo_jax.serving.service import find_chat_template
-from neo_jax.serving.templates import PLAIN, Template, find_template
+from neo_jax.serving.templates import PLAIN, Template, find_chat_template, find_template
 
 TALK = [
     {"role": "system", "content": "Be kind."},
