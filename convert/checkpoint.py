@@ -72,7 +72,7 @@ def open_source(name: str, revision: str | None = None, tokenizer: str = "") -> 
         config, data = read_model(found)
         arrays = flatten_dict(read_params(found, config))
         leaves = {path: Leaf(leaf.dtype, lambda leaf=leaf: leaf) for path, leaf in arrays.items()}
-        yield Source(str(found), config, leaves, _tokenizer(tokenizer, Path(data)))
+        yield Source(str(found), config, leaves, _tokenizer(tokenizer, Path(data).expanduser()))
         return
     folder = hub.resolve(name, revision=revision)
     config = read_config(folder)

@@ -43,6 +43,8 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "info", args)
+    if options.name and options.model:
+        raise UsageError(f"name one model: {options.name}, or --model {options.model}.")
     name, folder, is_int8 = options.name or options.model, None, False
     if name in PRESETS:
         config = preset(name)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
@@ -132,7 +131,7 @@ def _answers(options: Options, model: str, step: int, tests: Sequence["Row"]) ->
     from neo_jax.devices.processes import barrier, is_leader, say
     from neo_jax.text.load import load
 
-    config, path = options.config, Path(options.config.output) / f"answers-{step}.jsonl"
+    config, path = options.config, make_path(options.config.output) / f"answers-{step}.jsonl"
     if not path.is_file():
         say(f"answers of {model}")
         lm = load(model, mesh=config.mesh, rules=config.rules)

@@ -228,6 +228,7 @@ def test_help_lists_the_published_models(succeed, verb):
         (["score", "--input", "a.txt", "--stride", "-1"], "--stride must be 0"),
         (["info", "--jsn"], "Unrecognized options: --jsn; did you mean --json?"),
         (["info", "a", "b"], "Unrecognized options: b; put a text"),
+        (["info", "a", "--model", "b"], "name one model: a, or --model b."),
         (
             ["bench", "--batch", "x"],
             "--batch: Could not find valid parse for arguments: ['x']; see neo-jax bench --help.",
