@@ -310,7 +310,7 @@ def test_answers_are_spans_of_tokens(tmp_path, tokenizer_folders, name):
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
 def test_long_contexts_are_windows(tmp_path, tokenizer_folders, name):
     """And a question without an answer, as each window without it, has its first token as one."""
-    context = "The fox ran. " + "And the dog did not mind it at all. " * 3
+    context = "The fox ran. " + "And the dog did not mind it at all. " * 6
     rows = [
         question({"context": context, "answers": "dog", "answer_start": context.index("dog")}),
         question({"context": context, "answers": {"text": [], "answer_start": []}}),

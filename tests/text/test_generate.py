@@ -71,7 +71,8 @@ def test_what_may_begin_a_stop_is_held_back(tokenizer):
     assert text.settled() == len(text.text)
     assert shown + text.new() == text.text
     text.push(tokenizer.encode(" do"))
-    assert (text.new(), text.new(is_finished=True), text.new(True)) == (" ", "do", "")
+    assert text.new().isspace()
+    assert (text.new(is_finished=True), text.new(is_finished=True)) == ("do", "")
 
 
 def test_no_text_is_held_back_at_its_end(lm):

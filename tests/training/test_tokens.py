@@ -134,7 +134,7 @@ def test_a_classifier_of_words(config, rows, capsys):
 
 def test_answers_by_adapters_on_a_mesh(config, rows, capsys):
     config = dataclasses.replace(
-        config("qa_outputs"), lora=LoraConfig(rank=4), mesh="fsdp=2,model=2", epochs=4, length=24
+        config("qa_outputs"), lora=LoraConfig(rank=4), mesh="fsdp=2,model=2", epochs=2, length=24
     )  # fmt: skip
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2)
@@ -157,7 +157,7 @@ def test_answers_by_adapters_on_a_mesh(config, rows, capsys):
         texts = [answer.text for answer in found]
         again = measure_answers(("squad_f1", "squad_em"), references, texts)
         assert again == {each: pytest.approx(score[each]) for each in again}
-        assert lm.answer(*pairs[1], length=config.length) == found[1]
+        assert lm.answer(*pairs[1], length=config.length).text == found[1].text
 
     # transformers, and PEFT on the model below, have the same logits.
     question, context = pairs[1]
