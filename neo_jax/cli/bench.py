@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import OmitArgPrefixes
 
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import ModelOptions, check_output, print_json, write_picture
+from neo_jax.cli.options import ModelOptions, check_picture, print_json, write_picture
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "bench", args)
-    if options.picture:
-        check_available()
-    check_output(options.picture)
+    check_picture(options.picture)
     if not options.batch or min(options.batch) < 1 or not options.steps or options.seconds < 0:
         raise UsageError("--batch takes numbers of at least 1, --steps names, --seconds 0 or more.")
     from neo_jax.tools.benchmark import report

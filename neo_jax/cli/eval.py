@@ -13,12 +13,11 @@ from neo_jax.cli import parse
 from neo_jax.cli.cluster import ClusterOptions
 from neo_jax.cli.eval_glue import run_glue
 from neo_jax.cli.eval_noise import run_noise
-from neo_jax.cli.options import TextModelOptions, print_json, write_picture
+from neo_jax.cli.options import TextModelOptions, check_picture, print_json, write_picture
 from neo_jax.errors import NeoError, suggest
 from neo_jax.evaluation.noise import NoiseOptions
 from neo_jax.evaluation.tune_options import TuneOptions
 from neo_jax.fields import check, number
-from neo_jax.files.figure import check_available
 from neo_jax.model.soft_prompt import text_context
 
 if TYPE_CHECKING:
@@ -79,12 +78,14 @@ class Options:
                 "give either --text FILE or --tasks, as in: neo-jax eval --tasks piqa; or "
                 "--suite model-card, or --glue FOLDER"
             )
+        if self.tasks and not named_tasks(self.tasks):
+            raise NeoError("--tasks names no task; write it as in --tasks piqa,lambada_openai.")
         if self.suite and self.suite not in _SUITES:
             raise NeoError(f"no suite is called '{self.suite}'.{suggest(self.suite, _SUITES)}")
         if self.data and not self.suite:
             raise NeoError("--data goes with --suite model-card.")
         if self.picture and not (self.suite or is_glue or self.noise.perturb):
-            raise NeoError("--picture goes with --suite model-card.")
+            raise NeoError("--picture goes with --suite model-card, --glue or --perturb.")
         if self.noise.perturb and not (self.text or tasks):
             raise NeoError("--perturb goes with --text or --tasks.")
         if self.noise.perturb and self.by_position:
@@ -104,8 +105,7 @@ def main(args: Sequence[str]) -> None:
     is_glue = bool(options.glue or options.superglue)
     if not (options.text or is_glue):
         check_harness()
-    if options.picture:
-        check_available()
+    check_picture(options.picture)
     run = _texts if options.text else _suite if options.suite else _tasks
     run = run_glue if is_glue else run_noise if options.noise.perturb else run
     with options.cluster.joined(options.model.is_split):
@@ -222,8 +222,12 @@ def open_named(options: Options) -> tuple[list[str], Any]:
     from neo_jax.evaluation import tasks
 
     manager = tasks.open_tasks([options.include_path] if options.include_path else [])
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    return tasks.find_tasks(names, manager), manager
+    return tasks.find_tasks(named_tasks(options.tasks), manager), manager
+
+
+def named_tasks(text: str) -> list[str]:
+    """Returns the names of a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _suite(options: Options) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def run_glue(options: "Options") -> None:
     """Fine-tunes or asks a model on the tasks at hand, and prints the table."""
-    from neo_jax.cli.eval import print_columns
+    from neo_jax.cli.eval import named_tasks, print_columns
     from neo_jax.evaluation import glue, glue_table, glue_tasks
 
     if options.limit % 1:
@@ -22,7 +22,7 @@ def run_glue(options: "Options") -> None:
     enable_compilation_cache()
     suite, data = ("glue", options.glue) if options.glue else ("superglue", options.superglue)
     names = glue_tasks.at_hand(suite, data)
-    if wanted := [name.strip() for name in options.tasks.split(",") if name.strip()]:
+    if wanted := named_tasks(options.tasks):
         for name in wanted:
             if name not in names:
                 raise NeoError(f"no task '{name}' of {suite} is in {data}.{suggest(name, names)}")

@@ -149,6 +149,20 @@ def _open(path: str, mode: str) -> IO[str]:
         raise NeoError(f"cannot write {path}: {reason(error)}.") from error
 
 
+def check_picture(path: str) -> None:
+    """Checks before any work that a picture can be drawn and written; "" is none.
+
+    Raises:
+      NeoError: matplotlib is missing, the name is not that of a PNG file, or it cannot be written.
+    """
+    if not path:
+        return
+    figure.check_available()
+    if not path.lower().endswith(".png"):
+        raise NeoError(f"--picture draws a PNG file, not {path}; name one that ends in .png.")
+    check_output(path)
+
+
 def write_picture(path: str, picture: bytes) -> None:
     """Writes a picture, and its path on stderr; raises as `figure.write`."""
     figure.write(make_path(path), picture)

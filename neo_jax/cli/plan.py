@@ -13,10 +13,9 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from neo_jax.checkpoints.options import LoadOptions
 from neo_jax.cli import UsageError, parse
-from neo_jax.cli.options import print_json, write_picture
+from neo_jax.cli.options import check_picture, print_json, write_picture
 from neo_jax.cli.train import load_config
 from neo_jax.config import PRESETS, ModelConfig, preset
-from neo_jax.files.figure import check_available
 from neo_jax.model.scan import Remat
 from neo_jax.training.config import TrainConfig
 
@@ -82,8 +81,7 @@ def main(args: Sequence[str]) -> None:
         options = parse(ConfigOptions, "plan", args[1:], default=default)
     else:
         options = parse(StepOptions, "plan", args, default=StepOptions())
-    if options.plan.picture:
-        check_available()
+    check_picture(options.plan.picture)
     if options.plan.compare:
         _tell_all(options.plan, _compared(options.plan.compare))
         return

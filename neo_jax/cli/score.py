@@ -31,7 +31,7 @@ class Options:
     Prints a summary on stderr. A text longer than the context is scored by windows.
     """
 
-    input: str  # .jsonl, {"text": ...} or {"ids": [...]} a line; or .txt, a text a line
+    input: str = ""  # .jsonl, {"text": ...} or {"ids": [...]} a line; or .txt, a text a line
     output: str = ""  # a .jsonl file; stdout if not given
     json: bool = False  # print JSON lines, as it does anyway
     features: str = ""  # .npy, a row for each text: what a model's mapper reads before it
@@ -45,6 +45,8 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Runs the verb."""
     options = parse(Options, "score", args)
+    if not options.input:
+        raise UsageError("name a file, as in: neo-jax score --input texts.jsonl")
     if options.stride < 0:
         raise UsageError("--stride must be 0 (half the context) or more.")
     texts = read_prompts(options.input, "text")

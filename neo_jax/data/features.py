@@ -22,9 +22,13 @@ def open_features(path: str | os.PathLike[str]) -> np.ndarray:
     if not is_file(make_path(path)):
         raise NeoError(f"cannot read {path}: no such file; give a .npy file, a row for each text.")
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = np.load(make_path(path), mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise NeoError(f"cannot read {path}: {reason(error)}.") from error
     except Exception as error:  # numpy reads the header as Python, which may fail in any way
-        raise NeoError(f"cannot read {path}: {reason(error)}; give a .npy file.") from error
+        raise NeoError(
+            f"{path} is no .npy file of numbers; write one with numpy.save, a row for each text."
+        ) from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or 0 in features.shape:
         shape = list(getattr(features, "shape", []))
         raise NeoError(f"{path} has the shape {shape}; give a row of features for each text.")

@@ -224,7 +224,10 @@ def test_help_lists_the_published_models(succeed, verb):
             ["generate", "hi", "--batch-size", "0"],
             "--batch-size must be at least 1, not 0.",
         ),
-        (["score"], "Missing from neo-jax score: --input STR"),
+        (["score"], "name a file, as in: neo-jax score --input texts.jsonl"),
+        (["score", "--inptu", "a"], "Unrecognized options: --inptu, a; did you mean --input?"),
+        (["eval", "--tasks", ","], "--tasks names no task; write it as in --tasks piqa,lambada"),
+        (["eval", "--text", "a", "--picture", "a.png"], "goes with --suite model-card, --glue or"),
         (["score", "--input", "a.txt", "--stride", "-1"], "--stride must be 0"),
         (["info", "--jsn"], "Unrecognized options: --jsn; did you mean --json?"),
         (["info", "a", "b"], "Unrecognized options: b; put a text"),
@@ -260,6 +263,17 @@ def test_command_lines_that_cannot_be_understood(fail, args, message):
     text = fail(*args, status=2)
     assert message in text
     assert ".;" not in text
+
+
+@pytest.mark.parametrize(
+    "args", [["bench"], ["eval", "--text", "a.txt", "--perturb", "typos"], ["plan", "--model", "a"]]
+)
+def test_a_picture_is_checked_before_any_work(fail, args, tmp_path):
+    said = fail(*args, "--picture", tmp_path / "a.gif")
+    assert said == f"--picture draws a PNG file, not {tmp_path}/a.gif; name one that ends in .png."
+    said = fail(*args, "--picture", tmp_path / "no" / "a.png")
+    assert said == f"cannot write {tmp_path}/no/a.png: No such file or directory."
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_tilde_is_the_home_folder(succeed, checkpoints, tmp_path, monkeypatch):
