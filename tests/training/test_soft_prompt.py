@@ -288,11 +288,14 @@ def test_a_mapper_goes_on_to_the_same_bits(mapping, tmp_path):
         ),
         (np.full((64, 4), "a"), "holds <U1, no numbers; save features as float32"),
         (None, "no such file; give a .npy file"),
+        (b"1,2\n", "features.npy is no .npy file of numbers; write one with numpy.save"),
     ],
 )
 def test_features_that_cannot_be(mapping, tmp_path, features, message):
     file = tmp_path / "features.npy"
-    if features is not None:
+    if isinstance(features, bytes):
+        file.write_bytes(features)
+    elif features is not None:
         np.save(file, features)
     soft = dataclasses.replace(mapping.soft_prompt, features=str(file))
     with pytest.raises(NeoError) as error:
