@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from neo_jax import __version__
 from neo_jax.cli.usage_errors import as_typed, one_line
 from neo_jax.devices.signals import STATUS, WATCH
-from neo_jax.errors import NeoError, NeoWarning, suggest
+from neo_jax.errors import NeoError, NeoWarning, reason, suggest
 
 T = TypeVar("T")
 
@@ -59,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except EXPECTED as error:
         return explain(error, args[1:])
+    except OSError as error:  # a full disk, a file that has gone, a name too long
+        if error.errno is None:
+            raise  # of a library, and not of the system
+        where = f"{error.filename}: " if error.filename else ""
+        return explain(
+            NeoError(f"{where}{reason(error)}; check the path, the disk and the rights.")
+        )
 
 
 class UsageError(NeoError):
@@ -114,10 +121,18 @@ def parse(kind: type[T], verb: str, args: Sequence[str], **options: Any) -> T:
             return tyro.cli(kind, args=args, prog=f"neo-jax {verb}", **options)
     except SystemExit as exit_:
         if exit_.code:
-            raise UsageError(one_line(errors.getvalue(), verb)) from None
+            own = _own(exit_)
+            raise UsageError(str(own) if own else one_line(errors.getvalue(), verb)) from None
         raise
     except NeoError as error:  # from the dataclass: a value that cannot be
         raise UsageError(str(error)) from None
+
+
+def _own(error: BaseException | None) -> NeoError | None:
+    """Returns the error of ours that a library's is about, whose words it would wrap."""
+    while error is not None and not isinstance(error, NeoError):
+        error = error.__context__
+    return error
 
 
 def _usage() -> str:

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from neo_jax.cli import UsageError, parse
 from neo_jax.cli.options import print_json, print_table
-from neo_jax.data.examples import Schema
+from neo_jax.data.examples import Schema, is_table
 from neo_jax.data.prepare import TokenizerKind, prepare
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.data.statistics import draw_histogram
@@ -55,6 +55,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
+        if not self.is_labelled and any(map(is_table, self.inputs)):
+            raise NeoError("tables hold examples with labels: name their column by --label-field.")
         for name in ("second_text_field", "labels", "held_out_files", "skip_bad"):
             if getattr(self, name) and not self.is_labelled:
                 raise NeoError(f"{_option(name)} goes with --label-field, the column of labels.")

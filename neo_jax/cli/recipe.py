@@ -63,7 +63,7 @@ def main(args: Sequence[str]) -> None:
             )
             return
         raise UsageError(f"name a recipe first: one of {', '.join(_recipes())}, or a .py file.")
-    recipe = load_defined(args[0], "recipe", Recipe)
+    recipe = load_defined(args[0], "recipe", Recipe, _recipes)
     default = Options(load_config(args[0]), recipe, ClusterOptions())
     options = parse(Options, "recipe", args[1:], default=default)
     if is_remote(options.config.output):

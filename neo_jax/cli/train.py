@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -73,17 +73,28 @@ def load_config(name: str) -> TrainConfig:
     return load_defined(name, "config", TrainConfig)
 
 
-def load_defined(name: str, variable: str, kind: type[T]) -> T:
+def load_defined(
+    name: str, variable: str, kind: type[T], known: Callable[[], list[str]] | None = None
+) -> T:
     """Reads what a config's file defines under a name; see `load_config`.
+
+    Args:
+      name: of the config, or the path of its file.
+      variable: the name under which it defines that.
+      kind: of what is defined.
+      known: gives the names of configs that define it; None is all.
 
     Raises:
       NeoError: there is no such config, or the file defines nothing of the kind.
     """
     path = Path(name)
     if path.suffix != ".py":
+        is_there = path.exists()
         path = installed_folder("configs") / f"{re.sub('[-.]', '_', name)}.py"
         if not path.is_file():
-            raise NeoError(f"no config is called '{name}'.{suggest(name, names())}")
+            if is_there:
+                raise NeoError(f"{name} is no config; name a .py file that defines `{variable}`.")
+            raise NeoError(f"no config is called '{name}'.{suggest(name, (known or names)())}")
     if not path.is_file():
         raise NeoError(f"{path} does not exist; name a .py file that defines `{variable}`.")
     try:

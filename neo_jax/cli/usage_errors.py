@@ -36,8 +36,6 @@ def one_line(box: str, verb: str) -> str:
         elif paragraphs[-1]:
             paragraphs.append("")
     said = " ".join(paragraphs[0].split()).rstrip(".")
-    if found := re.match(r"Error parsing [\w.]+: (.*)", said):  # of a dataclass: it says what to do
-        return f"{found[1]}."
     if re.match("Unrecognized options: [^-]", said):
         return f"{said}; put a text of several words in quotes."
     near = re.search(r"(?:you meant|similar to \S+): (--[\w.-]+)", " ".join(paragraphs[1:]))

@@ -23,7 +23,8 @@ from neo_jax.labels import HeadKind, ProblemType
 from neo_jax.text.classify import as_one_text
 from neo_jax.text.spans import NO_LABEL, join_question, join_words
 
-ENDINGS = (".tsv", ".csv", ".jsonl")
+TABLES = (".tsv", ".csv")
+ENDINGS = (*TABLES, ".jsonl")
 
 _NAMED = 3  # of the rows that are left out
 
@@ -247,6 +248,11 @@ def _rows(
 
 def _is_known(name: str) -> bool:
     return unpacked_name(name).endswith(ENDINGS)
+
+
+def is_table(name: str) -> bool:
+    """Returns whether a file is one of rows and columns, by its name."""
+    return unpacked_name(name).endswith(TABLES)
 
 
 _KNOWN = f"{', '.join(ENDINGS)}, also with {', '.join(UNPACKERS)}"

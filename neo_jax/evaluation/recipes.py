@@ -26,7 +26,7 @@ from neo_jax.fields import check, number
 from neo_jax.files.compression import unpacked_name
 from neo_jax.files.figure import INK, as_png, legend_below, name_rows, new_figure
 from neo_jax.files.json_text import read_json
-from neo_jax.files.paths import make_path, write_whole
+from neo_jax.files.paths import check_writable, make_path, write_whole
 from neo_jax.training.config import TrainConfig
 
 _MOST = 20_000  # examples among which the nearest is searched
@@ -66,10 +66,10 @@ def prepare_examples(recipe: Recipe, config: TrainConfig, folder: Path) -> list[
       folder: of the run.
 
     Raises:
-      NeoError: files that hold no pairs, or a folder of another recipe.
+      NeoError: files that hold no pairs, a folder of another recipe, or one that cannot be written.
     """
     if is_leader():
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
         _check_same(recipe, config, folder)
         files = _made(recipe, folder)
         if not (folder / "data" / DATASET_FILE).is_file():

@@ -93,9 +93,12 @@ def run(config: TrainConfig) -> Outcome:
       the step at which the run was requested to stop: then without model/. And whether it is done.
 
     Raises:
-      NeoError: see `check_run`; the data set does not fit the model, or the folder cannot be
-        written, or another run writes to it.
+      NeoError: see `check_run`; no data or no output is named, the data set does not fit the model,
+        or the folder cannot be written, or another run writes to it.
     """
+    for name in ("data", "output"):
+        if not getattr(config, name):
+            raise NeoError(f"{name} must name a folder, not be empty.")
     probe.start()
     with holding(make_path(config.output), inside=True):
         return _run(config)

@@ -1,5 +1,6 @@
 """cli: help, real processes, and command lines that cannot be understood."""
 
+import errno
 import os
 import re
 import shutil
@@ -238,6 +239,7 @@ def test_help_lists_the_published_models(succeed, verb):
         ),
         (["prepare", "--output", "x"], "name the files to prepare"),
         (["prepare", "a.txt", "--output", "x"], "give either --tokenizer, as in"),
+        (["prepare", "a.tsv.gz"], "tables hold examples with labels: name their column by --label"),
         (
             ["prepare", "a.txt", "--output", "x", "--tokenizer", "t", "--train-tokenizer", "9"],
             "give either --tokenizer, as in",
@@ -263,6 +265,28 @@ def test_command_lines_that_cannot_be_understood(fail, args, message):
     text = fail(*args, status=2)
     assert message in text
     assert ".;" not in text
+
+
+def test_words_of_an_error_are_not_broken(fail):
+    """As tyro breaks lines, in long names too."""
+    name = "/a/" + 40 * "long-name-with-dashes,"
+    said = fail("train", "bundled", "--model.activation", "relu", "--length", 4096, "--data", name,
+                status=2)  # fmt: skip
+    assert said.startswith("length 4096 exceeds the model's context of 1024; shorten it, or raise")
+    assert name in fail("eval", "--suite", name, status=2)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_the_system_refuses_is_a_line(fail, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("neo_jax.cli.quantize.main", refuse)
+    said = fail("quantize", "a", "b")
+    assert said == f"some/file: {os.strerror(number)}; check the path, the disk and the rights."
+    monkeypatch.setattr("neo_jax.cli.quantize.main", lambda _: (_ for _ in ()).throw(OSError("x")))
+    with pytest.raises(OSError, match="x"):  # a fault of the program, or of a library
+        fail("quantize", "a", "b")
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,11 @@ def test_configs_that_are_wrong(fail, config_file, change, message):
     ("args", "message"),
     [
         (["train", "bundeld"], "no config is called 'bundeld'. Did you mean 'bundled'?"),
+        (["train", "text.jsonl"], "text.jsonl is no config; name a .py file that defines `config`"),
+        (["recipe", "bundled-2"], "no config is called 'bundled-2'. Known are: instructions,"),
+        (["recipe", "questions", "--output", "tiny.py"], "cannot write in tiny.py (File exists); "),
+        (["train", "tiny.py", "--output="], "--output must name a folder, not be empty."),
+        (["train", "tiny.py", "--data="], "--data must name a folder, not be empty."),
         (["train", "nowhere.py"], "nowhere.py does not exist; name a .py file"),
         (["train", "tiny.py"], "holds no data set; make one: neo-jax prepare FILE..."),
         (["prepare", "nowhere.txt", "--output", "out", "--train-tokenizer", "300"],
