@@ -55,14 +55,14 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
-        if not self.is_labelled and any(map(is_table, self.inputs)):
-            raise NeoError("tables hold examples with labels: name their column by --label-field.")
         for name in ("second_text_field", "labels", "held_out_files", "skip_bad"):
             if getattr(self, name) and not self.is_labelled:
                 raise NeoError(f"{_option(name)} goes with --label-field, the column of labels.")
         for name in ("new_tokens", "separator", "train_tokenizer"):
             if getattr(self, name) and self.is_labelled:
                 raise NeoError(f"{_option(name)} is for texts without labels; leave it out.")
+        if not self.is_labelled and any(map(is_table, self.inputs)):
+            raise NeoError("tables hold examples with labels: name their column by --label-field.")
         if self.second_text_field and self.head == "classifier":
             raise NeoError("--head classifier takes one list of words; leave out the second text.")
         if self.head == "score" and not self.label_field:

@@ -74,12 +74,12 @@ class Schema:
     @classmethod
     def usual(cls, kind: HeadKind) -> "Schema":
         """Returns the one with the names of columns that are usual for what a head learns."""
-        return cls(*_USUAL.get(kind, ()), kind=kind)
+        return cls(kind=kind, **_USUAL.get(kind, {}))
 
 
-_USUAL: dict[HeadKind, tuple[str, ...]] = {
-    "classifier": ("tokens", "tags"),
-    "qa_outputs": ("context", "answers", "question"),
+_USUAL: dict[HeadKind, dict[str, Any]] = {
+    "classifier": {"text": "tokens", "label": "tags"},
+    "qa_outputs": {"text": "context", "label": "answers", "second_text": "question"},
 }
 
 

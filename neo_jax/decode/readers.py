@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -253,13 +253,13 @@ def _entering(rows: Mapping[int, Text], batch: int, room: Room) -> Entering:
     fill = [0] * (batch - len(texts))
     options = [text.options for text in texts] + [SamplingOptions()] * len(fill)
     counts = [text.request.num_alternatives for text in texts] + fill
-    return Entering(
-        sources=np.array([text.source for text in texts] + fill, np.int32),
-        rows=np.array([*rows, *fill], np.int32),
-        count=np.int32(len(texts)),
-        limits=np.array([text.length for text in texts] + fill, np.int32),
-        settings=stack_settings(options, room, counts),
-    )
+    arrays: dict[str, Any] = {
+        "sources": np.array([text.source for text in texts] + fill, np.int32),
+        "rows": np.array([*rows, *fill], np.int32),
+        "num_texts": np.int32(len(texts)),
+        "limits": np.array([text.length for text in texts] + fill, np.int32),
+    }
+    return Entering(**arrays, settings=stack_settings(options, room, counts))
 
 
 def _rows_to_read(length: int, rows: int, tokens: int) -> int:

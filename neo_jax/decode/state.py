@@ -52,11 +52,11 @@ class DecodeState(NamedTuple):
 
 
 class Entering(NamedTuple):
-    """Texts that enter a batch of B rows: the first `count` of these; what follows is padding."""
+    """Texts that enter a batch of B rows: the first `num_texts`; what follows is padding."""
 
     sources: Int[Array, "B"]  # the row of each text's prompt where that was read; may stand twice
     rows: Int[Array, "B"]  # the row of the batch that the text takes
-    count: Int[Array, ""]
+    num_texts: Int[Array, ""]
     limits: Int[Array, "B"]  # lengths at which to stop
     settings: Settings
 
@@ -133,7 +133,7 @@ def insert(model: Neo, state: DecodeState, read: DecodeState, entering: Entering
         piece = _row(read, entering.sources[i])._replace(settings=_row(entering.settings, i))
         return _put(state, piece, entering.rows[i])
 
-    return place(model.sharding, jax.lax.fori_loop(0, entering.count, put_one, state))
+    return place(model.sharding, jax.lax.fori_loop(0, entering.num_texts, put_one, state))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -164,7 +164,7 @@ def insert_read(
         piece = begin_rows(ids, length, limit, settings, kept, slots)
         return _put(state, piece, entering.rows[i])
 
-    return place(model.sharding, jax.lax.fori_loop(0, entering.count, put_one, state))
+    return place(model.sharding, jax.lax.fori_loop(0, entering.num_texts, put_one, state))
 
 
 def _row(tree: T, row: Array) -> T:

@@ -154,7 +154,7 @@ def _scores(
     for examples in np.split(np.arange(len(logits)), ends):  # the windows of a question
         first, answer = int(dataset.labels[examples[0], 2]), ""
         if first < dataset.length:  # some of the context is read
-            read = [logits[i][: dataset.lengths[i]] for i in examples]
+            read = [logits[i][: dataset.lengths[i]] for i in examples.tolist()]
             span = best_span(read, first, LONGEST_ANSWER, allow_none)
             begin = dataset.offsets[examples[span.window]]
             answer = tokenizer.decode([int(dataset.tokens[begin + i]) for i in span.tokens])

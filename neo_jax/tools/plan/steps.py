@@ -172,8 +172,8 @@ def _trace_insertion(
 ) -> jax.stages.Traced:
     """Traces what puts prompts that have been read into the rows of a server."""
     lengths = jax.ShapeDtypeStruct(prompt.shape[:1], jnp.int32)
-    rows = jax.ShapeDtypeStruct(state.limits.shape, jnp.int32)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    rows: Any = jax.ShapeDtypeStruct(state.limits.shape, jnp.int32)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     settings = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.settings)
     tokens = jax.ShapeDtypeStruct((prompt.shape[0], model.config.max_length), jnp.int32)
     entering = Entering(rows, rows, count, rows, settings)
