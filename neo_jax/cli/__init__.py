@@ -59,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except EXPECTED as error:
         return explain(error, args[1:])
+    except UnicodeEncodeError as error:
+        if error.encoding in ("utf-8", "utf_8"):
+            raise
+        char = error.object[error.start]
+        fix = "set PYTHONIOENCODING=utf-8, or write a file by --output"
+        return explain(NeoError(f"what is printed is {error.encoding}, without {char!r}; {fix}."))
     except OSError as error:  # a full disk, a file that has gone, a name too long
         if error.errno is None:
             raise  # of a library, and not of the system

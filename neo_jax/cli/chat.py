@@ -48,7 +48,7 @@ class Options:
     system: str = ""  # what stands before the conversation
     # plain, or a file in Jinja; else the checkpoint's own, or plain
     chat_template: str = ""
-    max_new_tokens: int = number(200, least=1)  # of an answer
+    max_new_tokens: int = number(200, least=1)  # tokens of an answer, at most
     stop: tuple[str, ...] = ()  # ends an answer before this string; may be repeated
     # a file of words, one a line, before any of which an answer ends; # begins a comment
     filter: str = ""

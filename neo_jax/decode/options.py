@@ -96,7 +96,7 @@ class SamplingOptions:
     presence_penalty: float = number(0.0, least=-_LARGEST, most=_LARGEST, words=_PENALTY)
     # subtracted once for each time that the new text holds a token; 0 is off
     frequency_penalty: float = number(0.0, least=-_LARGEST, most=_LARGEST, words=_PENALTY)
-    # added to the logits of ids, as in {50256: -100}
+    # an id, and what is added to its logit, as in 50256 -100; in Python {50256: -100}
     logit_bias: tuple[tuple[int, float], ...] = converted((), _biases)
     # the end of text is a token like all others, and max_new_tokens end a text
     ignore_eos: bool = False

@@ -45,10 +45,10 @@ class TextOptions:
       NeoError: a value of another kind or out of its range, or samples that memory cannot hold.
     """
 
-    max_new_tokens: int = number(64, least=1)  # where to stop at the latest
+    max_new_tokens: int = number(64, least=1)  # tokens to write, at most
     # ends a text before this string; may be repeated
     stop: tuple[str, ...] = converted((), _stops)
-    # for each prompt; sample i has the seed plus i, or is the i-th best beam
+    # texts for each prompt; sample i has the seed plus i, or is the i-th best beam
     num_samples: int = number(1, least=1)
     num_drafted: int = number(NUM_DRAFTED, least=1)  # tokens that a draft proposes at a time
     # texts that are written together; one that is done makes place

@@ -276,6 +276,15 @@ def test_words_of_an_error_are_not_broken(fail):
     assert name in fail("eval", "--suite", name, status=2)
 
 
+def test_a_terminal_without_some_characters_is_a_line(fail, monkeypatch, tmp_path):
+    def show(_):
+        (tmp_path / "stdout").open("w", encoding="ascii").write("é")
+
+    monkeypatch.setattr("neo_jax.cli.quantize.main", show)
+    said = fail("quantize", "a", "b")
+    assert said.startswith("what is printed is ascii, without 'é'; set PYTHONIOENCODING=utf-8, or")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG])
 def test_what_the_system_refuses_is_a_line(fail, monkeypatch, number):
     def refuse(*_):
