@@ -116,10 +116,8 @@ def squad_em(answer: str, reference: str) -> float:
 
 
 def squad_f1(answer: str, reference: str) -> float:
-    """Returns 2 PR / (P + R) of the words of an answer; of none 1 where there is none, else 0."""
+    """Returns 2 PR / (P + R) of the words of an answer."""
     found, right = squad_words(answer), squad_words(reference)
-    if not found or not right:
-        return float(found == right)
     common = sum((collections.Counter(found) & collections.Counter(right)).values())
     return 2 * common / (len(found) + len(right)) if common else 0.0
 
@@ -183,9 +181,16 @@ def measure_words(
 def measure_answers(
     names: Sequence[str], references: Sequence[Sequence[str]], found: Sequence[str]
 ) -> dict[str, float]:
-    """Returns metrics by name, of answers, each next to the nearest of those that are right."""
+    """Returns metrics by name, of answers, each next to the nearest of those that are right.
+
+    As SQuAD 2.0's script has it, no answer, "", is right where that is the reference.
+    """
+
+    def value(name: str, answer: str, reference: str) -> float:
+        return _ANSWERS[name](answer, reference) if reference else float(not squad_words(answer))
+
     scores = {}
     for name in names:
         pairs = zip(found, references, strict=True)
-        scores[name] = float(np.mean([max(_ANSWERS[name](a, r) for r in rs) for a, rs in pairs]))
+        scores[name] = float(np.mean([max(value(name, a, r) for r in rs) for a, rs in pairs]))
     return scores
