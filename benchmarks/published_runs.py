@@ -92,6 +92,18 @@ def _gpt2(layers: int, embed: int, heads: int) -> Shape:
     return Shape(layers, embed, heads, embed // heads, 4 * embed, 50304)
 
 
+def _command(shape: Shape, length: int, rows: int, topology: str, layers: str = "") -> str:
+    """Returns how `neo-jax plan` is given a run of GPT-2's block, on 256 devices."""
+    return (
+        f"gpt-neo-2.7b --model.num-layers {layers or shape.num_layers} "
+        f"--model.embed-dim {shape.embed_dim} --model.mlp-dim {shape.mlp_dim} "
+        f"--model.num-heads {shape.num_heads} --model.head-dim {shape.head_dim} "
+        f"--model.vocab-size {shape.vocab_size} --model.max-length {length} "
+        "--model.attention-types global --model.qkv-bias --model.scale-attention "
+        f"--topology {topology} --mesh fsdp=256 --batch-size {256 * rows}"
+    )
+
+
 LLAMA_8B, LLAMA_70B = _llama(32, 4096, 32, 14336), _llama(80, 8192, 64, 28672)
 LLAMA_405B, MISTRAL_7B = _llama(126, 16384, 128, 53248), _llama(32, 4096, 32, 14336, 32000)
 LLAMA2_70B, GPT3 = _llama(80, 8192, 64, 28672, 32000), _gpt2(96, 12288, 96)
@@ -183,16 +195,8 @@ def _v6e() -> Iterator[Row]:
     )  # fmt: skip
     yield _v6e_row(
         "GPT-3 175B", GPT3, 256, 3, 2048, _WITHOUT_DOWN, 17.182, "GPT3-175B-MaxText/bf16",
-        side=1024, fused=False, seen=1.0, command=GPT3_COMMAND,
+        side=1024, fused=False, seen=1.0, command=_command(GPT3, 2048, 3, "v6e:16x16", "{layers}"),
     )  # fmt: skip
-
-
-GPT3_COMMAND = (
-    "gpt-neo-2.7b --model.num-layers {layers} --model.embed-dim 12288 --model.mlp-dim 49152 "
-    "--model.num-heads 96 --model.head-dim 128 --model.vocab-size 50304 "
-    "--model.attention-types global --model.qkv-bias --model.scale-attention "
-    "--topology v6e:16x16 --mesh fsdp=256 --batch-size 768"
-)
 
 
 def _v6e_row(
@@ -242,6 +246,7 @@ def _v3() -> Iterator[Row]:
         yield Row(
             name, "TPU v3", "v3-256", 256, shape, setup, "blocks of layers", _LEVANTER,
             teraflops=mfu * CHIPS["TPU v3"].peak_flops / 1e12, seen=1.0,
+            command=_command(shape, length, rows, "v3:8x16"),
         )  # fmt: skip
 
 

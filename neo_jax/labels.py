@@ -80,6 +80,11 @@ class HeadConfig:
         """Whether it adds a number to each logit."""
         return self.kind in ("classifier", "qa_outputs")
 
+    @property
+    def words(self) -> str:
+        """What a model with it is, in words."""
+        return _MODELS[self.kind]
+
     def num_params(self, width: int) -> int:
         """Returns how many parameters it has next to the model's."""
         return len(self.labels) * (width + self.has_bias)
@@ -92,7 +97,7 @@ class HeadConfig:
         """
         if self.kind != kind:
             raise NeoError(
-                f"this is {_MODELS[self.kind]}, not {_MODELS[kind]}; train one: docs/classify.md."
+                f"this is {self.words}, not {_MODELS[kind]}; train one: docs/classify.md."
             )
 
     def check_writes(self) -> None:

@@ -189,7 +189,8 @@ def _ranked(options: StepOptions | ConfigOptions, topology: "Topology", trained:
 
 
 def _tell(candidate: "Candidate") -> None:
-    print(f"compiling {candidate.mesh} ...", file=sys.stderr)
+    how = candidate.choice.options if candidate.choice else f"--mesh {candidate.mesh}"
+    print(f"compiling {how} ...", file=sys.stderr)
 
 
 def _strategy(options: StepOptions | ConfigOptions) -> tuple[str, str]:
@@ -296,7 +297,17 @@ def _model(name: str, revision: str = "") -> ModelConfig:
 
 
 def _with_model(config: TrainConfig) -> TrainConfig:
-    """Returns a config that says its model, also where that is a checkpoint's."""
-    if not config.pretrained:
-        return config
-    return config.with_model(_model("" if config.pretrained == "bundled" else config.pretrained))
+    """Returns a config with the model of its checkpoint, the head that its data is for, and steps.
+
+    Data that is not here yet is taken for texts.
+    """
+    if config.pretrained:
+        name = "" if config.pretrained == "bundled" else config.pretrained
+        config = config.with_model(_model(name))
+    from neo_jax.data.labelled import is_labelled
+    from neo_jax.files.paths import is_remote
+    from neo_jax.training.labelled import open_split, with_labels
+
+    if config.data and not is_remote(config.data) and is_labelled(config.data):
+        config = with_labels(config, open_split(config, "train"))
+    return config if config.steps else dataclasses.replace(config, steps=1, epochs=0)

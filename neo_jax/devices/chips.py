@@ -89,6 +89,9 @@ UNKNOWN = Chip(math.nan)
 """A device that is not in the table; a CPU is one."""
 
 
+OLD_TPUS = ("TPU v2", "TPU v3")
+"""Whose compiler takes no kernel that multiplies bfloat16, by JAX's `device_kind`."""
+
 BFLOAT16_CAPABILITY = 8.0
 """From this compute capability on NVIDIA GPUs multiply bfloat16 and have flash attention."""
 

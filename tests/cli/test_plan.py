@@ -9,6 +9,7 @@ import pytest
 import neo_jax
 from neo_jax.cli import main
 from neo_jax.cli.plan import ConfigOptions, PlanOptions, _with_model
+from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.decode import engine
 from neo_jax.decode.options import SamplingOptions, make_settings
 from neo_jax.training.config import TrainConfig
@@ -126,6 +127,23 @@ def test_published_checkpoints_are_known_without_the_hub():
     assert _with_model(config).model.vocab_size == 50259
     assert _with_model(config).model.embed_dim == 2048
     assert _with_model(dataclasses.replace(config, pretrained="bundled")).model.embed_dim < 1000
+
+
+def test_what_data_is_for_decides_what_is_trained(capsys, tmp_path, tokenizer_folders):
+    """Examples with labels make a classifier, which has no logits of tokens."""
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "good\tyes\nbad\tno\n" * 4)
+    data = tmp_path / "data"
+    prepare_labelled([tmp_path / "a.tsv"], data, tokenizer_folders["bytes"])
+    (tmp_path / "classes.py").write_text(
+        CONFIG.replace("steps=10", "steps=0, epochs=2").replace('data=""', f"data={str(data)!r}")
+    )
+    args = str(tmp_path / "classes.py"), "--topology", "v5e:2x2", "--mesh", "fsdp=4", "--arithmetic"
+    (classes,) = json.loads(run(capsys, *args, "--json"))["ranking"]
+    (texts,) = json.loads(run(capsys, *args, "--json", "--data", "not-here"))["ranking"]
+    assert classes["estimate"]["ms"] < texts["estimate"]["ms"]
+    assert classes["estimate"]["memory"] < texts["estimate"]["memory"]
+    table = run(capsys, *args[:1], "--topology", "cpu:2", "--mesh", "fsdp=2")
+    assert "trains        a classifier of texts" in table
 
 
 def test_errors_are_one_line(capsys, config, tmp_path):

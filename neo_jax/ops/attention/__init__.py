@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from neo_jax.axes import BATCH, HEADS, Array, Float
 from neo_jax.config import Kernel
-from neo_jax.devices.chips import BFLOAT16_CAPABILITY, compute_capability
+from neo_jax.devices.chips import BFLOAT16_CAPABILITY, OLD_TPUS, compute_capability
 from neo_jax.errors import NeoError, suggest
 from neo_jax.ops.attention.blocked import blocked
 from neo_jax.ops.attention.context import attend_split, context_axes
@@ -125,6 +125,9 @@ def _obstacle(kernel: str, q: Array, mask: Mask, device: Any, is_split: bool) ->
             return "serves no sequence that the rules split over devices"
         if device.platform != "tpu":
             return f"runs on TPUs, not on a {device.platform.upper()}"
+        kind = getattr(device, "device_kind", "")
+        if kind in OLD_TPUS:
+            return f"runs on TPUs from v4 on, not on a {kind}"
         if q.dtype != jnp.bfloat16:
             return f"computes in bfloat16, not in {q.dtype}"
     if kernel == "cudnn":

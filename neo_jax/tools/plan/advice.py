@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from neo_jax.tools.plan.collectives import Traffic
 from neo_jax.tools.plan.dataflow import Flow, Source, Value, dtype
-from neo_jax.tools.plan.hlo import Instruction, Run, elements, sizes
+from neo_jax.tools.plan.hlo import Instruction, Run, elements, num_bytes, sizes
 from neo_jax.tools.plan.origin import Frame, Origin, Origins
 
 
@@ -141,9 +141,14 @@ def every_trip(case: Case) -> Iterator[Finding]:
         yield Finding("every_trip", text, saved)
 
 
+_LITTLE = 2**16  # bytes of a parameter, as of an adapter, that may as well be everywhere
+
+
 def whole(case: Case) -> Iterator[Finding]:
     """A parameter that every device holds whole has a gradient that every device sums whole."""
     if case.updated is None or case.traffic.kind != "all-reduce":
+        return
+    if num_bytes(case.updated.shape) < _LITTLE:
         return
     name = case.origins.of(case.updated).operation
     shape = sizes(elements(case.updated.shape)[0])
@@ -155,7 +160,7 @@ def whole(case: Case) -> Iterator[Finding]:
     if divides:
         yield Finding(
             "whole",
-            f"every device along {case.axes} holds all of {name}: split its axis of {divides[0]} "
+            f"every device along {case.axes} holds all of {name}: split its axis of {max(divides)} "
             f"over {case.axes}, and each sums a part of the gradient and holds 1/{case.among}",
             saved,
         )

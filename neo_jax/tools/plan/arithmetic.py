@@ -42,6 +42,7 @@ class Shape:
     parallel: bool = False  # whether attention and MLP read one norm, and one addition adds both
     rotary: bool = False  # whether positions turn queries and keys
     tied_head: bool = True
+    writes: bool = True  # whether it has logits of tokens, as a classifier has not
     windows: tuple[int | None, ...] = (None,)  # a unit, repeated in depth: keys that a query sees
 
     @property
@@ -77,6 +78,7 @@ def shape_of(config: ModelConfig) -> Shape:
     return Shape(
         config.num_layers, config.embed_dim, config.num_heads, config.head_dim, config.mlp_dim,
         config.padded_vocab_size, tied_head=config.tied_head,
+        writes=not config.head.is_classifier,
         windows=tuple(config.window(i) for i in range(len(config.attention_types))),
     )  # fmt: skip
 
@@ -252,6 +254,7 @@ def _rest(shape: Shape, setup: Setup) -> Phase:
     tokens, split = _tokens(setup), setup.model
     table = shape.vocab_size * shape.embed_dim / split
     logits = tokens * shape.vocab_size / split
+    repeats = setup.accumulation if shape.writes else 0
     head = _product(tokens, shape.embed_dim, shape.vocab_size / split)
     among = setup.fsdp * setup.context
     held = 0.0 if setup.frozen else shape.params / split / among  # what is trained
@@ -263,8 +266,8 @@ def _rest(shape: Shape, setup: Setup) -> Phase:
     between = round(2 * 4 * held * (setup.slices - 1) / setup.slices)
     return Phase(
         [
-            *[(setup.accumulation, head)] * (2 if setup.frozen else 3),
-            (setup.accumulation, Work(0, _LOGIT_PASSES * 4 * logits)),
+            *[(repeats, head)] * (2 if setup.frozen else 3),
+            (repeats, Work(0, _LOGIT_PASSES * 4 * logits)),
             (1, Work(0, _STATE_PASSES * 4 * held)),
         ],
         [

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from neo_jax.devices.compilation_cache import kept_plans
+from neo_jax.errors import NeoError
 from neo_jax.files.paths import write_whole
 from neo_jax.tools.plan.topology import Topology
 
@@ -46,6 +47,9 @@ def compile_for(lowered: jax.stages.Lowered, topology: Topology) -> Compilation:
 
     The text of a TPU's program is what its compiler writes on the way: `as_text` fails on programs
     that TPUs run in part on their SparseCores.
+
+    Raises:
+      NeoError: the compiler fails, for another reason than too little memory.
     """
     if topology.is_here:
         start = time.perf_counter()
@@ -71,7 +75,8 @@ def _compile(lowered: jax.stages.Lowered) -> Compilation:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+                reason = str(error).splitlines()[0].rstrip(".")
+                raise NeoError(f"the compiler fails ({reason}); choose another --kernel.") from None
             return Compilation("", 0, 0, 0, 0, str(error), time.perf_counter() - start)
         (written,) = Path(folder).glob("**/*.after_optimizations.txt")
         return _read(compiled, written.read_text(), time.perf_counter() - start)

@@ -113,7 +113,7 @@ def estimated_memory(config: TrainConfig, choice: Choice) -> float:
         state = held * (_FLOAT * (1 + copies) + _OPTIMIZER_BYTES[config.optimizer.name])
     tokens = setup.rows * setup.length / setup.context
     kept = shape.num_layers * tokens * _kept(shape, choice)
-    logits = _FLOAT * min(tokens, LOSS_TOKENS) * shape.vocab_size / choice.model
+    logits = _FLOAT * min(tokens, LOSS_TOKENS) * shape.vocab_size / choice.model * shape.writes
     gathered = 2 * _SHORT * shape.layer_params / choice.model  # of this layer, and of the next
     table = (_SHORT + _FLOAT) * shape.vocab_size * shape.embed_dim / choice.model
     return state + kept + tokens * _working(shape, choice) + logits + gathered + table

@@ -5,14 +5,18 @@ import linecache
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from neo_jax.devices.memory import bytes_text
-from neo_jax.files.figure import as_png, new_figure
+from neo_jax.files.figure import FAINT, INK, as_png, legend_below, name_rows, new_figure
 from neo_jax.tools.plan.explanation import Explanation, Moved
 from neo_jax.tools.plan.origin import Frame
-from neo_jax.tools.plan.peak import Held, without_numbers
+from neo_jax.tools.plan.peak import ELSE, Held, without_numbers
 
 _MOST_ROWS = 12  # of a table
 _SMALL = 0.005  # of all that is sent: what is less is one row
+
+_GAPS = "between arrays, in the block that the compiler sets aside for them"
 
 _NEEDED = {
     "argument": "split as it is, it must be gathered where it is used",
@@ -55,6 +59,7 @@ def describe(explanation: Explanation) -> dict[str, Any]:
         "peak": {
             "bytes": peak.total,
             "compiler": explanation.expected,
+            "gaps": explanation.gaps,
             "line": _place(peak.running),
             "arrays": [_array(each) for each in peak.held],
             "changes": [
@@ -166,6 +171,8 @@ def _held_lines(explanation: Explanation) -> Iterator[str]:
     if rest:
         size, number = bytes_text(sum(each.size for each in rest)), sum(e.number for e in rest)
         yield f"  {size:>10}{number:>8}  in {len(rest)} smaller rows"
+    if explanation.gaps > _SMALL * peak.total:
+        yield f"  {bytes_text(explanation.gaps):>10}{'':>8}  {_GAPS}"
     if peak.changes:
         yield "what would lower it most, each alone"
     for change in peak.changes:
@@ -178,7 +185,8 @@ _COLORS = {
     "gradient": "#e6550d",
     "kept": "#31a354",
     "result": "#756bb1",
-    "temporary": "#bdbdbd",
+    "temporary": "#969696",
+    ELSE: "#e3e3e3",
 }
 
 
@@ -186,22 +194,37 @@ def draw(explanation: Explanation) -> bytes:
     """Returns a PNG: memory over the instructions of a step, and what fills it at the peak."""
     peak = explanation.peak
     shown = [*peak.held[:_MOST_ROWS]]
-    figure = new_figure(12, 3 + 0.3 * len(shown), f"{bytes_text(peak.total)} a device at the peak")
+    unit, name = (1e9, "GB") if peak.total >= 1e9 else (1e6, "MB")
+    figure = new_figure(12, 3.4 + 0.3 * len(shown))
     over, at_peak = figure.subplots(2, 1, height_ratios=[1.2, 0.3 + 0.18 * len(shown)])
-    over.fill_between(range(len(peak.curve)), [size / 1e9 for size in peak.curve], step="post")
-    over.axvline(peak.time, color="black", linestyle="--")
+    last = max(len(peak.curves[ELSE]) - 1, 1)
+    below = np.zeros(len(peak.curves[ELSE]))
+    for role, color in _COLORS.items():
+        if any(peak.curves.get(role, ())):
+            above = below + np.array(peak.curves[role]) / unit
+            times = range(len(above))
+            over.fill_between(times, below, above, step="post", color=color, label=role, lw=0)
+            below = above
+    over.axvline(peak.time, color=INK, linestyle="--", label="the peak")
+    if explanation.gaps > _SMALL * peak.total:
+        total = (explanation.expected or 0) / unit
+        over.axhline(total, color=FAINT, linestyle=":", label="with what is between arrays")
     over.set_ylim(bottom=0)
-    over.set_xlim(0, max(len(peak.curve) - 1, 1))
+    over.set_xlim(0, last)
     over.set_xlabel("instructions, a loop's once")
-    over.set_ylabel("GB a device")
-    for number, each in enumerate(shown):
-        at_peak.barh([number], [each.size / 1e9], color=_COLORS[each.role])
-    at_peak.set_yticks(range(len(shown)), [_label(each) for each in shown], fontsize=8)
-    at_peak.invert_yaxis()
-    at_peak.set_xlabel("GB a device at the peak")
-    for role in dict.fromkeys(each.role for each in shown):
-        at_peak.barh([0], [0], color=_COLORS[role], label=role)
-    at_peak.legend(fontsize=8, loc="lower right")
+    over.set_ylabel(f"{name} a device")
+    place = f" at {peak.running}" if peak.running else ""
+    over.set_title(
+        f"memory over a step: at most {bytes_text(peak.total)} a device{place}", loc="left"
+    )
+    at_peak.set_title("what is there at the peak, and the line that makes it", loc="left")
+    bars = [each.size / unit for each in shown]
+    drawn = at_peak.barh(range(len(shown)), bars, color=[_COLORS[each.role] for each in shown])
+    at_peak.bar_label(drawn, [bytes_text(each.size) for each in shown], padding=3, fontsize=8)
+    name_rows(at_peak, [_label(each) for each in shown], size=8)
+    at_peak.margins(x=0.1)
+    at_peak.set_xlabel(f"{name} a device")
+    legend_below(figure, over, ncols=5)
     return as_png(figure)
 
 

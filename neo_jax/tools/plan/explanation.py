@@ -48,6 +48,11 @@ class Explanation:
     peak: Peak
     expected: int | None = None  # bytes at the peak as the compiler says; None where it does not
 
+    @property
+    def gaps(self) -> int:
+        """Bytes between arrays: what the compiler sets aside is one block, with room unused."""
+        return max((self.expected or 0) - self.peak.total, 0)
+
     def __str__(self) -> str:
         """Returns the tables that `neo-jax plan --explain` prints."""
         from neo_jax.tools.plan.explain_report import lines

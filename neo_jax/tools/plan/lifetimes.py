@@ -48,11 +48,12 @@ class Timeline:
 
     def curve(self, size: Callable[[Life], float] = lambda life: life.size) -> np.ndarray:
         """Returns the bytes that are taken at each time, where an array takes `size` of it."""
-        changes = np.zeros(len(self.running) + 1)
+        last = max(len(self.running) - 1, 0)
+        changes = np.zeros(last + 2)
         for lives in self._places():
             most = max(map(size, lives))
             reserved = any(life.reserved for life in lives)
-            for start, end in [(0, len(self.running) - 1)] if reserved else _merged(lives):
+            for start, end in [(0, last)] if reserved else _merged(lives):
                 changes[start] += most
                 changes[end + 1] -= most
         return np.cumsum(changes)[:-1]
@@ -111,6 +112,8 @@ class _Schedule:
         self._places: list[int] = []  # of each array another that shares its place, or itself
         self._shared: list[tuple[int, int]] = []  # where a result may take an operand's place
         self._given_up: set[int] = set()  # arguments whose places a result takes
+        self._owned: dict[int, list[Life]] = {}  # what else is in the places of arguments
+        self._settled: set[int] = set()  # operands that gave a place, and results that took one
         self._is_tpu = ":T(" in text.partition("\n")[0]
         self._donated = given_up(text.partition("\n")[0])
 
@@ -135,8 +138,13 @@ class _Schedule:
             if number in given and output < len(results):
                 self._join(given[number][0], results[output])
                 self._given_up.add(given[number][0])
+        self._owned = {self._place(array): [] for array in itertools.chain(*given.values())}
+        for array, life in enumerate(self.lives):
+            if not life.is_argument and self._place(array) in self._owned:
+                self._owned[self._place(array)].append(life)
         for operand, result in self._shared:
-            self._share(operand, result)
+            if self._place(result) not in self._owned:
+                self._share(operand, result)
         self._reserve(results)
         for array, life in enumerate(self.lives):
             life.buffer = self._place(array)
@@ -278,39 +286,63 @@ class _Schedule:
         self._places[self._place(second)] = self._place(first)
 
     def _share(self, operand: int, result: int) -> None:
-        """Gives a result its operand's place, if that is not used any more."""
+        """Gives a result its operand's place, if that is not used any more; once each.
+
+        An argument's place takes what is gone when a result of the program is written there, and no
+        copy of it: there would be none if it could be there.
+        """
+        if not self._settled.isdisjoint((operand, result)):
+            return
         old, new = self.lives[operand], self.lives[result]
-        moved = new.instruction.opcode == "copy" and old.shape != new.shape  # to another layout
+        is_copy = new.instruction.opcode == "copy"
+        moved = is_copy and old.shape != new.shape  # to another layout
         if old.end != new.start or old.size != new.size or moved:
             return
         if operand in self._given_up:
+            there = self._owned[self._place(operand)]
+            if is_copy or any(each.start < new.end and new.start < each.end for each in there):
+                return
+            there.append(new)
             self._join(operand, result)
         elif not old.is_argument:
             old.end = max(old.start, new.start - 1)
+        else:
+            return
+        self._settled |= {operand, result}
 
     def _reserve(self, results: Sequence[int]) -> None:
         """Takes the places of results from the start on.
 
-        But on TPUs, XLA puts there until then what is no larger.
+        But on TPUs, XLA puts into the smallest of them what fits while it is free: before the
+        result is there, and after the last use of the argument that was there.
         """
         places: dict[int, list[Life]] = {}
         for array, life in enumerate(self.lives):
             places.setdefault(self._place(array), []).append(life)
         own = {self._place(array) for array in results}
-        free = [place for place, lives in places.items() if not any(e.is_argument for e in lives)]
-        others = sorted(set(free) - own, key=lambda place: -_size(places[place]))
-        for place in sorted(own.intersection(free), key=lambda p: -_size(places[p])):
-            size = _size(places[place])
-            taken = [(life.start, life.end) for life in places[place]]
-            smaller = [other for other in others if 0 < _size(places[other]) <= size]
-            for other in () if self._is_tpu else smaller:
-                spans = [(life.start, life.end) for life in places[other]]
-                if all(a[1] < b[0] or b[1] < a[0] for a in spans for b in taken):
-                    taken += spans
-                    others.remove(other)
+        taken = {
+            place: _spans(places[place])
+            for place in sorted(own, key=lambda place: (_size(places[place]), place))
+        }
+        free = places.keys() - own - self._owned.keys()
+        others = sorted(free, key=lambda place: (-_size(places[place]), place))
+        for other in () if self._is_tpu else others:
+            size, spans = _size(places[other]), _spans(places[other])
+            for place, there in taken.items():
+                if 0 < size <= _size(places[place]) and _are_apart(spans, there):
+                    there += spans
                     self._join(place, other)
-            for life in places[place]:
-                life.reserved = True
+                    break
+        for life in itertools.chain(*(places[place] for place in own)):
+            life.reserved = True
+
+
+def _spans(lives: Sequence[Life]) -> list[tuple[int, int]]:
+    return [(life.start, life.end) for life in lives]
+
+
+def _are_apart(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    return all(a[1] < b[0] or b[1] < a[0] for a in some for b in others)
 
 
 def _size(lives: Sequence[Life]) -> int:

@@ -15,6 +15,9 @@ Role = Literal["argument", "copy", "gradient", "kept", "result", "temporary"]
 """What an array is for: of the program's arguments; one of them gathered or cast; a gradient;
 kept for the backward pass; a result of the program; or none of these."""
 
+ELSE = "at other times"
+"""The role, in curves, of what is not there at the peak."""
+
 _MOST = 1000  # arrays of a peak that are looked at, the largest
 _BEST = 3  # changes that are reported
 
@@ -47,7 +50,7 @@ class Peak:
     running: Frame | None  # the line that runs then
     held: Sequence[Held]  # what adds up to the total, the largest first
     changes: Sequence[Change]  # that would lower it most, the best first
-    curve: Sequence[float]  # bytes at each time
+    curves: Mapping[str, Sequence[float]]  # bytes at each time by role, of what is not there: ELSE
 
 
 def find_peak(timeline: Timeline, flow: Flow, origins: Origins, whole: Mapping[str, int]) -> Peak:
@@ -73,7 +76,15 @@ def find_peak(timeline: Timeline, flow: Flow, origins: Origins, whole: Mapping[s
     ]
     worth = [change for change in changes if change.saved > 0.01 * total]
     worth.sort(key=lambda change: -change.saved)
-    return Peak(total, time, running, held, worth[:_BEST], curve.tolist())
+    roles: dict[int, str] = {each.life.buffer: each.role for each in arrays}
+    names = [*dict.fromkeys(each.role for each in held), ELSE]
+    curves = {name: timeline.curve(_of_role(name, roles)).tolist() for name in names}
+    return Peak(total, time, running, held, worth[:_BEST], curves)
+
+
+def _of_role(name: str, roles: Mapping[int, str]) -> Callable[[Life], float]:
+    """Returns the bytes of an array of a role, 0 of others."""
+    return lambda life: life.size if roles.get(life.buffer, ELSE) == name else 0
 
 
 class _Array(NamedTuple):

@@ -132,10 +132,23 @@ def draw_ranking(candidates: Sequence[Candidate], title: str) -> bytes:
     known = math.isfinite(candidates[0].seconds)
     plot.set_xscale("log")
     plot.set_yscale("log" if known else "linear")
+    for axis in (plot.xaxis, *([plot.yaxis] if known else [])):
+        _plain_numbers(axis)
     plot.set_xlabel("memory of a device, GB")
     plot.set_ylabel("predicted time of a step, ms" if known else "what a device sends a step, GB")
     plot.legend(fontsize=8)
     return as_png(figure)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Writes numbers of a logarithmic axis out, some within each power of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    within = (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    axis.set_major_locator(LogLocator(subs=within))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _places(points: Sequence[Candidate]) -> tuple[list[float], list[float]]:

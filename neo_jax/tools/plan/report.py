@@ -25,6 +25,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "devices": len(plan.topology.devices),
         "device_kind": plan.topology.devices[0].device_kind,
         "parameters": step.model.config.num_params,
+        "trains": step.trains or None,
         "mesh": dict(step.mesh.shape),
         "rules": {axis: list(names) for axis, names in step.sharding.rules},
         "dtype": str(step.model.dtype),
@@ -83,6 +84,8 @@ def lines(plan: Plan) -> Iterator[str]:
     memory, step, roof, done = plan.memory, plan.step, plan.roofline, plan.work
     devices = f"{len(plan.topology.devices)} x {plan.topology.devices[0].device_kind}"
     yield f"topology      {plan.topology.name}, {devices}"
+    if step.trains:
+        yield f"trains        {step.trains}"
     yield "mesh          " + ", ".join(f"{name}={size}" for name, size in step.mesh.shape.items())
     yield "rules         " + ", ".join(f"{a}:{'+'.join(names)}" for a, names in step.sharding.rules)
     yield f"tokens        {step.tokens:,} a step, {step.model.config.num_params:,} parameters"
@@ -107,12 +110,15 @@ def lines(plan: Plan) -> Iterator[str]:
         return
     yield _row("in the program", f"{done.flops / 1e12:.3f}") + " TFLOP"
     yield "\ncollectives, what a device sends"
-    for row in plan.traffic:
+    sent = [row for row in plan.traffic if row.wire_bytes]
+    for row in sent:
         where = "+".join(row.axes) + (", between slices" if row.between_slices else "")
         yield _row(row.kind, bytes_text(row.wire_bytes), f"{row.times:>6} times along {where}")
-    if not plan.traffic:
+    if not sent:
         yield "  none"
     yield "\nleast time of a step"
+    if math.isnan(roof.step):
+        yield f"  not known of a {plan.topology.devices[0].device_kind}"
     for name, milliseconds in roof.milliseconds.items():
         if milliseconds > 0:  # neither unknown nor without a part in it
             yield _row(name, f"{milliseconds:.2f}") + " ms"

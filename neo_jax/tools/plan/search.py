@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from neo_jax.axes import BATCH, EMBED, LOGICAL_AXES
+from neo_jax.devices.chips import OLD_TPUS
 from neo_jax.errors import NeoError
 from neo_jax.ops.attention import Kernel
 from neo_jax.sharding.rules import Sharding, make_sharding
@@ -109,7 +110,8 @@ def search_training(
       NeoError: nothing can split the step.
     """
     most = min(limit or math.inf, capacity(topology))
-    free = config.kernel == "auto" and config.dtype == "bfloat16" and not topology.is_here
+    has_splash = not topology.is_here and topology.devices[0].device_kind not in OLD_TPUS
+    free = config.kernel == "auto" and config.dtype == "bfloat16" and has_splash
     kernels = KERNELS if free else (config.kernel,)
     found = [
         _on_paper(config, choice, topology, most)

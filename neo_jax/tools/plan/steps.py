@@ -55,6 +55,7 @@ class Step:
     tokens: int  # that go through the model in a step
     trace: Callable[[], jax.stages.Traced]
     trace_useful: Callable[[], jax.stages.Traced]  # the same without computing anything again
+    trains: str = ""  # what is trained, in words
     # what there is on the devices next to the arguments: trees like those of `parts`
     beside: dict[str, Any] = dataclasses.field(default_factory=dict)
     # and for a moment between two steps, when the temporaries of the step are not there
@@ -105,7 +106,18 @@ def training_step(config: TrainConfig, sharding: Sharding) -> Step:
         config.batch_size * config.sequence_length,
         whole,
         useful,
+        _trained(config),
     )
+
+
+def _trained(config: TrainConfig) -> str:
+    """Returns in words what a config trains."""
+    model = config.model.head.words
+    if config.lora.rank:
+        return f"adapters of rank {config.lora.rank} of {model}"
+    if config.soft_prompt.tokens:
+        return f"{config.soft_prompt.tokens} virtual tokens before the texts of {model}"
+    return model
 
 
 def prefill_step(model: Neo, batch: int, length: int, quantize: Quantize = "none") -> Step:
@@ -161,9 +173,9 @@ def serve_step(
         sizes[-1],
         trace,
         trace,
-        {"prompts being read": reading},
-        between,
-        functools.partial(_trace_insertion, model, state, prompt, reading),
+        beside={"prompts being read": reading},
+        between=between,
+        trace_between=functools.partial(_trace_insertion, model, state, prompt, reading),
     )
 
 

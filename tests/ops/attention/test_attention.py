@@ -259,6 +259,7 @@ def test_every_bfloat16_product_of_a_step_runs(rng, batch, length):
 
 
 CPU, TPU = (types.SimpleNamespace(platform=platform) for platform in ("cpu", "tpu"))
+V3, V5P = (types.SimpleNamespace(platform="tpu", device_kind=kind) for kind in ("TPU v3", "TPU v5"))
 T4, A100, H200 = (
     types.SimpleNamespace(platform="gpu", compute_capability=version)
     for version in ("7.5", "8.0", "9.0")
@@ -282,6 +283,8 @@ def asked(dtype=jnp.bfloat16, head_dim=64, aligned=True, segment_starts=False):
         (CPU, {"dtype": jnp.float32}, "blocked"),
         (CPU, {"aligned": False}, "dense"),
         (TPU, {}, "splash"),
+        (V3, {}, "blocked"),
+        (V5P, {}, "splash"),
         (TPU, {"segment_starts": True}, "splash"),
         (TPU, {"head_dim": 16}, "splash"),
         (TPU, {"dtype": jnp.float32}, "blocked"),
@@ -311,6 +314,7 @@ def test_auto_takes_the_fastest_that_can(device, options, chosen):
     [
         ("splash", CPU, {}, "'splash' kernel runs on TPUs, not on a CPU; use 'blocked'"),
         ("splash", A100, {}, "'splash' kernel runs on TPUs, not on a GPU; use 'blocked'"),
+        ("splash-256", V3, {}, "TPUs from v4 on, not on a TPU v3; use 'blocked'"),
         ("splash", TPU, {"dtype": jnp.float32}, "in bfloat16, not in float32; use 'blocked'"),
         ("splash", TPU, {"aligned": False}, "a sequence that attends to itself; use 'dense'"),
         ("cudnn", CPU, {}, "capability 8.0 or newer; use 'blocked'"),

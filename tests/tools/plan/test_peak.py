@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import planted_faults
 import pytest
 
@@ -11,6 +12,7 @@ from neo_jax.tools.plan import explain
 from neo_jax.tools.plan.explanation import explain_text
 from neo_jax.tools.plan.hlo import parse
 from neo_jax.tools.plan.lifetimes import lifetimes, memory_bytes
+from neo_jax.tools.plan.peak import ELSE
 
 pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("lines_of_this_checkout")]
 
@@ -57,13 +59,14 @@ ENTRY %main (a: f32[100], b: f32[10]) -> (f32[100], f32[20]) {
 
 def test_arrays_live_from_where_they_are_made_to_their_last_use():
     timeline = lifetimes(parse(TEXT), TEXT)
-    # The place of the second result is taken from the start, and holds "seven" until then.
-    always, i, pred = 4 * (100 + 10 + 20), 4, 1
+    # The place of the second result is taken from the start, and holds "seven" until then; that of
+    # the argument that is given up holds what the condition says.
+    always, i = 4 * (100 + 10 + 20), 4
     running = [each.name for each in timeline.running]
     bytes_at = dict(zip(running, timeline.curve() - always, strict=True))
     assert bytes_at["seven"] == 0
     assert bytes_at["start"] == 4 * 100
-    assert bytes_at["go"] == 4 * 100 + i + pred
+    assert bytes_at["go"] == 4 * 100 + i
     assert bytes_at["wide"] == 4 * (100 + 300) + i
     # The state of a loop is written in place.
     assert bytes_at["next"] == 4 * (300 + 100) + i
@@ -78,12 +81,52 @@ def test_arrays_live_from_where_they_are_made_to_their_last_use():
     assert large == [300, 100, 100, 20, 10]
 
 
+GIVEN_UP = """\
+HloModule hand_made, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), \
+{1}: (1, {}, may-alias) }, \
+entry_computation_layout={(f32[100]{0}, f32[100]{0})->(f32[100]{0}, f32[100]{0})}
+
+ENTRY %main (a: f32[100], b: f32[100]) -> (f32[100], f32[100]) {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[100]{0} parameter(1)
+  %u = f32[100]{0} custom-call(%a), custom_call_target="u"
+  %v = f32[100]{0} custom-call(%b), custom_call_target="v"
+  %one = f32[100]{0} add(%u, %v)
+  %first = f32[100]{0} add(%a, %one)
+  %second = f32[100]{0} multiply(%a, %b)
+  ROOT %all = (f32[100]{0}, f32[100]{0}) tuple(%first, %second)
+}
+"""
+
+
+def test_a_result_takes_one_place_and_a_place_is_given_once():
+    """As where parameters and moments of one size are updated by one instruction."""
+    timeline = lifetimes(parse(GIVEN_UP), GIVEN_UP)
+    arguments = 4 * (100 + 100)
+    names = [each.name for each in timeline.running]
+    assert names == ["u", "v", "one", "first", "second"]
+    assert (timeline.curve() - arguments == [4 * 100, 4 * 200, 4 * 200, 4 * 100, 0]).all()
+
+
 def test_the_best_change_is_measured_by_the_peak_without_it():
     found = explain_text(TEXT, {})
     assert found.peak.total == 4 * (100 + 10 + 20 + 100 + 300 + 1)
     assert sum(each.size for each in found.peak.held) == found.peak.total
     blocks = next(change for change in found.peak.changes if change.name == "blocks")
     assert blocks.saved == pytest.approx(4 * 300 * 7 / 8)
+
+
+@pytest.mark.parametrize("text", [TEXT, GIVEN_UP])
+def test_memory_over_time_adds_up_by_role(text):
+    peak = explain_text(text, {}).peak
+    curve = lifetimes(parse(text), text).curve()
+    assert (sum(map(np.array, peak.curves.values())) == curve).all()
+    held = dict.fromkeys(peak.curves, 0)
+    for each in peak.held:
+        held[each.role] += each.size
+    assert {role: sizes[peak.time] for role, sizes in peak.curves.items()} == held
+    if text == GIVEN_UP:  # "one" is not there at the peak, when "v" is made
+        assert peak.curves[ELSE] == [0, 0, 4 * 100, 4 * 100, 0]
 
 
 @pytest.mark.parametrize(
