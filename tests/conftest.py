@@ -19,6 +19,12 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Else a TPU's kernels name the folder that JAX is in, and what was compiled is not found again.
+_LINES = "jax_traceback_in_locations_limit"
+_USUAL_LINES = jax.config.jax_traceback_in_locations_limit
+jax.config.update(_LINES, 0)
+os.environ[_LINES.upper()] = "0"  # of processes that tests start
+
 # How long an example takes is a matter of what else the machine does, and of what is compiled.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.load_profile("default")
@@ -114,8 +120,10 @@ def _plans_known_by_their_programs():
 def lines_of_this_checkout():
     """Keeps programs of the same operations but of other lines and names, as caches hold, out."""
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    jax.config.update(_LINES, _USUAL_LINES)
     with _plans_depend_on(_ALL_SOURCES):
         yield
+    jax.config.update(_LINES, 0)
     jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
 
 

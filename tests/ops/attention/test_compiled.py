@@ -23,15 +23,6 @@ pytestmark = pytest.mark.tpu_compiler
 BATCH = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _without_lines():
-    """Keeps lines of Python out of kernels: such programs are found again when these have moved."""
-    before = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)
-    yield
-    jax.config.update("jax_traceback_in_locations_limit", before)
-
-
 def model_on(topology, mesh, rules, **sizes):
     config = ModelConfig(num_layers=2, embed_dim=256, vocab_size=512, eos_token_id=-1, **sizes)
     sharding = make_sharding(mesh, rules, devices=find_topology(topology).devices)
