@@ -466,7 +466,7 @@ def mixed(counts, shares):
 def test_parts_have_their_shares_and_epochs_of_their_own(weights):
     counts = (500, 7, 50)[: len(weights)]
     mixture = mixed(counts, weights)
-    steps = 1000
+    steps = 400
     firsts = np.concatenate([
         batch["tokens"][:, 0] for batch in take(mixture, steps, batch_size=4, seed=0)
     ])  # fmt: skip
