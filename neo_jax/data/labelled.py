@@ -81,7 +81,8 @@ class LabelledDataset:
         """Opens a split, "train" or "held_out".
 
         Raises:
-          NeoError: no such split, or files that do not match dataset.json.
+          NeoError: no such split, files that do not match dataset.json, or a length that leaves no
+            question room for its context.
         """
         folder = make_path(folder)
         fields = read_json(folder / DATASET_FILE)
@@ -185,6 +186,9 @@ def _windowed(
     """Returns windows as examples: their tokens, offsets and labels, and the question of each.
 
     Where a question leaves no room for its context, a window is what is read of both.
+
+    Raises:
+      NeoError: all questions do.
     """
     rows, spans, questions = [], [], []
     for question, (start, last, first) in enumerate(labels.tolist()):
@@ -197,6 +201,8 @@ def _windowed(
             spans.append((start - shift, last - shift) if is_here else (none, none))
             rows.append(row)
             questions.append(question)
+    if all(start == NO_LABEL for start, _ in spans):
+        raise NeoError(f"length {length} leaves no question room for its context; raise it.")
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     labels = np.column_stack([np.array(spans, np.int32), labels[questions, 2]])
     return np.concatenate(rows), offsets, labels, np.array(questions)

@@ -90,9 +90,9 @@ class TokenDataset:
         never see each other.
 
         Raises:
-          NeoError: no data set, no such split, files that do not match dataset.json, fewer tokens
-            than one sequence takes, no pair that fits one, or no documents to tell apart, or which
-            a soft prompt would not precede.
+          NeoError: no data set, or one of examples with labels, no such split, files that do not
+            match dataset.json, fewer tokens than one sequence takes, no pair that fits one, or no
+            documents to tell apart, or which a soft prompt would not precede.
         """
         folder = make_path(folder)
         if not (folder / DATASET_FILE).is_file():
@@ -105,6 +105,8 @@ class TokenDataset:
                 f"{folder / DATASET_FILE} has version {fields.get('version')!r}, not {VERSION}; "
                 "run neo-jax prepare again."
             )
+        if "kind" in fields:  # of `labelled`
+            raise NeoError(f"{folder} holds examples with labels; train on these alone.")
         splits = _field(folder, fields, "splits", dict)
         if split not in splits:
             raise NeoError(f"{folder} has no split '{split}'.{suggest(split, splits)}")

@@ -72,6 +72,8 @@ def prepare_examples(recipe: Recipe, config: TrainConfig, folder: Path) -> list[
         check_writable(folder)
         _check_same(recipe, config, folder)
         files = _made(recipe, folder)
+        for some in files:  # what is no pair is known before anything is prepared
+            next(_read(some), None)
         if not (folder / "data" / DATASET_FILE).is_file():
             tokenizer = config.pretrained or "bundled"
             prepare(files[0], folder / "data", tokenizer, held_out=recipe.held_out)

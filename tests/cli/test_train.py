@@ -185,6 +185,8 @@ def test_configs_that_are_wrong(fail, config_file, change, message):
         (["train", "text.jsonl"], "text.jsonl is no config; name a .py file that defines `config`"),
         (["recipe", "bundled-2"], "no config is called 'bundled-2'. Known are: instructions,"),
         (["recipe", "questions", "--output", "tiny.py"], "cannot write in tiny.py (File exists); "),
+        (["recipe", "questions", "--examples", "latin.txt", "--test-examples", "latin.txt",
+          "--output", "asked"], "latin.txt holds no pairs; name .jsonl files."),
         (["train", "tiny.py", "--output="], "--output must name a folder, not be empty."),
         (["train", "tiny.py", "--data="], "--data must name a folder, not be empty."),
         (["train", "nowhere.py"], "nowhere.py does not exist; name a .py file"),

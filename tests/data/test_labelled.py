@@ -10,6 +10,7 @@ import pytest
 from neo_jax.cli import main
 from neo_jax.data.examples import Example, Schema, read_examples
 from neo_jax.data.labelled import LabelledDataset, labelled_batches, ordered_batches
+from neo_jax.data.mixture import Mixture
 from neo_jax.data.prepare_labelled import prepare_labelled
 from neo_jax.errors import NeoError
 from neo_jax.labels import HeadConfig
@@ -305,6 +306,17 @@ def test_answers_are_spans_of_tokens(tmp_path, tokenizer_folders, name):
         start, last, context = data.labels[example].tolist()
         assert tokenizer.decode(ids[start : last + 1]).strip() == answer
         assert tokenizer.decode(ids[context:]).startswith("The fox ran.")
+
+
+def test_what_cannot_be_read_is_said(tmp_path, tokenizer_folders):
+    """Labels where texts are named, and a length in which no context has room."""
+    file = write(tmp_path / "a.jsonl", question({}))
+    tokenizer = tokenizer_folders["bytes"]
+    prepare_labelled([file], tmp_path / "data", tokenizer, Schema.usual("qa_outputs"))
+    with pytest.raises(NeoError, match="data holds examples with labels; train on these alone"):
+        Mixture.open(f"{tmp_path / 'data'}=1", length=8)
+    with pytest.raises(NeoError, match="length 2 leaves no question room for its context; raise"):
+        LabelledDataset.open(tmp_path / "data", "train", 2)
 
 
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
