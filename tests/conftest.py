@@ -21,7 +21,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Else a TPU's kernels name the folder that JAX is in, and what was compiled is not found again.
 _LINES = "jax_traceback_in_locations_limit"
-_USUAL_LINES = jax.config.jax_traceback_in_locations_limit
+_USUAL_LINES = 10  # JAX's default
 jax.config.update(_LINES, 0)
 os.environ[_LINES.upper()] = "0"  # of processes that tests start
 
