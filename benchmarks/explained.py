@@ -120,8 +120,9 @@ def summary(rows: Sequence[Row], others: Sequence[Row]) -> str:
         if not both:
             continue
         apart = {
-            name: max((abs(two[key] / one[key] - 1) for one, two in both if one[key]), default=0.0)
+            name: max(abs(two[key] / one[key] - 1) for one, two in both if one[key])
             for name, key in (("peaks", "peak"), ("bytes sent", "sent"), ("times", "predicted_ms"))
+            if any(one[key] for one, _ in both)
         }
         findings = sum(one["findings"] != two["findings"] for one, two in both)
         error = max(abs(two["peak"] / two["compiler"] - 1) for _, two in both)
