@@ -50,6 +50,9 @@ class Reader(Protocol):
     def capacity(self, length: int) -> int:
         """Returns the slots of a batch for texts of up to a length."""
 
+    def begin(self, queue: Queue) -> tuple[list[Text], DecodeState] | None:
+        """Begins a batch with all that waits, if that is one text a row and can be read at once."""
+
     def read(self, queue: Queue) -> tuple[list[Text], list[PromptRead]]:
         """Reads on; returns the texts that may now enter the batch, before anything else is read.
 
@@ -83,6 +86,20 @@ class WholeReader:
     def capacity(self, length: int) -> int:
         """Returns the slots of a batch for texts of up to a length."""
         return capacity(length, self._model.config.max_length)
+
+    def begin(self, queue: Queue) -> tuple[list[Text], DecodeState] | None:
+        """Reads all that waits into the batch itself, which no program then puts into rows."""
+        texts = _texts(queue)
+        lengths = {self._padded_length(request) for _, request in queue}
+        most = _rows_to_read(max(lengths), self._num_rows, PREFILL_TOKENS)
+        if len(lengths) > 1 or not len(texts) == len(queue) <= self._num_rows <= most:
+            return None
+        queue.clear()
+        prompts = [(text.request.ids, text.request.max_new_tokens) for text in texts]
+        batch = engine.batched(prompts, self._num_rows, *lengths)
+        slots = self.capacity(max(text.length for text in texts))
+        settings = _entering(dict(enumerate(texts)), self._num_rows, self._room).settings
+        return texts, engine.prefill(self._model, slots, self._params, *batch, settings)
 
     def read(self, queue: Queue) -> tuple[list[Text], list[PromptRead]]:
         """Reads the next prompts of one padded length."""
@@ -152,6 +169,9 @@ class ChunkReader:
     def capacity(self, length: int) -> int:
         """Returns the slots of a batch for texts of up to a length."""
         return coarse_capacity(length, self._model.config.max_length)
+
+    def begin(self, queue: Queue) -> None:
+        """Reads by chunks alone."""
 
     def read(self, queue: Queue) -> tuple[list[Text], list[PromptRead]]:
         """Reads the next chunk."""
@@ -233,7 +253,7 @@ class ChunkReader:
         return PromptRead(prompt.id, logprobs, ids, likeliest, pooled)
 
 
-def _texts(taken: Sequence[tuple[int, Request]]) -> list[Text]:
+def _texts(taken: Iterable[tuple[int, Request]]) -> list[Text]:
     return [
         Text(id, request, sample, row)
         for row, (id, request) in enumerate(taken)

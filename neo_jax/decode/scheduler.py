@@ -11,10 +11,11 @@ can be requested too: `Request.prompt`.
 
 Programs are few, whatever the requests. With c capacities (`capacity.capacity`), b padded lengths
 of prompts (these, 16 and 32) and the same number of rows: at most b to read prompts, c for an empty
-batch, b c to insert them, c to write, c to stop rows, and c c to change the capacity. With chunks c
-is smaller (`capacity.coarse_capacity`), b counts lengths up to a chunk, each with one row and with
-as many as a chunk holds, and three more, and there are r numbers of rows (`capacity.row_sizes`): r
-times as many of all but what reads prompts, and r r c to change the number of rows.
+batch, b c to insert them, or to read what begins a batch into it, c to write, c to stop rows, and
+c c to change the capacity. With chunks c is smaller (`capacity.coarse_capacity`), b counts lengths
+up to a chunk, each with one row and with as many as a chunk holds, and three more, and there are r
+numbers of rows (`capacity.row_sizes`): r times as many of all but what reads prompts, and r r c to
+change the number of rows.
 """
 
 import dataclasses
@@ -183,6 +184,11 @@ class Scheduler:
 
     def _fill(self) -> list[PromptRead]:
         """Gives free rows to texts that wait, and reads prompts for what is free then."""
+        if self._state is None and self._queue and (begun := self._reader.begin(self._queue)):
+            texts, self._state = begun
+            size = len(self._state.done)
+            self._rows = [*texts, *[None] * (size - len(texts))]
+            self._running = np.arange(size) < len(texts)
         self._insert()
         found: list[PromptRead] = []
         while not self._waiting and (self._queue or self._reader.reading):
