@@ -1,5 +1,6 @@
 """Arrays on their way between files and devices: cast, padded, transposed, one at a time."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from neo_jax.checkpoints.formats import FLOATS
 from neo_jax.devices import processes
 from neo_jax.errors import NeoError, suggest
 
+_ALIGNMENT = 64  # bytes
 _BLOCK_BYTES = 512 << 10  # of a transposition: what the cache of a core holds
 
 
@@ -42,7 +44,7 @@ def copy(view: np.ndarray, dtype: np.dtype, shape: tuple[int, ...], finite: str 
     Raises:
       NeoError: an entry is NaN or infinite, or becomes infinite in this dtype.
     """
-    whole = np.empty(shape, dtype)
+    whole = _empty(shape, dtype)
     out, padding = np.split(whole, [len(view)])  # only the vocabulary, a first axis, has any
     padding[:] = 0
     for block in _blocks(view):
@@ -63,6 +65,17 @@ def check_finite(view: np.ndarray, name: str) -> np.ndarray:
     for block in _blocks(view):
         _check_block(view[block], name)
     return view
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an array whose memory begins at a multiple of 64 bytes: CPU devices take it as it is.
+
+    They copy any other.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _blocks(view: np.ndarray) -> Iterator[tuple[slice, ...]]:

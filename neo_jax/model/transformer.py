@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from neo_jax import axes
 from neo_jax.axes import Array, Float, Int, Params
 from neo_jax.config import ModelConfig
+from neo_jax.model import alike
 from neo_jax.model import cache as caching
 from neo_jax.model.cache import Cache, LayerCache
 from neo_jax.model.initializers import zeros_beyond
@@ -265,7 +266,8 @@ class Neo(nn.Module):
             x = constrain(self.sharding, x, place, "the residual stream")
             hidden_states.append(x)
             here = indices if i == len(self.h) - 1 else None
-            x, layer_cache = block(x, positions, cache[i] if cache else None, segment_starts, here)
+            of_layer = cache[i] if cache else None
+            x, layer_cache = alike.call(block, x, positions, of_layer, segment_starts, here)
             caches.append(layer_cache)
         hidden_states.append(self.ln_f(x))
         return tuple(x[:, :length] for x in hidden_states), tuple(caches)
