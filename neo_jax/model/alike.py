@@ -15,7 +15,7 @@ def call(layer: nn.Module, *args: Any) -> Any:
     The program is the same as without; `name` of the layer is in the names of its operations.
     """
     if layer.is_initializing() or layer.has_rng("dropout"):  # what differs from layer to layer
-        return layer(*args)  # type: ignore[operator]
+        return layer(*args)
     alone = layer.clone(parent=None, name=None)  # equal for layers that are alike
     with jax.named_scope(str(layer.name)):
         return _apply(alone, layer.variables["params"], *args)
