@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from neo_jax.model import alike
-from neo_jax.model.transformer import Attention, Neo, init_params
+from neo_jax.model.transformer import MLP, Attention, Neo, init_params
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,33 @@ def test_dropout_is_that_of_layers_one_by_one(model, params, monkeypatch):
     ours = logits()
     monkeypatch.setattr(alike, "call", lambda layer, *args: layer(*args))
     np.testing.assert_array_equal(ours, logits())
+
+
+def test_intermediates_are_captured_in_every_layer(model, params):
+    """By flax's own way to look at them."""
+    tokens = jnp.arange(12).reshape(2, 6)
+    out, found = model.apply({"params": params}, tokens, capture_intermediates=True)
+    assert {f"h_{i}" for i in range(6)} < set(found["intermediates"])
+    np.testing.assert_array_equal(
+        found["intermediates"]["h_0"]["__call__"][0][0], out.hidden_states[1]
+    )
+
+
+@pytest.mark.core
+def test_methods_are_intercepted_in_every_layer_and_then_no_more(model, params):
+    """Also where the layers have been traced before."""
+    tokens = jnp.arange(12).reshape(2, 6)
+    expected = model.apply({"params": params}, tokens).logits
+    seen = []
+
+    def without_mlp(next_fun, args, kwargs, context):
+        if isinstance(context.module, MLP) and context.method_name == "__call__":
+            seen.append(context.module.path[0])
+            return 0 * next_fun(*args, **kwargs)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(without_mlp):
+        changed = model.apply({"params": params}, tokens).logits
+    assert seen == [f"h_{i}" for i in range(6)]
+    assert not np.allclose(changed, expected)
+    np.testing.assert_array_equal(model.apply({"params": params}, tokens).logits, expected)
