@@ -41,6 +41,7 @@ def main() -> None:
         step = steps.decode_step(
             Neo(config, jnp.bfloat16, sharding=sharding), args.batch, args.length
         )
+        jax.clear_caches()
         begin = time.perf_counter()
         lowered = step.trace().lower()
         middle = time.perf_counter()
