@@ -32,31 +32,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     args = parser.parse_args()
-    sharding = make_sharding("model=-1", devices=find_topology(args.topology).devices)
     print("| layers | trace and lower, s | compile, s | together | over the first |")
     print("|---|---|---|---|---|")
-    first = 0.0
-    for layers in [args.layers[0], *args.layers]:  # the first is once more: what warms up
-        config = dataclasses.replace(preset(args.model), num_layers=layers)
-        step = steps.decode_step(
-            Neo(config, jnp.bfloat16, sharding=sharding), args.batch, args.length
-        )
-        jax.clear_caches()
-        begin = time.perf_counter()
-        lowered = step.trace().lower()
-        middle = time.perf_counter()
-        lowered.compile()
-        end = time.perf_counter()
-        total = end - begin
-        if not first:
-            first = -1.0
-            continue
-        first = total if first < 0 else first
-        print(
-            f"| {layers} | {middle - begin:.1f} | {end - middle:.1f} | {total:.1f} | "
-            f"{total / first:.2f} |",
-            flush=True,
-        )
+    seconds(args, args.layers[0])  # the first warms up
+    rows = {layers: seconds(args, layers) for layers in args.layers}
+    for layers, (trace, compilation) in rows.items():
+        total = trace + compilation
+        ratio = total / sum(rows[args.layers[0]])
+        print(f"| {layers} | {trace:.1f} | {compilation:.1f} | {total:.1f} | {ratio:.2f} |")
+
+
+def seconds(args: argparse.Namespace, layers: int) -> tuple[float, float]:
+    """Returns how long a step of so many layers takes to trace and lower, and to compile."""
+    config = dataclasses.replace(preset(args.model), num_layers=layers)
+    sharding = make_sharding("model=-1", devices=find_topology(args.topology).devices)
+    model = Neo(config, jnp.bfloat16, sharding=sharding)
+    step = steps.decode_step(model, args.batch, args.length)
+    jax.clear_caches()
+    begin = time.perf_counter()
+    lowered = step.trace().lower()
+    middle = time.perf_counter()
+    lowered.compile()
+    return middle - begin, time.perf_counter() - middle
 
 
 if __name__ == "__main__":
